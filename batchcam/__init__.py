@@ -1,0 +1,18 @@
+"""Batch-CAM: image classifiers whose explanations are part of the loss (arXiv:2510.00664)."""
+
+from batchcam.bundle import LoadedModel, load
+from batchcam.config import TrialConfig
+from batchcam.errors import BatchCamError
+from batchcam.train import EpochReport, Inputs, TrialResult, fit, prepare
+
+__all__ = [
+    "BatchCamError",
+    "EpochReport",
+    "Inputs",
+    "LoadedModel",
+    "TrialConfig",
+    "TrialResult",
+    "fit",
+    "load",
+    "prepare",
+]

@@ -1,0 +1,430 @@
+"""A bundle: a folder that holds a trained model and all that is needed to reuse or retrain it.
+
+    config.yaml         the TrialConfig
+    model.safetensors   the weights, and how to build the model around them
+    metrics.json        what was measured, with its provenance
+    cams.png            each class's CAM beside its prototype
+    README.md           the model card
+
+Nothing in it is ever unpickled: loading a bundle runs no code that came with it.
+"""
+
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from batchcam import figures
+from batchcam.config import TrialConfig
+from batchcam.data import Preprocess, to_device
+from batchcam.devices import resolve_device
+from batchcam.errors import BundleError
+from batchcam.evaluate import Evaluation, evaluate, explain
+from batchcam.models import ExplainableModel, create_model, resolve_output_stride
+from batchcam.train import TrialResult
+
+FILES = ("config.yaml", "model.safetensors", "metrics.json", "cams.png", "README.md")
+_MODEL_KEY = "batchcam"
+"""Key of the weights' metadata under which the model is described, as JSON."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A classifier from a bundle: predicts and explains images, on the CPU unless moved.
+
+    Attributes:
+        config: the configuration it was trained with.
+        metrics: the bundle's metrics.json.
+        class_names: the name of each class, in the order of the logits.
+        model: the network itself, in `eval` mode.
+        preprocess: what turns uint8 images into the network's input.
+        channels: 1 for grey images, 3 for RGB.
+    """
+
+    config: TrialConfig
+    metrics: dict[str, Any]
+    class_names: tuple[str, ...]
+    model: ExplainableModel
+    preprocess: Preprocess
+    channels: int
+
+    def predict(self, images: npt.ArrayLike | Tensor) -> npt.NDArray[np.int64]:
+        """Return the predicted class of each image, `(N,)`; names are in `class_names`.
+
+        Args:
+            images: uint8, `(N, H, W)` for grey or `(N, channels, H, W)`, of any size.
+
+        Raises:
+            BundleError: the images have another type, shape or number of channels.
+        """
+        classes: npt.NDArray[np.int64] = self.probabilities(images).argmax(axis=1)
+        return classes
+
+    def probabilities(self, images: npt.ArrayLike | Tensor) -> npt.NDArray[np.float32]:
+        """Return the softmax probabilities, `(N, C)`."""
+        probabilities, _ = self._run(images, None)
+        return probabilities
+
+    def explain(
+        self, images: npt.ArrayLike | Tensor, targets: npt.ArrayLike | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Return one Grad-CAM per image at the model's resolution, `(N, R, R)` in [0, 1].
+
+        Args:
+            images: as for :meth:`predict`.
+            targets: the class to explain for each image, `(N,)`; the predicted ones if None.
+        """
+        _, maps = self._run(images, targets)
+        return maps
+
+    def to(self, device: str) -> Self:
+        """Move the network to a device, and return this model."""
+        self.model.to(resolve_device(device))
+        return self
+
+    def evaluate(self, images: Tensor, labels: Tensor, prototypes_CRR: Tensor) -> Evaluation:
+        """Evaluate on a labelled split; see :func:`batchcam.evaluate.evaluate`."""
+        device = self._device
+        return evaluate(
+            self.model,
+            images.to(device),
+            labels.to(device),
+            prototypes_CRR.to(device),
+            self.preprocess,
+        )
+
+    def _run(
+        self, images: npt.ArrayLike | Tensor, targets: npt.ArrayLike | None
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        checked = self._checked(images).to(self._device)
+        if len(checked) == 0:
+            side = self.preprocess.resolution
+            empty = np.zeros((0, len(self.class_names)), np.float32)
+            return empty, np.zeros((0, side, side), np.float32)
+        chosen = None
+        if targets is not None:
+            chosen = torch.as_tensor(np.asarray(targets), dtype=torch.int64, device=self._device)
+            valid = (chosen >= 0) & (chosen < len(self.class_names))
+            if chosen.shape != (len(checked),) or not valid.all():
+                raise BundleError(
+                    f"targets must be {len(checked)} class numbers from 0 to "
+                    f"{len(self.class_names) - 1}, one per image."
+                )
+        probabilities, maps = explain(self.model, checked, self.preprocess, chosen)
+        return probabilities.numpy(), maps.numpy()
+
+    def _checked(self, images: npt.ArrayLike | Tensor) -> Tensor:
+        tensor = images if isinstance(images, Tensor) else torch.as_tensor(np.array(images))
+        if tensor.dtype != torch.uint8:
+            raise BundleError(f"images are {tensor.dtype}; give uint8 pixels from 0 to 255.")
+        if tensor.dim() == 3:
+            tensor = tensor.unsqueeze(1)
+        if tensor.dim() != 4 or tensor.shape[1] != self.channels:
+            raise BundleError(
+                f"images have the shape {tuple(tensor.shape)}; expected (N, {self.channels}, H, W)"
+                + (" or (N, H, W)." if self.channels == 1 else ".")
+            )
+        return tensor
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def save_bundle(
+    directory: Path,
+    result: TrialResult,
+    *,
+    command: str | None = None,
+    extra_metrics: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a finished run as a bundle, evaluating it on the test split, once.
+
+    The folder appears whole or not at all.
+
+    Args:
+        directory: a folder that does not exist yet, or is empty.
+        result: the run.
+        command: what made it; the command line of this process if None.
+        extra_metrics: further entries of metrics.json.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        BundleError: the folder exists and is not empty, or cannot be written.
+    """
+    check_writable(directory)
+    metrics = _describe(result, command or command_line()) | dict(extra_metrics or {})
+    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        result.config.to_yaml(staging / "config.yaml")
+        _save_weights(staging / "model.safetensors", result)
+        _write_json(staging / "metrics.json", metrics)
+        _draw_cams(staging / "cams.png", result)
+        (staging / "README.md").write_text(_model_card(result, metrics), encoding="utf-8")
+        staging.chmod(0o755)
+        (staging / "model.safetensors").chmod(0o644)
+        staging.replace(directory)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return metrics
+
+
+def check_writable(directory: Path) -> None:
+    """Make the parents of a folder that is to be written, and refuse one that cannot be.
+
+    Raises:
+        BundleError: it is a file, is not empty, or its parent cannot be written to.
+    """
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        if directory.is_dir() and any(directory.iterdir()):
+            raise BundleError(
+                f"{directory} exists and is not empty; choose another folder or remove it."
+            )
+        if directory.exists() and not directory.is_dir():
+            raise BundleError(f"{directory} is a file; choose a folder.")
+        tempfile.TemporaryFile(dir=directory.parent).close()
+    except (FileExistsError, NotADirectoryError) as error:
+        raise BundleError(
+            f"{directory} cannot be made: {error.filename} is a file; choose another folder."
+        ) from error
+    except OSError as error:
+        raise BundleError(
+            f"{directory} cannot be written: {error.strerror}; choose another folder or change its "
+            "permissions."
+        ) from error
+
+
+def load(directory: str | Path) -> LoadedModel:
+    """Load a bundle. No data set is needed, no network, and no pickle is read.
+
+    Raises:
+        BundleError: a file is missing, damaged, or does not fit the others.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise BundleError(f"{directory} is not a folder; give the folder of a bundle.")
+    missing = [name for name in FILES[:3] if not (directory / name).is_file()]
+    if missing:
+        raise BundleError(f"{directory} is no bundle: it lacks {', '.join(missing)}.")
+    config = TrialConfig.from_yaml(directory / "config.yaml")
+    try:
+        metrics = json.loads((directory / "metrics.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError(f"{directory / 'metrics.json'} is not JSON: {error}.") from error
+    weights_path = directory / "model.safetensors"
+    try:
+        with safe_open(weights_path, framework="pt") as file:
+            description = json.loads((file.metadata() or {})[_MODEL_KEY])
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        model = create_model(
+            config.backbone,
+            len(description["class_names"]),
+            description["channels"],
+            description["output_stride"],
+        )
+        model.load_state_dict(weights)
+        return LoadedModel(
+            config=config,
+            metrics=metrics,
+            class_names=tuple(description["class_names"]),
+            model=model.eval(),
+            preprocess=Preprocess(
+                config.resolution, tuple(description["mean"]), tuple(description["std"])
+            ),
+            channels=description["channels"],
+        )
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BundleError(
+            f"{weights_path} does not hold the weights of the {config.backbone} that config.yaml "
+            f"describes: {str(error).splitlines()[0]}."
+        ) from error
+
+
+def command_line() -> str:
+    """Return the command that started this process, as one could type it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _describe(result: TrialResult, command: str) -> dict[str, Any]:
+    config, data = result.config, result.inputs.data
+    device = next(result.model.parameters()).device
+    images, labels = to_device(data.test, device)
+    prototypes = result.inputs.prototypes("test", config.resolution).to(device)
+    test = evaluate(
+        result.model, images, labels, prototypes, result.preprocess, precision=config.precision
+    )
+    last = result.metrics
+    return {
+        "val_accuracy": last["val_accuracy"],
+        "test_accuracy": test.accuracy,
+        "cam_ssim": last["cam_ssim"],
+        "cam_ssim_ceiling": last["cam_ssim_ceiling"],
+        "cam_ssim_sample": last["cam_ssim_sample"],
+        "cam_ssim_per_class": _by_class(data.class_names, result.evaluation.cam_ssim_C),
+        "cam_ssim_ceiling_per_class": _by_class(
+            data.class_names, result.inputs.ceiling(config.resolution, result.grid)
+        ),
+        "test_cam_ssim": test.cam_ssim,
+        "grid": list(result.grid),
+        "images_per_second": last["images_per_second"],
+        "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
+        "epochs": int(last["epoch"]),
+        "seconds": sum(epoch["seconds"] for epoch in result.history),
+        "seed": config.seed,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "dataset_sha256": data.sha256,
+        "git_commit": git_commit(),
+        "versions": package_versions(),
+        "command": command,
+        "history": result.history,
+    }
+
+
+def _by_class(names: tuple[str, ...], values_C: Tensor) -> dict[str, float]:
+    return dict(zip(names, values_C.tolist(), strict=True))
+
+
+def git_commit() -> str | None:
+    """Return the commit of this project's checkout, "+dirty" if changed; None outside of one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}+dirty" if changed else commit
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of what a result depends on."""
+    packages = ("batchcam", "torch", "torchvision", "timm", "numpy", "scikit-learn")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def _save_weights(path: Path, result: TrialResult) -> None:
+    data, config = result.inputs.data, result.config
+    description = {
+        "class_names": data.class_names,
+        "channels": data.channels,
+        "mean": data.mean,
+        "std": data.std,
+        "output_stride": resolve_output_stride(
+            config.backbone, config.resolution, data.channels, config.output_stride
+        ),
+    }
+    weights = {name: value.contiguous().cpu() for name, value in result.model.state_dict().items()}
+    save_file(weights, path, metadata={"format": "pt", _MODEL_KEY: json.dumps(description)})
+
+
+def _draw_cams(path: Path, result: TrialResult) -> None:
+    config, last = result.config, result.metrics
+    figure = figures.class_cams(
+        result.evaluation.maps_CRR,
+        result.inputs.prototypes("validation", config.resolution),
+        result.inputs.data.class_names,
+        result.evaluation.cam_ssim_C,
+        result.inputs.ceiling(config.resolution, result.grid),
+        f"{title(config)}: validation accuracy {last['val_accuracy']:.2%}, "
+        f"CAM-prototype SSIM {last['cam_ssim']:.2f} of {last['cam_ssim_ceiling']:.2f}",
+    )
+    figures.save(figure, path)
+
+
+def title(config: TrialConfig) -> str:
+    """Return a short name of a run for people: backbone, data set and loss."""
+    terms = []
+    if config.lambda_proto:
+        terms.append(f"Prototype Loss {config.lambda_proto:g}")
+    if config.lambda_batch:
+        terms.append(f"BCPL {config.lambda_batch:g}")
+    loss = " + ".join(terms) + f" ({config.metric.upper()})" if terms else "cross-entropy"
+    return f"{config.backbone} on {config.dataset}, {loss}"
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _model_card(result: TrialResult, metrics: Mapping[str, Any]) -> str:
+    config = result.config
+    partial_run = (
+        f"\nTraining was ended after {metrics['epochs']} of {config.epochs} epochs.\n"
+        if metrics["epochs"] < config.epochs
+        else ""
+    )
+    return f"""---
+library_name: batchcam
+tags: [image-classification, explainable-ai, grad-cam, batch-cam]
+datasets: [{config.dataset}]
+---
+
+# {title(config)}
+
+![Class CAMs beside their prototypes](cams.png)
+
+An image classifier for {config.resolution}x{config.resolution} pixels, trained with its Grad-CAMs
+in the loss (Batch-CAM, arXiv:2510.00664).
+
+| | |
+|---|---|
+| validation accuracy | {metrics["val_accuracy"]:.4f} |
+| test accuracy | {metrics["test_accuracy"]:.4f} |
+| CAM-prototype SSIM (class level, validation) | {metrics["cam_ssim"]:.4f} |
+| its ceiling on a {result.grid[0]}x{result.grid[1]} grid | {metrics["cam_ssim_ceiling"]:.4f} |
+| parameters | {metrics["parameters"]:,} |
+| training images per second | {metrics["images_per_second"]:,.0f} ({metrics["device"]}) |
+| seed | {metrics["seed"]} |
+{partial_run}
+Made by
+
+    {metrics["command"]}
+
+at commit {metrics["git_commit"] or "unknown"}, with \
+{", ".join(f"{name} {number}" for name, number in metrics["versions"].items())}.
+
+## Use
+
+```python
+import batchcam
+
+model = batchcam.load("path/to/this/folder")
+classes = model.predict(images)   # uint8, (N, {result.inputs.data.channels}, H, W)
+maps = model.explain(images)      # (N, {config.resolution}, {config.resolution}), in [0, 1]
+```
+
+`batchcam verify DIR` retrains it from config.yaml and compares the metrics;
+`batchcam train --config DIR/config.yaml --out DIR2` trains it anew.
+
+## Limits
+
+A CAM that resembles its prototype was trained to; the SSIM says that the training worked, not that
+the model looks at the right thing. It knows only the classes and the kind of picture it was trained
+on.
+"""

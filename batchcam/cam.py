@@ -1,0 +1,138 @@
+"""Class activation maps as pure functions `M = Φ(L, A)` of logits and features (Eqs. 3-6).
+
+No hooks, no `.grad`, no second pass through the backbone: the gradient of the class scores is taken
+with respect to the features alone, and stays differentiable, so a map can be part of a loss.
+
+Shapes: N images, C classes, K channels, H and W cells of the feature grid.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grad_cam(
+    logits_NC: Tensor, features_NKHW: Tensor, targets_N: Tensor, *, create_graph: bool = True
+) -> Tensor:
+    """Return one Grad-CAM per image: `ReLU(sum_k GAP(dS/dA)_k A_k)`, unnormalised.
+
+    The gradient of each image's score is read off the gradient of the scores' sum, which is exact
+    as long as the head maps each image's features to its logits independently of the others;
+    `batchcam.models.check_explainable` refuses a model whose head does not.
+
+    Args:
+        logits_NC: class scores before softmax, computed from `features_NKHW`.
+        features_NKHW: the feature maps A, part of the graph of `logits_NC`.
+        targets_N: int64, the class to explain for each image.
+        create_graph: keep the result differentiable with respect to features and head weights.
+
+    Returns:
+        `maps_NHW`, float32 under autocast, else of the features' type; >= 0.
+
+    Raises:
+        ValueError: shapes do not fit each other.
+    """
+    weights_NK = channel_weights(logits_NC, features_NKHW, targets_N, create_graph=create_graph)
+    return weighted_maps(weights_NK, features_NKHW)
+
+
+def batch_cam(
+    logits_NC: Tensor,
+    features_NKHW: Tensor,
+    labels_N: Tensor,
+    num_classes: int,
+    *,
+    create_graph: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Return one Grad-CAM per class of the batch, from class-averaged features and gradients.
+
+    Eqs. 4-6: features and gradients are averaged over the images of a class, the averaged gradients
+    pooled to one weight per channel, and the weighted channels summed. As in Grad-CAM, negative
+    evidence is cut by a ReLU, which the paper's equations leave implicit.
+
+    Args:
+        logits_NC: class scores before softmax, computed from `features_NKHW`.
+        features_NKHW: the feature maps A, part of the graph of `logits_NC`.
+        labels_N: int64, the class of each image, whose score is explained.
+        num_classes: the number of classes C of the result.
+        create_graph: keep the result differentiable.
+
+    Returns:
+        `maps_CHW`, unnormalised, >= 0, zero for a class that the batch does not contain; and
+        `present_C`, bool, which classes it contains.
+
+    Raises:
+        ValueError: shapes do not fit each other.
+    """
+    weights_NK = channel_weights(logits_NC, features_NKHW, labels_N, create_graph=create_graph)
+    return class_maps(weights_NK, features_NKHW, labels_N, num_classes)
+
+
+def channel_weights(
+    logits_NC: Tensor, features_NKHW: Tensor, targets_N: Tensor, *, create_graph: bool
+) -> Tensor:
+    """Return each channel's importance: the gradient of the target score (3), pooled (6)."""
+    if features_NKHW.dim() != 4 or logits_NC.dim() != 2 or targets_N.dim() != 1:
+        raise ValueError(
+            "expected logits (N, C), features (N, K, H, W) and targets (N,), got "
+            f"{tuple(logits_NC.shape)}, {tuple(features_NKHW.shape)}, {tuple(targets_N.shape)}."
+        )
+    if not len(logits_NC) == len(features_NKHW) == len(targets_N):
+        raise ValueError(
+            f"expected one N, got {len(logits_NC)} logits, {len(features_NKHW)} features and "
+            f"{len(targets_N)} targets."
+        )
+    scores = logits_NC.gather(1, targets_N.unsqueeze(1)).sum()
+    (gradients_NKHW,) = torch.autograd.grad(scores, features_NKHW, create_graph=create_graph)
+    return gradients_NKHW.mean(dim=(2, 3), dtype=_at_least_float32(gradients_NKHW))
+
+
+def weighted_maps(weights_NK: Tensor, features_NKHW: Tensor) -> Tensor:
+    """Return `ReLU(sum_k weights_k A_k)` per image, `(N, H, W)`."""
+    return F.relu(_weighted_sum(weights_NK, features_NKHW))
+
+
+def class_maps(
+    weights_NK: Tensor, features_NKHW: Tensor, labels_N: Tensor, num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """Return :func:`batch_cam`'s maps from channel weights that are already there.
+
+    The averaged features are never formed. By linearity, the class's weights applied to the mean of
+    its features are the mean of those weights applied to each image, so what is averaged is H x W,
+    not K x H x W, and absent classes cost nothing.
+    """
+    counts_C = torch.zeros(num_classes, dtype=weights_NK.dtype, device=weights_NK.device)
+    counts_C = counts_C.index_add(0, labels_N, torch.ones_like(weights_NK[:, 0]))
+    share_N = 1 / counts_C[labels_N]
+
+    class_weights_CK = weights_NK.new_zeros(num_classes, weights_NK.shape[1])
+    class_weights_CK = class_weights_CK.index_add(0, labels_N, weights_NK * share_N[:, None])
+
+    maps_NHW = _weighted_sum(class_weights_CK[labels_N], features_NKHW)
+    maps_CHW = maps_NHW.new_zeros(num_classes, *maps_NHW.shape[1:])
+    maps_CHW = maps_CHW.index_add(0, labels_N, maps_NHW * share_N[:, None, None])
+    return F.relu(maps_CHW), counts_C > 0
+
+
+def render(maps_BHW: Tensor, resolution: int) -> Tensor:
+    """Scale maps to where prototypes live: `resolution` pixels square, the maximum of each map 1.
+
+    Bilinear upsampling, then division by the map's maximum (plus 1e-6, so that an empty map stays
+    empty). The paper compares maps with prototypes and does not say how it scales them.
+
+    Returns:
+        `(B, resolution, resolution)`, in [0, 1].
+    """
+    size = (resolution, resolution)
+    scaled = F.interpolate(maps_BHW.unsqueeze(1), size=size, mode="bilinear", align_corners=False)
+    scaled = scaled.squeeze(1)
+    return scaled / (scaled.amax(dim=(1, 2), keepdim=True) + 1e-6)
+
+
+def _weighted_sum(weights_NK: Tensor, features_NKHW: Tensor) -> Tensor:
+    with torch.autocast(features_NKHW.device.type, enabled=False):
+        return torch.einsum("nk,nkhw->nhw", weights_NK, features_NKHW.to(weights_NK.dtype))
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,0 +1,163 @@
+"""Data sets as uint8 arrays in memory, their three splits, and the way from there to a model.
+
+A data set is loaded once and shared: arrays are NumPy, never written, and may live in another
+process's memory. Pictures stay uint8 at their stored size until a batch of them is on the device,
+where :class:`Preprocess` scales, resizes and normalises it.
+
+Shapes: N images, C channels, H and W pixels.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchcam.config import TrialConfig
+from batchcam.errors import DataError
+from batchcam.sources import LOADERS
+from batchcam.splits import Pixels, Split, stratified_split
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set in memory: three splits, and the constants that normalise them.
+
+    `mean` and `std` are per channel, in units where a pixel is in [0, 1]. `sha256` is the digest of
+    the pixels and labels before the validation split is cut, so it names the data set itself.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: Split
+    validation: Split
+    test: Split
+    sha256: str
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        """1 for grey pictures, 3 for RGB."""
+        return int(self.train.images.shape[1])
+
+    def split(self, name: str) -> Split:
+        """Return the split called train, validation or test."""
+        if name not in ("train", "validation", "test"):
+            raise DataError(f"split {name!r} is unknown; choose train, validation or test.")
+        chosen: Split = getattr(self, name)
+        return chosen
+
+
+def load_data(config: TrialConfig) -> ImageData:
+    """Load the data set that `config` names, check it, and cut its validation split.
+
+    Uses the fields `dataset`, `data_root`, `val_fraction` and `split_seed`.
+
+    Raises:
+        DataError: the files are missing, damaged or unusable; the message lists what was tried.
+    """
+    train, test, class_names = LOADERS[config.dataset](config.data_root)
+    digest = _digest(train, test)
+    fit_index, val_index = stratified_split(train.labels, config.val_fraction, config.split_seed)
+    fit = Split(train.images[fit_index], train.labels[fit_index])
+    mean, std = _NORMALISATION.get(config.dataset) or _channel_statistics(fit.images)
+    return ImageData(
+        name=config.dataset,
+        class_names=class_names,
+        mean=mean,
+        std=std,
+        train=fit,
+        validation=Split(train.images[val_index], train.labels[val_index]),
+        test=test,
+        sha256=digest,
+    )
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """The way from stored pictures to a model's input: scaled, resized, normalised.
+
+    `mean` and `std` are per channel, in units where a pixel is in [0, 1].
+    """
+
+    resolution: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images_NCHW: Tensor) -> Tensor:
+        """Turn uint8 images into float32 `(N, C, resolution, resolution)`, on their device.
+
+        Resizing is bilinear, with anti-aliasing where it shrinks.
+        """
+        x_NCHW = resize(images_NCHW.float().div_(255), self.resolution)
+        offset = torch.tensor(self.mean, device=x_NCHW.device).view(1, -1, 1, 1)
+        scale = torch.tensor(self.std, device=x_NCHW.device).view(1, -1, 1, 1)
+        return (x_NCHW - offset) / scale
+
+
+def resize(x_NCHW: Tensor, resolution: int) -> Tensor:
+    """Resize float images to `resolution` pixels square; a copy only where the size differs."""
+    if x_NCHW.shape[-2:] == (resolution, resolution):
+        return x_NCHW
+    return F.interpolate(
+        x_NCHW, size=(resolution, resolution), mode="bilinear", align_corners=False, antialias=True
+    )
+
+
+def to_device(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Put a whole split on the device, once; on the CPU this shares memory and copies nothing."""
+    with warnings.catch_warnings():
+        # Arrays from a shared object store are read-only. Nothing here ever writes to them.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        images, labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
+    return images.to(device), labels.to(device)
+
+
+def batches(
+    images: Tensor, labels: Tensor, batch_size: int, order: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield `(images, labels)` batches in the given order of indices, the last one as it falls."""
+    for start in range(0, len(labels), batch_size):
+        if order is None:
+            yield images[start : start + batch_size], labels[start : start + batch_size]
+        else:
+            chosen = order[start : start + batch_size]
+            yield images[chosen], labels[chosen]
+
+
+_NORMALISATION: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    # The paper's constants (Section 3.1).
+    "mnist": ((0.1307,), (0.3081,)),
+    "fashion_mnist": ((0.2860,), (0.3530,)),
+}
+
+
+def _channel_statistics(images: Pixels) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation per channel of pixels scaled to [0, 1]."""
+    mean, std = [], []
+    for channel in range(images.shape[1]):
+        counts = np.bincount(images[:, channel].ravel(), minlength=256)
+        values = np.arange(256) / 255
+        average = float(np.average(values, weights=counts))
+        mean.append(average)
+        deviation = float(np.sqrt(np.average((values - average) ** 2, weights=counts)))
+        std.append(deviation or 1.0)  # A constant channel carries nothing to scale.
+    return tuple(mean), tuple(std)
+
+
+def _digest(*splits: Split) -> str:
+    sha = hashlib.sha256()
+    for split in splits:
+        sha.update(np.ascontiguousarray(split.images).data)
+        sha.update(np.ascontiguousarray(split.labels).data)
+    return sha.hexdigest()

@@ -1,0 +1,49 @@
+"""Which device a model runs on, and in which precision."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from batchcam.errors import ConfigError
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device called `name`; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: no such device exists on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device={name!r} is no device; use auto, cpu, cuda, cuda:N or mps."
+        ) from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ConfigError(
+                f"device={name!r} is not there: this machine has {count} CUDA devices; use auto "
+                "or cpu."
+            )
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"device={name!r} is not there; use auto or cpu.")
+    elif device.type not in ("cpu", "mps"):
+        raise ConfigError(f"device={name!r} is not supported; use auto, cpu, cuda, cuda:N or mps.")
+    return device
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Return the context in which forward passes run: fp32 as they are, else autocast.
+
+    Raises:
+        ConfigError: fp16 is asked for where gradients cannot be scaled for it.
+    """
+    if precision == "fp32":
+        return nullcontext()
+    if precision == "fp16" and device.type != "cuda":
+        raise ConfigError(f"precision='fp16' needs CUDA, not {device.type}; use bf16 or fp32.")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return torch.autocast(device.type, dtype=dtype)

@@ -1,0 +1,196 @@
+"""How well a model classifies, and how much its CAMs resemble the prototypes.
+
+A CAM needs gradients of the head, so gradients are taken here too; nothing is ever updated.
+
+Shapes: N images, C classes, K channels, H and W cells of the feature grid, R pixels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchcam.cam import channel_weights, render, weighted_maps
+from batchcam.data import Preprocess, batches
+from batchcam.devices import autocast
+from batchcam.models import ExplainableModel
+from batchcam.similarity import ssim
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pass over a split gives, on the CPU.
+
+    Attributes:
+        accuracy: share of images classified correctly, in [0, 1].
+        cam_ssim: class level; the mean over classes of `cam_ssim_C`.
+        cam_ssim_sample: the mean over images of the SSIM between an image's Grad-CAM and the
+            prototype of its class.
+        cam_ssim_C: SSIM between each class's CAM (Eqs. 4-6 over the whole split) and its prototype;
+            NaN for a class without images.
+        maps_CRR: those CAMs, rendered: the reconstructed prototypes of the paper's Figs. 2-5.
+        confusion_CC: int64, images by true class (row) and predicted class (column).
+    """
+
+    accuracy: float
+    cam_ssim: float
+    cam_ssim_sample: float
+    cam_ssim_C: Tensor
+    maps_CRR: Tensor
+    confusion_CC: Tensor
+
+
+class ClassCam:
+    """Class-level CAMs over any number of batches: running sums of Eqs. 4 and 5."""
+
+    def __init__(self, num_classes: int) -> None:
+        self._num_classes = num_classes
+        self._features_CKHW: Tensor | None = None
+        self._weights_CK = torch.zeros(0)
+        self._counts_C = torch.zeros(0)
+
+    def add(self, weights_NK: Tensor, features_NKHW: Tensor, groups_N: Tensor) -> None:
+        """Add a batch: channel weights, features, and the class each image is averaged into."""
+        features_NKHW = features_NKHW.detach().to(weights_NK.dtype)
+        if self._features_CKHW is None:
+            shape = (self._num_classes, *features_NKHW.shape[1:])
+            self._features_CKHW = features_NKHW.new_zeros(shape)
+            self._weights_CK = features_NKHW.new_zeros(shape[:2])
+            self._counts_C = features_NKHW.new_zeros(self._num_classes)
+        self._features_CKHW.index_add_(0, groups_N, features_NKHW)
+        self._weights_CK.index_add_(0, groups_N, weights_NK)
+        self._counts_C.index_add_(0, groups_N, torch.ones_like(weights_NK[:, 0]))
+
+    def maps(self) -> tuple[Tensor, Tensor]:
+        """Return `maps_CHW`, zero for classes without images, and `present_C`."""
+        if self._features_CKHW is None:
+            return torch.zeros(self._num_classes, 1, 1), torch.zeros(self._num_classes).bool()
+        counts_C = self._counts_C.clamp(min=1)
+        mean_weights_CK = self._weights_CK / counts_C[:, None]
+        mean_features_CKHW = self._features_CKHW / counts_C[:, None, None, None]
+        return weighted_maps(mean_weights_CK, mean_features_CKHW), self._counts_C > 0
+
+
+def evaluate(
+    model: ExplainableModel,
+    images: Tensor,
+    labels: Tensor,
+    prototypes_CRR: Tensor,
+    preprocess: Preprocess,
+    *,
+    batch_size: int = 512,
+    precision: str = "fp32",
+) -> Evaluation:
+    """Classify and explain every image of a split; each CAM explains the image's true class.
+
+    Args:
+        model: evaluated in `eval` mode, and left in the mode it was in.
+        images: uint8 `(N, channels, H, W)` on the model's device.
+        labels: int64 `(N,)` on the same device.
+        prototypes_CRR: scaled to [0, 1], R the input's resolution, on the same device.
+        preprocess: turns images into the model's input.
+        batch_size: images at a time; it does not change the result.
+        precision: fp32, bf16 or fp16, of the forward pass.
+    """
+    num_classes, resolution = len(prototypes_CRR), prototypes_CRR.shape[-1]
+    class_cam = ClassCam(num_classes)
+    sample_ssim, predictions = [], []
+    was_training = model.training
+    model.eval()
+    for batch, batch_labels in batches(images, labels, batch_size):
+        logits, features = _explainable_forward(model, preprocess(batch), precision)
+        weights_NK = channel_weights(logits, features, batch_labels, create_graph=False)
+        with torch.no_grad():
+            class_cam.add(weights_NK, features, batch_labels)
+            maps_NRR = render(weighted_maps(weights_NK, features), resolution)
+            sample_ssim.append(ssim(maps_NRR, prototypes_CRR[batch_labels]))
+            predictions.append(logits.argmax(dim=1))
+    model.train(was_training)
+
+    with torch.no_grad():
+        predicted = torch.cat(predictions)
+        confusion = (labels * num_classes + predicted).bincount(minlength=num_classes**2)
+        maps_CHW, present_C = class_cam.maps()
+        maps_CRR = render(maps_CHW, resolution)
+        ssim_C = ssim(maps_CRR, prototypes_CRR).where(present_C, torch.nan)
+        return Evaluation(
+            accuracy=(predicted == labels).float().mean().item(),
+            cam_ssim=ssim_C.nanmean().item(),
+            cam_ssim_sample=torch.cat(sample_ssim).mean().item(),
+            cam_ssim_C=ssim_C.cpu(),
+            maps_CRR=maps_CRR.cpu(),
+            confusion_CC=confusion.view(num_classes, num_classes).cpu(),
+        )
+
+
+def error_maps(
+    model: ExplainableModel,
+    images: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    preprocess: Preprocess,
+    *,
+    batch_size: int = 512,
+    precision: str = "fp32",
+) -> tuple[Tensor, Tensor]:
+    """Return what misled the model: class-level CAMs of the wrong answers (the paper's Fig. 6).
+
+    The misclassified images of each true class are averaged into one CAM that explains the classes
+    they were taken for.
+
+    Returns:
+        `maps_CRR`, rendered, zero for a class without errors, and `present_C`; on the CPU.
+    """
+    class_cam = ClassCam(num_classes)
+    was_training = model.training
+    model.eval()
+    for batch, batch_labels in batches(images, labels, batch_size):
+        logits, features = _explainable_forward(model, preprocess(batch), precision)
+        predicted = logits.argmax(dim=1)
+        weights_NK = channel_weights(logits, features, predicted, create_graph=False)
+        wrong = predicted != batch_labels
+        class_cam.add(weights_NK[wrong], features[wrong], batch_labels[wrong])
+    model.train(was_training)
+    maps_CHW, present_C = class_cam.maps()
+    return render(maps_CHW, preprocess.resolution).cpu(), present_C.cpu()
+
+
+def explain(
+    model: ExplainableModel,
+    images: Tensor,
+    preprocess: Preprocess,
+    targets: Tensor | None = None,
+    *,
+    batch_size: int = 512,
+    precision: str = "fp32",
+) -> tuple[Tensor, Tensor]:
+    """Return class probabilities `(N, C)` and rendered Grad-CAMs `(N, R, R)`, on the CPU.
+
+    The CAMs explain `targets`, or the predicted classes where that is None.
+    """
+    probabilities, maps = [], []
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(images), batch_size):
+        chosen = slice(start, start + batch_size)
+        logits, features = _explainable_forward(model, preprocess(images[chosen]), precision)
+        explained = logits.argmax(dim=1) if targets is None else targets[chosen]
+        weights_NK = channel_weights(logits, features, explained, create_graph=False)
+        with torch.no_grad():
+            maps.append(render(weighted_maps(weights_NK, features), preprocess.resolution).cpu())
+            probabilities.append(F.softmax(logits.float(), dim=1).cpu())
+    model.train(was_training)
+    return torch.cat(probabilities), torch.cat(maps)
+
+
+def _explainable_forward(
+    model: ExplainableModel, x_NCHW: Tensor, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Run the backbone without a graph and the head with one: all that a CAM needs."""
+    with autocast(x_NCHW.device, precision):
+        with torch.no_grad():
+            features = model.features(x_NCHW)
+        with torch.enable_grad():
+            features = features.detach().requires_grad_()
+            return model.head(features), features

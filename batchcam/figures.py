@@ -1,0 +1,124 @@
+"""The pictures people look at: class CAMs beside their prototypes, errors, overlays on images.
+
+Figures are drawn without pyplot, so that they can be made in any thread and leave no state.
+
+Shapes: C classes, R pixels.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+CAM_COLOURS = "magma"
+_MAX_CLASSES = 20
+"""Columns of a class figure. More would be too small to see; the first ones are drawn."""
+
+Image = npt.NDArray[np.uint8]
+
+
+def class_cams(
+    maps_CRR: Tensor,
+    prototypes_CRR: Tensor,
+    class_names: Sequence[str],
+    ssim_C: Tensor,
+    ceiling_C: Tensor,
+    title: str,
+) -> Figure:
+    """Draw each class's prototype above its reconstructed one (Figs. 2-5), with its SSIM."""
+    notes = [
+        f"{value:.2f} / {ceiling:.2f}"
+        for value, ceiling in zip(ssim_C.tolist(), ceiling_C.tolist(), strict=True)
+    ]
+    return class_rows(
+        [("prototype", prototypes_CRR, None), ("CAM\nSSIM / ceiling", maps_CRR, notes)],
+        class_names,
+        title,
+    )
+
+
+def misclassified(
+    error_maps_CRR: Tensor,
+    maps_CRR: Tensor,
+    confusion_CC: Tensor,
+    class_names: Sequence[str],
+    title: str,
+) -> Figure:
+    """Draw each class's CAM above the CAM of its errors, and what it was most often taken for."""
+    notes = []
+    for label, row in enumerate(confusion_CC.clone()):
+        row[label] = 0
+        count, other = int(row.max()), int(row.argmax())
+        notes.append(
+            f"{int(row.sum())} wrong,\n{count} as {class_names[other]}" if count else "none"
+        )
+    return class_rows(
+        [("CAM", maps_CRR, None), ("CAM of errors", error_maps_CRR, notes)], class_names, title
+    )
+
+
+def class_rows(
+    rows: Sequence[tuple[str, Tensor, Sequence[str] | None]],
+    class_names: Sequence[str],
+    title: str,
+) -> Figure:
+    """Draw one row of maps per entry `(label, maps_CRR, notes)`, one column per class."""
+    shown = min(len(class_names), _MAX_CLASSES)
+    figure = Figure(figsize=(1.15 * shown + 1.3, 1.3 * len(rows) + 0.7), layout="constrained")
+    axes = figure.subplots(len(rows), shown, squeeze=False)
+    for row, (label, maps_CRR, notes) in enumerate(rows):
+        for column in range(shown):
+            axis = axes[row][column]
+            _draw_map(axis, maps_CRR[column])
+            if row == 0:
+                axis.set_title(_shorten(class_names[column]), fontsize=9)
+            if notes is not None:
+                axis.set_xlabel(notes[column], fontsize=8)
+        axes[row][0].set_ylabel(label, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def overlay(image_CHW: Image, map_RR: Tensor, title: str) -> Figure:
+    """Draw an image beside itself under its CAM; `image_CHW` is uint8, grey or RGB."""
+    picture = image_CHW.transpose(1, 2, 0)
+    extent = (0.0, float(picture.shape[1]), float(picture.shape[0]), 0.0)
+    figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+    plain, explained = figure.subplots(1, 2)
+    for axis in (plain, explained):
+        axis.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=extent)
+        axis.set_axis_off()
+    explained.imshow(map_RR.numpy(), cmap=CAM_COLOURS, vmin=0, vmax=1, alpha=0.6, extent=extent)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def tile(maps_CRR: Tensor, prototypes_CRR: Tensor, min_side: int = 56) -> Image:
+    """Return prototypes above CAMs as one RGB array `(2R', C R', 3)`, fast to draw."""
+    scale = max(1, -(-min_side // maps_CRR.shape[-1]))
+    rows = [np.concatenate(list(maps.numpy()), axis=1) for maps in (prototypes_CRR, maps_CRR)]
+    grey = np.concatenate(rows, axis=0).repeat(scale, axis=0).repeat(scale, axis=1)
+    colours = matplotlib.colormaps[CAM_COLOURS](grey.clip(0, 1), bytes=True)
+    return np.asarray(colours[..., :3], dtype=np.uint8)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, without the date, so that the same figure is the same file."""
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def _draw_map(axis: Axes, map_RR: Tensor) -> None:
+    axis.imshow(map_RR.numpy(), cmap=CAM_COLOURS, vmin=0, vmax=1)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def _shorten(name: str, limit: int = 12) -> str:
+    return name if len(name) <= limit else name[: limit - 1] + "…"

@@ -1,0 +1,100 @@
+"""Class prototypes: the picture of a class that its CAMs are asked to resemble.
+
+Shapes: N images, C classes, R pixels of the model's input.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchcam.cam import render
+from batchcam.data import resize
+from batchcam.errors import DataError
+from batchcam.similarity import ssim
+
+KINDS = ("mean", "median")
+
+
+def class_prototypes(
+    images: Tensor, labels: Tensor, num_classes: int, kind: str = "mean"
+) -> Tensor:
+    """Return one prototype per class, min-max scaled to [0, 1] (Section 3.1).
+
+    Colour is averaged to grey first, since a CAM has a single channel.
+
+    Args:
+        images: `(N, H, W)` or `(N, channels, H, W)`, uint8 or float.
+        labels: int64 `(N,)`.
+        num_classes: the number of classes C.
+        kind: "mean" (the paper's) or "median", pixel by pixel over the images of a class.
+
+    Returns:
+        `(C, H, W)` float32; each class spans [0, 1] exactly, a constant one is 0.
+
+    Raises:
+        DataError: a class has no image.
+        ValueError: `kind` is unknown, or images and labels do not fit each other.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}.")
+    if images.dim() not in (3, 4) or len(images) != len(labels):
+        raise ValueError(
+            "expected images (N, H, W) or (N, channels, H, W) and labels (N,), got "
+            f"{tuple(images.shape)} and {tuple(labels.shape)}."
+        )
+    prototypes = []
+    for label in range(num_classes):
+        members = images[labels == label].float()
+        if len(members) == 0:
+            raise DataError(
+                f"class {label} has no image, so it has no prototype; add images of it or remove "
+                "the class."
+            )
+        grey = members if members.dim() == 3 else members.mean(dim=1)
+        prototypes.append(grey.mean(dim=0) if kind == "mean" else grey.quantile(0.5, dim=0))
+    return min_max(torch.stack(prototypes))
+
+
+def resize_prototypes(prototypes_CHW: Tensor, resolution: int) -> Tensor:
+    """Return prototypes at the model's input size, `(C, R, R)`, min-max scaled again."""
+    return min_max(resize(prototypes_CHW.unsqueeze(1), resolution).squeeze(1))
+
+
+def min_max(maps_CHW: Tensor) -> Tensor:
+    """Scale each map to span [0, 1]; a constant map becomes 0."""
+    low = maps_CHW.amin(dim=(1, 2), keepdim=True)
+    span = maps_CHW.amax(dim=(1, 2), keepdim=True) - low
+    return (maps_CHW - low) / span.where(span > 0, torch.ones_like(span))
+
+
+def ssim_ceiling(prototypes: Tensor, grid: int | tuple[int, int], steps: int = 300) -> Tensor:
+    """Return the best SSIM to each prototype that a CAM of this grid was found to reach.
+
+    A coarse CAM, upsampled, cannot show a prototype's detail whatever it was trained on. The bound
+    is sought directly: a map of `grid` cells is optimised (Adam, from the prototype's own pooled
+    values) for SSIM after the same :func:`batchcam.cam.render` that every CAM goes through. Being
+    found by ascent, it is a lower bound of the true ceiling, in practice tight.
+
+    Args:
+        prototypes: `(C, R, R)` float, scaled to [0, 1].
+        grid: cells per side, or (rows, columns).
+        steps: gradient steps.
+
+    Returns:
+        `(C,)` float32, at most 1.
+    """
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    resolution = prototypes.shape[-1]
+    target = prototypes.detach().float().cpu()
+    start = F.adaptive_avg_pool2d(target.unsqueeze(1), (rows, columns)).squeeze(1)
+    with torch.enable_grad():
+        cells = start.clamp(min=0.01).requires_grad_()
+        optimizer = torch.optim.Adam([cells], lr=0.03)
+        best = torch.full((len(target),), -1.0)
+        for _ in range(steps):
+            index = ssim(render(F.relu(cells), resolution), target)
+            best = torch.maximum(best, index.detach())
+            optimizer.zero_grad()
+            torch.autograd.backward(-index.sum())
+            optimizer.step()
+    return best

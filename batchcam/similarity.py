@@ -1,0 +1,135 @@
+"""How alike a saliency map and a prototype are: the metric φ as L1, L2 and SSIM (Eqs. 7-10).
+
+Each function compares maps pairwise and returns one value per map; nothing is averaged over the
+batch. Maps are float tensors of shape `(B, H, W)` scaled to [0, 1].
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WINDOW = 7
+"""Pixels. Side of the Gaussian window of SSIM; maps must be at least this large."""
+
+
+def l1(x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
+    """Return the mean absolute difference per map, shape `(B,)`, in [0, 1] for maps in [0, 1]."""
+    _check_shapes(x_BHW, y_BHW)
+    return (x_BHW - y_BHW).abs().mean(dim=(1, 2))
+
+
+def l2(x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
+    """Return the mean squared difference per map, shape `(B,)`, in [0, 1] for maps in [0, 1].
+
+    The paper names the "L2 norm" without a formula. The mean of squares is used, not the norm
+    itself: it is smooth at 0, and its scale does not change with the resolution.
+    """
+    _check_shapes(x_BHW, y_BHW)
+    return (x_BHW - y_BHW).square().mean(dim=(1, 2))
+
+
+def ssim(
+    x_BHW: Tensor,
+    y_BHW: Tensor,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    epsilon_1: float = 1e-4,
+    epsilon_2: float = 9e-4,
+    epsilon_3: float = 4.5e-4,
+    window: int = WINDOW,
+    sigma: float = 1.5,
+) -> Tensor:
+    """Return the structural similarity index per map: `L^alpha * C^beta * S^gamma` of Eqs. 7-10.
+
+    The paper's loss is `1 - ssim(x, y)`. Where Eqs. 8-10 speak of the mean and deviation of "the
+    images", they are taken in a Gaussian window around each pixel that a whole window fits around,
+    and the index is averaged over those pixels, as is customary for SSIM.
+
+    Equal to `pytorch_msssim.ssim(x, y, data_range=1, win_size=window, size_average=False)` on
+    `(B, 1, H, W)` where `alpha = beta = gamma = 1` and `epsilon_3 = epsilon_2 / 2`: contrast times
+    structure then is `(2 sigma_xy + epsilon_2) / (sigma_x^2 + sigma_y^2 + epsilon_2)`. The other
+    defaults are that library's `K = (0.01, 0.03)` squared, for a data range of 1.
+
+    For `gamma` other than 1 a negative structure term has no real power; it is clamped to 1e-6
+    there, and so are the (never negative) other terms under exponents other than 1.
+
+    Args:
+        x_BHW: maps, float, `(B, H, W)`, in [0, 1].
+        y_BHW: maps to compare with, of the same shape.
+        alpha: exponent of luminance.
+        beta: exponent of contrast.
+        gamma: exponent of structure.
+        epsilon_1: stabiliser of luminance, > 0.
+        epsilon_2: stabiliser of contrast, > 0.
+        epsilon_3: stabiliser of structure, > 0.
+        window: side of the Gaussian window in pixels, odd.
+        sigma: standard deviation of the window in pixels.
+
+    Returns:
+        One value per map, shape `(B,)`, at most 1; 1 where the maps are equal.
+
+    Raises:
+        ValueError: shapes differ, or a side is smaller than the window.
+    """
+    _check_shapes(x_BHW, y_BHW)
+    if min(x_BHW.shape[1:]) < window:
+        raise ValueError(
+            f"maps of {tuple(x_BHW.shape[1:])} pixels are smaller than the SSIM window of "
+            f"{window}; use larger maps or a smaller window."
+        )
+    mu_x, mu_y, mean_xx, mean_yy, mean_xy = _window_means(
+        torch.stack([x_BHW, y_BHW, x_BHW * x_BHW, y_BHW * y_BHW, x_BHW * y_BHW]), window, sigma
+    )
+    var_x, var_y = mean_xx - mu_x.square(), mean_yy - mu_y.square()
+    covariance = mean_xy - mu_x * mu_y
+
+    luminance = (2 * mu_x * mu_y + epsilon_1) / (mu_x.square() + mu_y.square() + epsilon_1)
+    if beta == gamma == 1 and 2 * epsilon_3 == epsilon_2:
+        # The product of the two terms, without the roots: their slope at 0 is infinite.
+        contrast_structure = (2 * covariance + epsilon_2) / (var_x + var_y + epsilon_2)
+    else:
+        product = (_root(var_x) * _root(var_y)).clamp(min=0)
+        contrast = (2 * product + epsilon_2) / (var_x + var_y + epsilon_2)
+        structure = (covariance + epsilon_3) / (product + epsilon_3)
+        contrast_structure = _power(contrast, beta) * _power(structure, gamma)
+    index: Tensor = (_power(luminance, alpha) * contrast_structure).mean(dim=(1, 2))
+    return index
+
+
+def ssim_distance(x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
+    """Return `1 - ssim` per map, shape `(B,)`, in [0, 2] (Eq. 7 with α = β = γ = 1)."""
+    return 1 - ssim(x_BHW, y_BHW)
+
+
+METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": l1, "l2": l2, "ssim": ssim_distance}
+"""The φ of Eqs. 11 and 12 by name: functions `(B, H, W), (B, H, W) -> (B,)`, 0 where equal."""
+
+
+def _check_shapes(x_BHW: Tensor, y_BHW: Tensor) -> None:
+    if x_BHW.dim() != 3 or x_BHW.shape != y_BHW.shape:
+        raise ValueError(
+            "expected two stacks of maps of one shape (B, H, W), got "
+            f"{tuple(x_BHW.shape)} and {tuple(y_BHW.shape)}."
+        )
+
+
+def _window_means(stack_SBHW: Tensor, window: int, sigma: float) -> Tensor:
+    """Return Gaussian-weighted means around each pixel that a whole window fits around."""
+    offsets = torch.arange(window, dtype=stack_SBHW.dtype, device=stack_SBHW.device)
+    weights = torch.exp(-((offsets - window // 2) ** 2) / (2 * sigma**2))
+    weights = weights / weights.sum()
+    flat = stack_SBHW.flatten(0, 1).unsqueeze(1)
+    smooth = F.conv2d(F.conv2d(flat, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
+    return smooth.view(*stack_SBHW.shape[:2], *smooth.shape[-2:])
+
+
+def _root(variance: Tensor) -> Tensor:
+    # Rounding can leave a variance slightly below 0, and the root's slope at 0 is infinite.
+    return variance.clamp(min=1e-12).sqrt()
+
+
+def _power(term: Tensor, exponent: float) -> Tensor:
+    return term if exponent == 1 else term.clamp(min=1e-6) ** exponent

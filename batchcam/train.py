@@ -1,0 +1,365 @@
+"""Training: one configuration in, a trained model and its history out.
+
+`fit` is the whole interface. What happens to the metrics and the state of each epoch is the
+caller's affair: they are handed out through `on_epoch`.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchcam.config import TrialConfig
+from batchcam.data import ImageData, Preprocess, batches, load_data, to_device
+from batchcam.devices import autocast, resolve_device
+from batchcam.errors import ConfigError, DivergedError
+from batchcam.evaluate import Evaluation, evaluate
+from batchcam.models import (
+    ExplainableModel,
+    check_explainable,
+    create_model,
+    feature_grid,
+    resolve_output_stride,
+)
+from batchcam.objective import Objective
+from batchcam.prototypes import class_prototypes, resize_prototypes, ssim_ceiling
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What trials on one data set share: the data, and the prototypes of its splits.
+
+    Training and validation have prototypes of their own, as in the paper (Section 3.1); the test
+    split is compared with the training prototypes, so that nothing is derived from it.
+    """
+
+    data: ImageData
+    train_prototypes: Tensor
+    """`(C, H, W)` at the stored image size."""
+    validation_prototypes: Tensor
+    _ceilings: dict[tuple[int, tuple[int, int]], Tensor] = field(default_factory=dict)
+
+    def prototypes(self, split: str, resolution: int) -> Tensor:
+        """Return the prototypes that CAMs of `split` are compared with, `(C, R, R)`."""
+        chosen = self.validation_prototypes if split == "validation" else self.train_prototypes
+        return resize_prototypes(chosen, resolution)
+
+    def ceiling(self, resolution: int, grid: tuple[int, int]) -> Tensor:
+        """Return :func:`ssim_ceiling` of the validation prototypes, `(C,)`; computed once."""
+        key = (resolution, grid)
+        if key not in self._ceilings:
+            self._ceilings[key] = ssim_ceiling(self.prototypes("validation", resolution), grid)
+        return self._ceilings[key]
+
+
+def prepare(config: TrialConfig) -> Inputs:
+    """Load the data that `config` names and make the prototypes of its splits.
+
+    Raises:
+        DataError: see :func:`batchcam.data.load_data`.
+    """
+    data = load_data(config)
+    cpu = torch.device("cpu")
+    train, validation = (
+        class_prototypes(*to_device(split, cpu), data.num_classes, kind=config.prototype)
+        for split in (data.train, data.validation)
+    )
+    return Inputs(data, train, validation)
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What is known after an epoch.
+
+    Attributes:
+        epoch: epochs finished, counted from 1.
+        metrics: flat and numeric; `epoch`, `loss` and its terms `loss_class`, `loss_proto`,
+            `loss_batch` (means over the epoch, before weighting), `val_accuracy`, `cam_ssim`,
+            `cam_ssim_sample`, `cam_ssim_ceiling`, `images_per_second` (training proper, evaluation
+            excluded) and `seconds` (the whole epoch).
+        evaluation: of the validation split.
+        prototypes_CRR: the validation prototypes it was compared with.
+        save_state: writes the state that `fit(..., state=path)` goes on from.
+    """
+
+    epoch: int
+    metrics: Metrics
+    evaluation: Evaluation
+    prototypes_CRR: Tensor
+    save_state: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """A finished run: the model after its last epoch, and the metrics of every epoch."""
+
+    config: TrialConfig
+    model: ExplainableModel
+    inputs: Inputs
+    preprocess: Preprocess
+    grid: tuple[int, int]
+    history: list[Metrics]
+    evaluation: Evaluation
+
+    @property
+    def metrics(self) -> Metrics:
+        """The metrics of the last epoch."""
+        return self.history[-1]
+
+
+def fit(
+    config: TrialConfig,
+    on_epoch: Callable[[EpochReport], bool | None] | None = None,
+    *,
+    inputs: Inputs | None = None,
+    state: Path | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> TrialResult:
+    """Train a model as `config` says, and evaluate it on the validation split after each epoch.
+
+    On one kind of CPU, with one number of threads, the outcome is a function of the configuration
+    alone, to the last bit, and stays so when a run is cut and goes on from a saved state. The
+    global random state is left as it was.
+
+    Args:
+        config: the run.
+        on_epoch: called after each epoch; returning True ends training there.
+        inputs: data and prototypes, if they are loaded already; see :func:`prepare`.
+        state: a file that `EpochReport.save_state` wrote, to go on from.
+        on_step: called after each step with the steps done in this epoch and its total.
+
+    Raises:
+        BatchCamError: the data, the backbone, the device or the saved state cannot be used, or the
+            loss is no longer finite.
+    """
+    inputs = inputs or prepare(config)
+    device = resolve_device(config.device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        trainer = _Trainer(config, inputs, device)
+        evaluation: Evaluation | None = None
+        if state is not None:
+            trainer.load_state(state)
+            if trainer.epoch >= config.epochs:
+                evaluation = trainer.validate()
+        while trainer.epoch < config.epochs:
+            evaluation = trainer.run_epoch(on_step)
+            report = EpochReport(
+                trainer.epoch,
+                trainer.history[-1],
+                evaluation,
+                trainer.validation_prototypes.cpu(),
+                trainer.save_state,
+            )
+            if on_epoch is not None and on_epoch(report):
+                break
+    assert evaluation is not None
+    return TrialResult(
+        config=config,
+        model=trainer.model.eval(),
+        inputs=inputs,
+        preprocess=trainer.preprocess,
+        grid=trainer.grid,
+        history=trainer.history,
+        evaluation=evaluation,
+    )
+
+
+class _Trainer:
+    """The state of a run between its epochs."""
+
+    def __init__(self, config: TrialConfig, inputs: Inputs, device: torch.device) -> None:
+        data = inputs.data
+        self.config = config
+        self.epoch = 0
+        self.history: list[Metrics] = []
+        self._device = device
+        self._autocast = partial(autocast, device, config.precision)
+        self._autocast()  # Refuses a precision that the device does not have.
+
+        self.preprocess = Preprocess(config.resolution, data.mean, data.std)
+        self._train = to_device(data.train, device)
+        self._validation = to_device(data.validation, device)
+        self._prototypes = inputs.prototypes("train", config.resolution).to(device)
+        self.validation_prototypes = inputs.prototypes("validation", config.resolution).to(device)
+
+        stride = resolve_output_stride(
+            config.backbone, config.resolution, data.channels, config.output_stride
+        )
+        self.grid = feature_grid(config.backbone, config.resolution, data.channels, stride)
+        self.model = create_model(
+            config.backbone, data.num_classes, data.channels, stride, config.pretrained
+        )
+        check_explainable(self.model, config.resolution, data.channels)
+        self.model.to(device)
+        # Only the features: torch.compile cannot differentiate the head twice.
+        self._features = (
+            torch.compile(self.model.features) if config.compile else self.model.features
+        )
+        self._ceiling = inputs.ceiling(config.resolution, self.grid).mean().item()
+
+        self._objective = Objective(
+            config.metric, config.lambda_class, config.lambda_proto, config.lambda_batch
+        )
+        self._steps = -(-len(data.train) // config.batch_size)
+        self._optimizer = _make_optimizer(self.model, config)
+        self._schedule = _make_schedule(self._optimizer, config, self._steps)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+
+    def run_epoch(self, on_step: Callable[[int, int], None] | None) -> Evaluation:
+        """Train for one epoch, validate, and append the metrics to the history."""
+        started = time.perf_counter()
+        means = self._train_epoch(on_step)
+        trained = time.perf_counter() - started
+        if not all(torch.isfinite(value) for value in means.values()):
+            shown = ", ".join(f"{name} {value.item():.3g}" for name, value in means.items())
+            raise DivergedError(
+                f"training diverged in epoch {self.epoch + 1} ({shown}); lower learning_rate "
+                f"(now {self.config.learning_rate:g}) or the lambdas."
+            )
+        evaluation = self.validate()
+        self.epoch += 1
+        self.history.append(
+            {
+                "epoch": self.epoch,
+                **{name: value.item() for name, value in means.items()},
+                "val_accuracy": evaluation.accuracy,
+                "cam_ssim": evaluation.cam_ssim,
+                "cam_ssim_sample": evaluation.cam_ssim_sample,
+                "cam_ssim_ceiling": self._ceiling,
+                "images_per_second": len(self._train[1]) / trained,
+                "seconds": time.perf_counter() - started,
+            }
+        )
+        return evaluation
+
+    def _train_epoch(self, on_step: Callable[[int, int], None] | None) -> dict[str, Tensor]:
+        images, labels = self._train
+        # Of the epoch alone, so that a resumed run sees the batches that it would have seen.
+        generator = torch.Generator().manual_seed(
+            (self.config.seed * 1_000_003 + self.epoch) % 2**63
+        )
+        order = torch.randperm(len(labels), generator=generator).to(self._device)
+        sums: dict[str, Tensor] = {}
+        self.model.train()
+        for step, (batch, targets) in enumerate(
+            batches(images, labels, self.config.batch_size, order), start=1
+        ):
+            for name, value in self._step(self.preprocess(batch), targets).items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(targets)
+            if on_step is not None:
+                on_step(step, self._steps)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return {name: (value / len(labels)).cpu() for name, value in sums.items()}
+
+    def _step(self, x_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
+        with self._autocast():
+            features = self._features(x_NCHW)
+            logits = self.model.head(features)
+        loss, terms = self._objective(logits, features, labels_N, self._prototypes)
+        self._optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(self._scaler.scale(loss))
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._schedule.step()
+        return {"loss": loss.detach(), **{f"loss_{name}": term for name, term in terms.items()}}
+
+    def validate(self) -> Evaluation:
+        """Evaluate on the validation split; CAMs take gradients, weights take no step."""
+        return evaluate(
+            self.model,
+            *self._validation,
+            self.validation_prototypes,
+            self.preprocess,
+            precision=self.config.precision,
+        )
+
+    def save_state(self, path: Path) -> None:
+        """Write all that the next epoch depends on; readable without unpickling code."""
+        state = {
+            "config": self.config.as_dict(),
+            "epoch": self.epoch,
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": (
+                torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
+            ),
+        }
+        partial_path = path.with_suffix(".partial")
+        torch.save(state, partial_path)
+        partial_path.replace(path)
+
+    def load_state(self, path: Path) -> None:
+        """Go on from a file that :meth:`save_state` wrote for the same configuration."""
+        state = load_state(path)
+        mine = self.config.as_dict()
+        differing = [
+            name
+            for name, value in mine.items()
+            if name not in ("device", "data_root") and state["config"].get(name) != value
+        ]
+        if differing:
+            name = differing[0]
+            raise ConfigError(
+                f"{path} was saved with {name}={state['config'].get(name)!r}, not {mine[name]!r}; "
+                "go on with the same configuration, or start anew without the saved state."
+            )
+        self.epoch = state["epoch"]
+        self.history = state["history"]
+        self.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"].cpu())
+        if self._device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self._device)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read a saved state: tensors and plain values, nothing that runs.
+
+    Raises:
+        ConfigError: the file is missing, damaged, or no saved state.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # Damaged archives raise whatever their first bad byte leads to.
+        raise ConfigError(
+            f"{path} cannot be read as a saved state ({type(error).__name__}); start anew without "
+            "it."
+        ) from error
+    if not isinstance(state, dict) or "optimizer" not in state:
+        raise ConfigError(f"{path} is no saved state of a run; start anew without it.")
+    return state
+
+
+def _make_optimizer(model: ExplainableModel, config: TrialConfig) -> torch.optim.Optimizer:
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), lr=rate, weight_decay=decay, momentum=0.9, nesterov=True
+        )
+    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay)
+
+
+def _make_schedule(
+    optimizer: torch.optim.Optimizer, config: TrialConfig, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    if config.schedule == "constant":
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    # One spare step: the schedule steps after the last batch too.
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=config.learning_rate, total_steps=config.epochs * steps + 1
+    )

@@ -1,0 +1,1 @@
+"""How a Ray cluster that runs studies is started."""

@@ -1,0 +1,1 @@
+"""Distributed hyper-parameter studies over `batchcam`: Ray Tune schedules, Optuna proposes."""
