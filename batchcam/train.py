@@ -161,15 +161,20 @@ def fit(
             if on_epoch is not None and on_epoch(report):
                 break
     assert evaluation is not None
-    return TrialResult(
-        config=config,
-        model=trainer.model.eval(),
-        inputs=inputs,
-        preprocess=trainer.preprocess,
-        grid=trainer.grid,
-        history=trainer.history,
-        evaluation=evaluation,
-    )
+    return trainer.result(evaluation)
+
+
+def restore(config: TrialConfig, state: Path, *, inputs: Inputs | None = None) -> TrialResult:
+    """Return the run that a saved state holds, as it stood then, without training further.
+
+    Raises:
+        ConfigError: the state cannot be read, or belongs to another configuration.
+    """
+    inputs = inputs or prepare(config)
+    with torch.random.fork_rng():
+        trainer = _Trainer(config, inputs, resolve_device(config.device))
+        trainer.load_state(state)
+        return trainer.result(trainer.validate())
 
 
 class _Trainer:
@@ -178,6 +183,7 @@ class _Trainer:
     def __init__(self, config: TrialConfig, inputs: Inputs, device: torch.device) -> None:
         data = inputs.data
         self.config = config
+        self._inputs = inputs
         self.epoch = 0
         self.history: list[Metrics] = []
         self._device = device
@@ -280,6 +286,18 @@ class _Trainer:
             self.validation_prototypes,
             self.preprocess,
             precision=self.config.precision,
+        )
+
+    def result(self, evaluation: Evaluation) -> TrialResult:
+        """Return the run as it stands."""
+        return TrialResult(
+            config=self.config,
+            model=self.model.eval(),
+            inputs=self._inputs,
+            preprocess=self.preprocess,
+            grid=self.grid,
+            history=self.history,
+            evaluation=evaluation,
         )
 
     def save_state(self, path: Path) -> None:

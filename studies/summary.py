@@ -1,0 +1,133 @@
+"""What a finished study says: the table on the terminal, and the README.md beside its results."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from batchcam.bundle import command_line, git_commit, package_versions
+from studies.export import TrialRecord
+from studies.settings import StudySettings
+from studies.trial import run_name
+
+_ROWS = 12
+
+
+def print_summary(
+    console: Console,
+    records: Sequence[TrialRecord],
+    front: Sequence[TrialRecord],
+    chosen: Mapping[str, TrialRecord],
+    metrics: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+) -> None:
+    """Print the best trials, the test metrics of those exported, and where they are."""
+    heading = f"Best of {len(records)} trials ({_count_states(records)})"
+    table = Table(title=heading, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for column in ("accuracy", "SSIM", "ceiling", "epochs"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("configuration")
+    table.add_column("best by", no_wrap=True)
+    table.add_column("trial", no_wrap=True)
+    for record in _ranked(records, front):
+        names = [name for name, picked in chosen.items() if picked is record]
+        table.add_row(
+            f"{record.metrics['val_accuracy']:.4f}",
+            f"{record.metrics['cam_ssim']:.3f}",
+            f"{record.metrics['cam_ssim_ceiling']:.3f}",
+            f"{record.metrics['epoch']:g}",
+            run_name(record.config),
+            "\n".join(names) or ("(front)" if record in front else ""),
+            record.trial_id,
+        )
+    console.print(table)
+    console.print("Accuracy and SSIM are of the validation split; on the test split, read once:")
+    for name in chosen:
+        accuracy, similarity = metrics[name]["test_accuracy"], metrics[name]["test_cam_ssim"]
+        console.print(f"  {name:<9} accuracy {accuracy:.4f}  SSIM {similarity:.3f}")
+    console.print(f"Best bundle: {folder / 'best' / 'knee'}", soft_wrap=True)
+
+
+def write_readme(
+    path: Path,
+    settings: StudySettings,
+    records: Sequence[TrialRecord],
+    front: Sequence[TrialRecord],
+    chosen: Mapping[str, TrialRecord],
+    metrics: Mapping[str, Mapping[str, Any]],
+    dataset_sha256: str,
+) -> None:
+    """Write the study's page: how it was made, its Pareto front, and how to use its bundles."""
+    versions = package_versions().items()
+    lines = [
+        f"# Study {settings.study}",
+        "",
+        f"{len(records)} trials on {settings.dataset} ({_count_states(records)}), up to "
+        f"{settings.max_epochs} epochs each, maximising {' and '.join(settings.objectives)}; "
+        f"seed {settings.seed}. Accuracy and SSIM are of the validation split, SSIM beside the "
+        "best that the CAM grid can reach; the test split was read once for each exported bundle, "
+        "after it was chosen.",
+        "",
+        "    " + command_line(),
+        "",
+        f"Commit {git_commit() or 'unknown'}; data set SHA-256 {dataset_sha256[:16]}…; "
+        + ", ".join(f"{name} {number}" for name, number in versions)
+        + ".",
+        "",
+        "## Best",
+        "",
+        "| bundle | trial | configuration | val. accuracy | SSIM / ceiling | test accuracy |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, record in chosen.items():
+        lines.append(
+            f"| [{name}](best/{name}) | {record.trial_id} | {run_name(record.config)} | "
+            f"{record.metrics['val_accuracy']:.4f} | {record.metrics['cam_ssim']:.3f} / "
+            f"{record.metrics['cam_ssim_ceiling']:.3f} | {metrics[name]['test_accuracy']:.4f} |"
+        )
+    lines += [
+        "",
+        "![Class CAMs of the knee beside their prototypes](best/knee/cams.png)",
+        "",
+        "## Pareto front",
+        "",
+        "| trial | configuration | val. accuracy | SSIM / ceiling | images/s | epochs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for record in front:
+        values = record.metrics
+        lines.append(
+            f"| {record.trial_id} | {run_name(record.config)} | {values['val_accuracy']:.4f} | "
+            f"{values['cam_ssim']:.3f} / {values['cam_ssim_ceiling']:.3f} | "
+            f"{values['images_per_second']:,.0f} | {values['epoch']:g} |"
+        )
+    lines += [
+        "",
+        "All trials: [trials.csv](trials.csv); the front with full configurations: "
+        "[pareto.json](pareto.json).",
+        "",
+        "## Reuse",
+        "",
+        "```sh",
+        f"batchcam verify {settings.out}/{settings.study}/best/knee",
+        f"batchcam train --config {settings.out}/{settings.study}/best/knee/config.yaml --out DIR",
+        "```",
+        "",
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _ranked(records: Sequence[TrialRecord], front: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Return the front, then the others by accuracy, as many as fit a screen."""
+    others = [record for record in records if record.usable and record not in front]
+    others.sort(key=lambda record: -record.metrics["val_accuracy"])
+    return [*front, *others][:_ROWS]
+
+
+def _count_states(records: Sequence[TrialRecord]) -> str:
+    states = ("completed", "stopped", "failed", "unfinished")
+    counts = {state: sum(record.state == state for record in records) for state in states}
+    return ", ".join(f"{count} {state}" for state, count in counts.items() if count)
