@@ -42,7 +42,7 @@ class StudySettings:
     """Configurations to try."""
     max_epochs: int = 6
     """Epochs of a trial that is not stopped early."""
-    min_epochs: int = 2
+    min_epochs: int = 3
     """Epochs before a trial may be stopped early."""
     objectives: tuple[str, ...] = OBJECTIVES[:2]
     """What to maximise; more than one gives a Pareto front."""

@@ -68,8 +68,8 @@ def run_study(settings: StudySettings) -> Path:
         resources = choose_resources(settings.cpus_per_trial, settings.gpus_per_trial)
         console.print(
             f"Study {settings.study}: {settings.num_trials} trials of up to "
-            f"{settings.max_epochs} epochs on {settings.dataset}, {resources.cpus:g} CPUs and "
-            f"{resources.gpus:g} GPUs each; W&B {mode} ({why})"
+            f"{settings.max_epochs} epochs on {settings.dataset}, {resources.cpus:g} CPU and "
+            f"{resources.gpus:g} GPU each; W&B {mode} ({why})"
         )
         tracking = Tracking(settings.wandb_project, settings.study or "", settings.folder, mode)
         results = _tuner(settings, inputs, strides, resources, tracking).fit()
