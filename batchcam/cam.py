@@ -84,7 +84,7 @@ def channel_weights(
         )
     scores = logits_NC.gather(1, targets_N.unsqueeze(1)).sum()
     (gradients_NKHW,) = torch.autograd.grad(scores, features_NKHW, create_graph=create_graph)
-    return gradients_NKHW.mean(dim=(2, 3), dtype=_at_least_float32(gradients_NKHW))
+    return gradients_NKHW.mean(dim=(2, 3), dtype=at_least_float32(gradients_NKHW))
 
 
 def weighted_maps(weights_NK: Tensor, features_NKHW: Tensor) -> Tensor:
@@ -134,5 +134,6 @@ def _weighted_sum(weights_NK: Tensor, features_NKHW: Tensor) -> Tensor:
         return torch.einsum("nk,nkhw->nhw", weights_NK, features_NKHW.to(weights_NK.dtype))
 
 
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
+def at_least_float32(tensor: Tensor) -> torch.dtype:
+    """Return the type to sum in: float32 under autocast, else the tensor's own."""
     return torch.promote_types(tensor.dtype, torch.float32)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchcam.cam import channel_weights, class_maps, render, weighted_maps
+from batchcam.cam import at_least_float32, channel_weights, class_maps, render, weighted_maps
 from batchcam.similarity import METRICS
 
 
@@ -42,7 +42,8 @@ class Objective:
         """
         terms: dict[str, Tensor] = {}
         if self.lambda_class:
-            terms["class"] = F.cross_entropy(logits_NC.float(), labels_N)
+            precise_NC = logits_NC.to(at_least_float32(logits_NC))
+            terms["class"] = F.cross_entropy(precise_NC, labels_N)
         if self.lambda_proto or self.lambda_batch:
             weights_NK = channel_weights(logits_NC, features_NKHW, labels_N, create_graph=True)
             distance = METRICS[self.metric]

@@ -1,0 +1,42 @@
+# make sweep   a real sweep on the embedded data set, on this machine
+# make test    the tests
+# make lint    style, types, and the one-way imports
+# make lock    constraints.txt anew, from the newest versions that pyproject.toml allows
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SWEEP ?=
+
+export WANDB_MODE ?= offline
+
+.PHONY: env sweep test lint lock
+
+env: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; name one with make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { echo "python3 -m venv failed; on Debian: apt-get install python3-venv"; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+sweep: env
+	$(BIN)/python studies/bcpl_sweep.py $(SWEEP)
+
+test: env
+	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=90
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+lock:
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	{ echo '# The exact versions that are tested; ranges are in pyproject.toml. Made by `make lock`.'; \
+	  $(BIN)/pip freeze --exclude-editable; } > constraints.txt
+	@touch $(VENV)/.installed
