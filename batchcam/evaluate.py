@@ -115,7 +115,7 @@ def evaluate(
         maps_CRR = render(maps_CHW, resolution)
         ssim_C = ssim(maps_CRR, prototypes_CRR).where(present_C, torch.nan)
         return Evaluation(
-            accuracy=(predicted == labels).float().mean().item(),
+            accuracy=int((predicted == labels).sum()) / len(labels),
             cam_ssim=ssim_C.nanmean().item(),
             cam_ssim_sample=torch.cat(sample_ssim).mean().item(),
             cam_ssim_C=ssim_C.cpu(),
