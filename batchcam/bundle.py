@@ -359,13 +359,17 @@ def _draw_cams(path: Path, result: TrialResult) -> None:
 
 def title(config: TrialConfig) -> str:
     """Return a short name of a run for people: backbone, data set and loss."""
+    return f"{config.backbone} on {config.dataset}, {loss_name(config)}"
+
+
+def loss_name(config: TrialConfig) -> str:
+    """Return the name of a run's loss, with its weights."""
     terms = []
     if config.lambda_proto:
         terms.append(f"Prototype Loss {config.lambda_proto:g}")
     if config.lambda_batch:
         terms.append(f"BCPL {config.lambda_batch:g}")
-    loss = " + ".join(terms) + f" ({config.metric.upper()})" if terms else "cross-entropy"
-    return f"{config.backbone} on {config.dataset}, {loss}"
+    return " + ".join(terms) + f" ({config.metric.upper()})" if terms else "cross-entropy"
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

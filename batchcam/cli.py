@@ -1,4 +1,4 @@
-"""The command line: `batchcam train | evaluate | explain | verify`.
+"""The command line: `batchcam train | evaluate | compare | explain | verify`.
 
 Flags of `train` are the fields of TrialConfig. Errors that a user can mend are printed without a
 traceback, and the exit status is 2; `verify` exits with 1 where the metrics did not come back.
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from batchcam import figures
-from batchcam.bundle import LoadedModel, check_writable, load, save_bundle, title
+from batchcam.bundle import LoadedModel, check_writable, load, loss_name, save_bundle, title
 from batchcam.config import TrialConfig
 from batchcam.data import to_device
 from batchcam.errors import BatchCamError, BundleError, ConfigError
@@ -149,6 +149,46 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Draw the class CAMs of several bundles below one another, under the prototypes."""
+
+    bundles: tyro.conf.Positional[tuple[Path, ...]]
+    out: Path
+    """PNG to write."""
+    data_root: Path | None = None
+    """Where the data set is, if not where it was in training."""
+
+    def run(self) -> int:
+        """Evaluate each bundle on the validation split, and draw a row of maps for each."""
+        if not self.bundles:
+            raise ConfigError("no bundle was given; name at least one folder.")
+        if self.out.is_dir() or not self.out.parent.is_dir():
+            raise ConfigError(f"{self.out} cannot be written; give a file in a folder that exists.")
+        models = [load(bundle) for bundle in self.bundles]
+        inputs = prepare(_with_data_root(models[0].config, self.data_root))
+        images, labels = to_device(inputs.data.validation, torch.device("cpu"))
+        names = inputs.data.class_names
+        rows: list[figures.Row] = []
+        for model in models:
+            _check_same_data(model, inputs.data.sha256)
+            prototypes = inputs.prototypes("validation", model.config.resolution)
+            evaluation = model.evaluate(images, labels, prototypes)
+            if not rows:
+                rows.append(("prototype", prototypes, None))
+            summary = f"{loss_name(model.config)}\n{evaluation.accuracy:.2%}"
+            notes = [f"SSIM {value:.2f}" for value in evaluation.cam_ssim_C.tolist()]
+            rows.append((summary, evaluation.maps_CRR, notes))
+            console.print(
+                f"{title(model.config)}: accuracy {evaluation.accuracy:.4f}, SSIM "
+                f"{evaluation.cam_ssim:.3f} of {model.metrics['cam_ssim_ceiling']:.3f}"
+            )
+        heading = f"Class CAMs on {inputs.data.name}, validation split"
+        figures.save(figures.class_rows(rows, names, heading), self.out)
+        console.print(f"written to {self.out}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Explain:
     """Classify pictures and draw what the decision rests on."""
 
@@ -252,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(status)
 
 
-def _parse(arguments: list[str]) -> Train | Evaluate | Explain | Verify:
+def _parse(arguments: list[str]) -> Train | Evaluate | Compare | Explain | Verify:
     """Parse the command line; `train --config FILE` replaces the defaults of the other flags."""
     train: Any = Annotated[Train, tyro.conf.subcommand("train")]
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -264,10 +304,11 @@ def _parse(arguments: list[str]) -> Train | Evaluate | Explain | Verify:
     commands: Any = (
         train
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Explain, tyro.conf.subcommand("explain")]
         | Annotated[Verify, tyro.conf.subcommand("verify")]
     )
-    command: Train | Evaluate | Explain | Verify = tyro.cli(
+    command: Train | Evaluate | Compare | Explain | Verify = tyro.cli(
         commands, args=arguments, prog="batchcam", description=__doc__.splitlines()[0]
     )
     return command

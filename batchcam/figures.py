@@ -62,12 +62,16 @@ def misclassified(
     )
 
 
+Row = tuple[str, Tensor, Sequence[str] | None]
+"""A row of a class figure: its label, `maps_CRR`, and a note under each map."""
+
+
 def class_rows(
-    rows: Sequence[tuple[str, Tensor, Sequence[str] | None]],
+    rows: Sequence[Row],
     class_names: Sequence[str],
     title: str,
 ) -> Figure:
-    """Draw one row of maps per entry `(label, maps_CRR, notes)`, one column per class."""
+    """Draw a row of maps for each entry, a column for each class."""
     shown = min(len(class_names), _MAX_CLASSES)
     figure = Figure(figsize=(1.15 * shown + 1.3, 1.3 * len(rows) + 0.7), layout="constrained")
     axes = figure.subplots(len(rows), shown, squeeze=False)

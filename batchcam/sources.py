@@ -108,7 +108,7 @@ def _load_idx(folder: str, data_root: str | None) -> tuple[Split, Split]:
     for place in places:
         if any(_idx_path(place, name) for name in expected):
             return _read_idx_folder(place, expected)
-    target = Path(data_root or "data").resolve()
+    target = Path(data_root or "data").expanduser().resolve()
     tried = [f"  {place}: no such files" for place in places]
     try:
         _download(folder, target)
@@ -179,6 +179,9 @@ def _read_checked(place: Path, name: str, size: int, sha256: str) -> bytes:
 _MAX_STORED_SIDE = 256
 """Pixels. Pictures are kept at most this large in memory; training resizes them from there."""
 
+_DEEP_GREY = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+"""Pillow's modes of 16-bit grey, by byte order. Its own conversion would clip them at 255."""
+
 
 def _load_imagefolder(data_root: str | None) -> Loaded:
     """Load `<data-root>/train/<class>/*` and, if there, `<data-root>/test/<class>/*`.
@@ -205,7 +208,7 @@ def _load_imagefolder(data_root: str | None) -> Loaded:
     grey, shorter_sides = True, []
     for path, _ in train_files + (test_files or []):
         with _open_picture(path) as picture:
-            grey = grey and picture.mode in ("1", "L", "LA", "I;16", "I", "F")
+            grey = grey and picture.mode in ("1", "L", "LA", "F", *_DEEP_GREY)
             shorter_sides.append(min(picture.size))
     side = int(min(np.median(shorter_sides[: len(train_files)]), _MAX_STORED_SIDE))
     train = _read_pictures(train_files, side, grey)
@@ -260,11 +263,11 @@ def read_picture(path: str | Path, side: int, grey: bool) -> Pixels:
             raise DataError(
                 f"{path} cannot be read as a picture: {error}. Repair or remove it."
             ) from error
-    if picture.mode in ("I;16", "I"):
+    if picture.mode in _DEEP_GREY:
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
     picture = picture.convert("L" if grey else "RGB")
     picture = ImageOps.fit(picture, (side, side), Image.Resampling.BILINEAR)
-    pixels = np.asarray(picture, dtype=np.uint8)
+    pixels = np.array(picture, dtype=np.uint8)
     return pixels[None] if grey else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
