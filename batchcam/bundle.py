@@ -260,8 +260,11 @@ def load(directory: str | Path) -> LoadedModel:
 
 
 def command_line() -> str:
-    """Return the command that started this process, as one could type it."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """Return the command that started this process, as one could type it in a checkout."""
+    program = Path(sys.argv[0])
+    typed = program.name if program.is_absolute() else str(program)
+    python = ["python"] if program.suffix == ".py" else []
+    return shlex.join([*python, typed, *sys.argv[1:]])
 
 
 def _describe(result: TrialResult, command: str) -> dict[str, Any]:

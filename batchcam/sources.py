@@ -7,6 +7,7 @@ set and the class names. To add a data set, write its loader and name it in `LOA
 import gzip
 import hashlib
 import os
+import socket
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -71,6 +72,9 @@ _IDX_FILES: Mapping[str, Mapping[str, tuple[int, str]]] = {
     },
 }
 
+_DOWNLOAD_PATIENCE = 30
+"""Seconds without an answer after which a download has failed."""
+
 Loaded = tuple[Split, Split, tuple[str, ...]]
 
 
@@ -134,7 +138,12 @@ def _candidate_folders(folder: str, data_root: str | None) -> list[Path]:
 def _download(folder: str, root: Path) -> None:
     from torchvision import datasets
 
-    getattr(datasets, folder)(str(root), download=True)
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_DOWNLOAD_PATIENCE)  # torchvision itself would wait for ever.
+    try:
+        getattr(datasets, folder)(str(root), download=True)
+    finally:
+        socket.setdefaulttimeout(patience)
 
 
 def _idx_path(place: Path, name: str) -> Path | None:

@@ -13,7 +13,7 @@ from ray import tune
 
 from batchcam.bundle import check_writable
 from batchcam.errors import BatchCamError, ConfigError
-from batchcam.models import feature_grid
+from batchcam.models import create_model, feature_grid
 from batchcam.train import Inputs, prepare
 from studies import export, summary
 from studies.progress import TrialLines, console
@@ -60,6 +60,9 @@ def run_study(settings: StudySettings) -> Path:
     inputs = prepare(settings.base_config())
     strides = feasible_strides(settings.space, inputs.data.channels)
     _fill_ceilings(inputs, strides)
+    if settings.pretrained:  # Better no study than one whose every trial fails.
+        for backbone in settings.space.backbones:
+            create_model(backbone, pretrained=True)
     mode, why = choose_mode()
     settings.folder.mkdir(parents=True, exist_ok=True)
 
