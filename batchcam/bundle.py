@@ -111,7 +111,13 @@ class LoadedModel:
     def _run(
         self, images: npt.ArrayLike | Tensor, targets: npt.ArrayLike | None
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        checked = self._checked(images).to(self._device)
+        # Inference tensors, if the caller has that mode on, could not carry the CAM's gradients.
+        with torch.inference_mode(mode=False):
+            return self._explain(self._checked(images).to(self._device), targets)
+
+    def _explain(
+        self, checked: Tensor, targets: npt.ArrayLike | None
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         if len(checked) == 0:
             side = self.preprocess.resolution
             empty = np.zeros((0, len(self.class_names)), np.float32)
@@ -129,7 +135,10 @@ class LoadedModel:
         return probabilities.numpy(), maps.numpy()
 
     def _checked(self, images: npt.ArrayLike | Tensor) -> Tensor:
-        tensor = images if isinstance(images, Tensor) else torch.as_tensor(np.array(images))
+        try:
+            tensor = images if isinstance(images, Tensor) else torch.as_tensor(np.array(images))
+        except (TypeError, ValueError) as error:
+            raise BundleError(f"images are no array of pixels: {error}.") from error
         if tensor.dtype != torch.uint8:
             raise BundleError(f"images are {tensor.dtype}; give uint8 pixels from 0 to 255.")
         if tensor.dim() == 3:
@@ -170,6 +179,7 @@ def save_bundle(
         BundleError: the folder exists and is not empty, or cannot be written.
     """
     check_writable(directory)
+    directory = directory.resolve()  # "." has no name and cannot be renamed to.
     metrics = _describe(result, command or command_line()) | dict(extra_metrics or {})
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
@@ -325,10 +335,12 @@ def git_commit() -> str | None:
     return f"{commit}+dirty" if changed else commit
 
 
-def package_versions() -> dict[str, str]:
-    """Return the versions of what a result depends on."""
+def package_versions(*more: str) -> dict[str, str]:
+    """Return the versions of what a result depends on, `more` packages included."""
     packages = ("batchcam", "torch", "torchvision", "timm", "numpy", "scikit-learn")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    return {"python": platform.python_version()} | {
+        name: version(name) for name in (*packages, *more)
+    }
 
 
 def _save_weights(path: Path, result: TrialResult) -> None:

@@ -82,7 +82,8 @@ def channel_weights(
             f"expected one N, got {len(logits_NC)} logits, {len(features_NKHW)} features and "
             f"{len(targets_N)} targets."
         )
-    scores = logits_NC.gather(1, targets_N.unsqueeze(1)).sum()
+    with torch.enable_grad():  # A CAM is also asked for where gradients are off, as in evaluation.
+        scores = logits_NC.gather(1, targets_N.unsqueeze(1)).sum()
     (gradients_NKHW,) = torch.autograd.grad(scores, features_NKHW, create_graph=create_graph)
     return gradients_NKHW.mean(dim=(2, 3), dtype=at_least_float32(gradients_NKHW))
 

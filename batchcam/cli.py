@@ -24,7 +24,7 @@ from batchcam.data import to_device
 from batchcam.errors import BatchCamError, BundleError, ConfigError
 from batchcam.evaluate import error_maps
 from batchcam.sources import read_picture
-from batchcam.train import EpochReport, TrialResult, fit, prepare
+from batchcam.train import EpochReport, Inputs, TrialResult, fit, prepare
 
 console = Console(highlight=False, soft_wrap=True)
 STATE_FILE = "state.pt"
@@ -45,7 +45,8 @@ class Train:
     def run(self) -> int:
         """Train, save the state after each epoch beside the bundle to be, and write the bundle."""
         check_writable(self.out)
-        state = self.out.with_name(f"{self.out.name}.{STATE_FILE}")
+        out = self.out.resolve()  # "." has no name.
+        state = out.with_name(f"{out.name}.{STATE_FILE}")
         if state.exists() and not self.resume:
             raise ConfigError(
                 f"{state} is left of a run that was cut; go on with --resume, or remove it."
@@ -56,7 +57,9 @@ class Train:
         def save_state(report: EpochReport) -> None:
             report.save_state(state)
 
-        result = _fit_with_progress(self.trial, save_state, state if self.resume else None)
+        inputs = prepare(self.trial)
+        resumed = state if self.resume else None
+        result = _fit_with_progress(self.trial, inputs, save_state, resumed)
         metrics = save_bundle(self.out, result)
         state.unlink(missing_ok=True)
         console.print(f"test accuracy {metrics['test_accuracy']:.4f}; bundle written to {self.out}")
@@ -263,7 +266,7 @@ class Verify:
 
         inputs = prepare(config)
         _check_same_data(model, inputs.data.sha256)
-        result = _fit_with_progress(config, stop, None)
+        result = _fit_with_progress(config, inputs, stop)
         passed = True
         for name, tolerance in (
             ("val_accuracy", self.accuracy_tolerance),
@@ -329,8 +332,9 @@ def _check_same_data(model: LoadedModel, sha256: str) -> None:
 
 def _fit_with_progress(
     config: TrialConfig,
+    inputs: Inputs,
     on_epoch: Callable[[EpochReport], bool | None],
-    state: Path | None,
+    state: Path | None = None,
 ) -> TrialResult:
     """Train with a bar on a terminal, and a line per epoch everywhere."""
     columns = (
@@ -359,4 +363,4 @@ def _fit_with_progress(
             progress.update(bar, description=summary, completed=0)
             return on_epoch(report)
 
-        return fit(config, epoch, state=state, on_step=step)
+        return fit(config, epoch, inputs=inputs, state=state, on_step=step)

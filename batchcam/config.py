@@ -76,7 +76,7 @@ class TrialConfig:
     """Peak learning rate."""
     weight_decay: float = 1e-2
     optimizer: str = "adamw"
-    """adamw or sgd (with Nesterov momentum 0.9)."""
+    """adamw or sgd (Nesterov momentum: 0.9, or between 0.85 and 0.95 as one_cycle moves it)."""
     schedule: str = "one_cycle"
     """one_cycle or constant."""
     precision: str = "fp32"
@@ -162,7 +162,7 @@ class TrialConfig:
             raise ConfigError(
                 f"{path} holds {type(values).__name__}, not a mapping of field names to values."
             )
-        return cls.from_dict(values)
+        return cls.from_dict({name: _yaml_float(name, value) for name, value in values.items()})
 
     def to_yaml(self, path: str | Path) -> None:
         """Write every field, so that the file stays true when a default changes."""
@@ -183,6 +183,16 @@ def _typed(name: str, value: Any) -> Any:
     if type(value) not in allowed:
         expected = " or ".join(kind.__name__ for kind in allowed if kind is not NoneType)
         raise ConfigError(f"{name}={value!r} is {type(value).__name__}; expected {expected}.")
+    return value
+
+
+def _yaml_float(name: str, value: Any) -> Any:
+    """Read what a person means by 3e-4, which YAML 1.1 takes for text, for want of a dot."""
+    if isinstance(value, str) and _HINTS.get(name) is float:
+        try:
+            return float(value)
+        except ValueError:
+            return value
     return value
 
 

@@ -198,8 +198,8 @@ def resolve_output_stride(
 
 
 _REMEDY = (
-    "use a larger resolution (112 suits most), or a smaller output_stride (8) if the backbone "
-    "has one"
+    "use a larger resolution (112 suits most), a smaller output_stride (8) if the backbone has "
+    "one, or a convolutional backbone if it is none"
 )
 
 

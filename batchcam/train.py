@@ -4,8 +4,10 @@
 caller's affair: they are handed out through `on_epoch`.
 """
 
+import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -141,7 +143,7 @@ def fit(
     """
     inputs = inputs or prepare(config)
     device = resolve_device(config.device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with _own_random_state(device):
         torch.manual_seed(config.seed)
         trainer = _Trainer(config, inputs, device)
         evaluation: Evaluation | None = None
@@ -171,10 +173,16 @@ def restore(config: TrialConfig, state: Path, *, inputs: Inputs | None = None) -
         ConfigError: the state cannot be read, or belongs to another configuration.
     """
     inputs = inputs or prepare(config)
-    with torch.random.fork_rng():
-        trainer = _Trainer(config, inputs, resolve_device(config.device))
+    device = resolve_device(config.device)
+    with _own_random_state(device):
+        trainer = _Trainer(config, inputs, device)
         trainer.load_state(state)
         return trainer.result(trainer.validate())
+
+
+def _own_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context at whose end the global random state is what it was before."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 class _Trainer:
@@ -224,18 +232,16 @@ class _Trainer:
         started = time.perf_counter()
         means = self._train_epoch(on_step)
         trained = time.perf_counter() - started
-        if not all(torch.isfinite(value) for value in means.values()):
-            shown = ", ".join(f"{name} {value.item():.3g}" for name, value in means.items())
-            raise DivergedError(
-                f"training diverged in epoch {self.epoch + 1} ({shown}); lower learning_rate "
-                f"(now {self.config.learning_rate:g}) or the lambdas."
-            )
+        losses = {name: value.item() for name, value in means.items()}
+        self._refuse_divergence(losses)
         evaluation = self.validate()
+        # What the last step did shows only here: its own loss was that of the weights before it.
+        self._refuse_divergence({"cam_ssim": evaluation.cam_ssim})
         self.epoch += 1
         self.history.append(
             {
                 "epoch": self.epoch,
-                **{name: value.item() for name, value in means.items()},
+                **losses,
                 "val_accuracy": evaluation.accuracy,
                 "cam_ssim": evaluation.cam_ssim,
                 "cam_ssim_sample": evaluation.cam_ssim_sample,
@@ -245,6 +251,14 @@ class _Trainer:
             }
         )
         return evaluation
+
+    def _refuse_divergence(self, values: Metrics) -> None:
+        if not all(math.isfinite(value) for value in values.values()):
+            shown = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+            raise DivergedError(
+                f"training diverged in epoch {self.epoch + 1} ({shown}); lower learning_rate "
+                f"(now {self.config.learning_rate:g}) or the lambdas."
+            )
 
     def _train_epoch(self, on_step: Callable[[int, int], None] | None) -> dict[str, Tensor]:
         images, labels = self._train

@@ -1,0 +1,197 @@
+"""The objective: its terms by hand, its second derivatives, and what absent classes leave alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from batchcam.cam import batch_cam, grad_cam, render
+from batchcam.objective import Objective, batch_cam_loss, prototype_loss
+from batchcam.similarity import METRICS, l1
+
+seeds = st.integers(0, 2**16)
+metrics = pytest.mark.parametrize("metric", sorted(METRICS))
+CLASSES = 3
+
+
+def _head(features: Tensor, weight: Tensor) -> Tensor:
+    return features.flatten(1).tanh() @ weight.T
+
+
+def _problem(seed: int, images: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return float64 features `(N, 2, 3, 3)`, head weights, labels and prototypes of 8x8."""
+    generator = torch.Generator().manual_seed(seed)
+    # Positive features with positive weights: maps well above the ReLU's kink.
+    features = 0.2 + torch.rand(images, 2, 3, 3, generator=generator, dtype=torch.float64)
+    weight = 0.2 + torch.rand(CLASSES, 18, generator=generator, dtype=torch.float64)
+    labels = torch.randint(CLASSES, (images,), generator=generator)
+    prototypes = torch.rand(CLASSES, 8, 8, generator=generator, dtype=torch.float64)
+    return features.requires_grad_(), weight.requires_grad_(), labels, prototypes
+
+
+def test_prototype_loss_is_the_mean_over_images() -> None:
+    # Maps of ones render to 1 / (1 + 1e-6): distances to flat prototypes 0.25 and 0.75.
+    prototypes = torch.stack([torch.full((8, 8), 0.75), torch.full((8, 8), 0.25)])
+    loss = prototype_loss(torch.ones(3, 4, 4), torch.tensor([0, 0, 1]), prototypes, l1)
+    torch.testing.assert_close(loss.item(), (0.25 + 0.25 + 0.75) / 3, atol=1e-5, rtol=0)
+
+
+def test_batch_cam_loss_is_the_sum_over_the_classes_present() -> None:
+    prototypes = torch.stack([torch.full((8, 8), value) for value in (0.75, 0.25, 0.5)])
+    maps = torch.ones(3, 4, 4)
+    present = torch.tensor([True, True, False])
+    loss = batch_cam_loss(maps, present, prototypes, l1)
+    torch.testing.assert_close(loss.item(), 0.25 + 0.75, atol=1e-5, rtol=0)
+    nothing = batch_cam_loss(maps, torch.zeros(3, dtype=torch.bool), prototypes, l1)
+    assert nothing.item() == 0
+
+
+def test_terms_are_weighted_and_summed() -> None:
+    features, weight, labels, prototypes = _problem(0)
+    logits = _head(features, weight)
+    total, terms = Objective("l2", 0.5, 2.0, 3.0)(logits, features, labels, prototypes)
+    l2 = METRICS["l2"]
+    maps, present = batch_cam(logits, features, labels, CLASSES)
+    expected = {
+        "class": F.cross_entropy(logits, labels),
+        "proto": prototype_loss(grad_cam(logits, features, labels), labels, prototypes, l2),
+        "batch": batch_cam_loss(maps, present, prototypes, l2),
+    }
+    assert set(terms) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value.detach())
+        assert not terms[name].requires_grad
+    torch.testing.assert_close(
+        total, 0.5 * expected["class"] + 2 * expected["proto"] + 3 * expected["batch"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "names"),
+    [
+        ((1.0, 0.0, 0.0), {"class"}),
+        ((1.0, 0.5, 0.0), {"class", "proto"}),
+        ((1.0, 0.0, 0.5), {"class", "batch"}),
+        ((0.0, 0.5, 0.5), {"proto", "batch"}),
+    ],
+)
+def test_only_terms_with_a_weight_are_computed(
+    weights: tuple[float, float, float], names: set[str]
+) -> None:
+    features, weight, labels, prototypes = _problem(1)
+    _, terms = Objective("l1", *weights)(_head(features, weight), features, labels, prototypes)
+    assert set(terms) == names
+
+
+def test_the_baseline_computes_no_cam() -> None:
+    # Logits that do not depend on the features have no CAM; cross-entropy alone does not care.
+    features, weight, labels, prototypes = _problem(2)
+    logits = _head(features.detach(), weight)
+    total, _ = Objective("l1", 1.0, 0.0, 0.0)(logits, features, labels, prototypes)
+    torch.testing.assert_close(total, F.cross_entropy(logits, labels))
+    with pytest.raises(RuntimeError, match="not have been used"):
+        Objective("l1", 1.0, 0.0, 0.1)(logits, features, labels, prototypes)
+
+
+@metrics
+def test_prototype_loss_passes_gradcheck(metric: str) -> None:
+    maps = 0.1 + torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(0)).double()
+    _, _, _, prototypes = _problem(3)
+    labels = torch.tensor([0, 2, 2])
+
+    def loss(maps: Tensor) -> Tensor:
+        return prototype_loss(maps, labels, prototypes, METRICS[metric])
+
+    assert torch.autograd.gradcheck(loss, (maps.requires_grad_(),))
+
+
+@metrics
+def test_batch_cam_loss_passes_gradcheck(metric: str) -> None:
+    maps = 0.1 + torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(1)).double()
+    _, _, _, prototypes = _problem(4)
+    present = torch.tensor([True, False, True])
+
+    def loss(maps: Tensor) -> Tensor:
+        return batch_cam_loss(maps, present, prototypes, METRICS[metric])
+
+    assert torch.autograd.gradcheck(loss, (maps.requires_grad_(),))
+
+
+@metrics
+def test_the_whole_objective_passes_gradcheck_through_its_cams(metric: str) -> None:
+    features, weight, labels, prototypes = _problem(6)
+    objective = Objective(metric, 0.5, 0.7, 0.3)
+
+    def loss(a: Tensor, w: Tensor) -> Tensor:
+        total: Tensor = objective(_head(a, w), a, labels, prototypes)[0]
+        return total
+
+    assert torch.autograd.gradcheck(loss, (features, weight))
+
+
+@metrics
+@given(seed=seeds)
+def test_permuting_a_batch_leaves_the_loss(metric: str, seed: int) -> None:
+    features, weight, labels, prototypes = _problem(seed)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shuffled = features.detach()[order].requires_grad_()
+    objective = Objective(metric, 1.0, 1.0, 1.0)
+    total, _ = objective(_head(features, weight), features, labels, prototypes)
+    other, _ = objective(_head(shuffled, weight), shuffled, labels[order], prototypes)
+    torch.testing.assert_close(other, total, atol=1e-6, rtol=1e-6)
+
+
+@metrics
+@given(seed=seeds)
+def test_an_absent_class_contributes_neither_value_nor_gradient(metric: str, seed: int) -> None:
+    features, weight, labels, prototypes = _problem(seed)
+    labels = labels.clamp(max=CLASSES - 2)
+    objective = Objective(metric, 0.0, 0.0, 1.0)
+    prototypes.requires_grad_()
+    total, _ = objective(_head(features, weight), features, labels, prototypes)
+    total.backward()  # type: ignore[no-untyped-call]
+    assert prototypes.grad is not None
+    assert prototypes.grad[-1].count_nonzero() == 0
+    assert weight.grad is not None
+    assert weight.grad[-1].count_nonzero() == 0
+    # Whatever its prototype is.
+    changed = prototypes.detach().clone()
+    changed[-1] = 0.123
+    other, _ = objective(_head(features, weight), features, labels, changed)
+    assert other.item() == total.item()
+
+
+@metrics
+@given(seed=seeds)
+def test_a_batch_of_one_image_has_equal_losses_per_image_and_per_class(
+    metric: str, seed: int
+) -> None:
+    features, weight, labels, prototypes = _problem(seed, images=1)
+    _, terms = Objective(metric, 1.0, 1.0, 1.0)(
+        _head(features, weight), features, labels, prototypes
+    )
+    torch.testing.assert_close(terms["proto"], terms["batch"])
+
+
+@metrics
+def test_the_loss_is_zero_where_every_map_is_its_prototype(metric: str) -> None:
+    features, weight, labels, _ = _problem(8)
+    labels = torch.arange(5) % CLASSES
+    maps, present = batch_cam(_head(features, weight), features, labels, CLASSES)
+    prototypes = render(maps, 8).detach()
+    loss = batch_cam_loss(maps, present, prototypes, METRICS[metric])
+    torch.testing.assert_close(loss.item(), 0.0, atol=1e-9, rtol=0)
+
+
+@metrics
+def test_a_dead_map_gives_a_finite_gradient(metric: str) -> None:
+    features, weight, labels, prototypes = _problem(9)
+    negative = (-weight.detach()).requires_grad_()
+    total, _ = Objective(metric, 1.0, 1.0, 1.0)(
+        _head(features, negative), features, labels, prototypes
+    )
+    gradients = torch.autograd.grad(total, (features, negative))
+    assert total.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients)
