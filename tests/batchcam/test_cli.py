@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from batchcam import cli
+from batchcam import commands
 from batchcam.bundle import FILES, load
 from batchcam.cli import main
 from batchcam.config import TrialConfig
@@ -112,8 +112,8 @@ def cut_after_two_epochs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
         return fit(*args, on_step=step, **kwargs)
 
-    monkeypatch.setattr(cli, "fit", cut)
-    return lambda: monkeypatch.setattr(cli, "fit", fit)
+    monkeypatch.setattr(commands, "fit", cut)
+    return lambda: monkeypatch.setattr(commands, "fit", fit)
 
 
 def test_a_run_that_was_cut_goes_on_with_resume(
