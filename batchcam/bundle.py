@@ -10,15 +10,10 @@ Nothing in it is ever unpickled: loading a bundle runs no code that came with it
 """
 
 import json
-import platform
-import shlex
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,12 +25,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from batchcam import figures
+from batchcam.card import model_card, title
 from batchcam.config import TrialConfig
 from batchcam.data import Preprocess, to_device
 from batchcam.devices import resolve_device
 from batchcam.errors import BundleError
 from batchcam.evaluate import Evaluation, evaluate, explain
 from batchcam.models import ExplainableModel, create_model, resolve_output_stride
+from batchcam.provenance import command_line, git_commit, package_versions
 from batchcam.train import TrialResult
 
 FILES = ("config.yaml", "model.safetensors", "metrics.json", "cams.png", "README.md")
@@ -187,7 +184,7 @@ def save_bundle(
         _save_weights(staging / "model.safetensors", result)
         _write_json(staging / "metrics.json", metrics)
         _draw_cams(staging / "cams.png", result)
-        (staging / "README.md").write_text(_model_card(result, metrics), encoding="utf-8")
+        (staging / "README.md").write_text(model_card(result, metrics), encoding="utf-8")
         staging.chmod(0o755)
         (staging / "model.safetensors").chmod(0o644)
         staging.replace(directory)
@@ -269,14 +266,6 @@ def load(directory: str | Path) -> LoadedModel:
         ) from error
 
 
-def command_line() -> str:
-    """Return the command that started this process, as one could type it in a checkout."""
-    program = Path(sys.argv[0])
-    typed = program.name if program.is_absolute() else str(program)
-    python = ["python"] if program.suffix == ".py" else []
-    return shlex.join([*python, typed, *sys.argv[1:]])
-
-
 def _describe(result: TrialResult, command: str) -> dict[str, Any]:
     config, data = result.config, result.inputs.data
     device = next(result.model.parameters()).device
@@ -317,32 +306,6 @@ def _by_class(names: tuple[str, ...], values_C: Tensor) -> dict[str, float]:
     return dict(zip(names, values_C.tolist(), strict=True))
 
 
-def git_commit() -> str | None:
-    """Return the commit of this project's checkout, "+dirty" if changed; None outside of one."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{commit}+dirty" if changed else commit
-
-
-def package_versions(*more: str) -> dict[str, str]:
-    """Return the versions of what a result depends on, `more` packages included."""
-    packages = ("batchcam", "torch", "torchvision", "timm", "numpy", "scikit-learn")
-    return {"python": platform.python_version()} | {
-        name: version(name) for name in (*packages, *more)
-    }
-
-
 def _save_weights(path: Path, result: TrialResult) -> None:
     data, config = result.inputs.data, result.config
     description = {
@@ -372,78 +335,5 @@ def _draw_cams(path: Path, result: TrialResult) -> None:
     figures.save(figure, path)
 
 
-def title(config: TrialConfig) -> str:
-    """Return a short name of a run for people: backbone, data set and loss."""
-    return f"{config.backbone} on {config.dataset}, {loss_name(config)}"
-
-
-def loss_name(config: TrialConfig) -> str:
-    """Return the name of a run's loss, with its weights."""
-    terms = []
-    if config.lambda_proto:
-        terms.append(f"Prototype Loss {config.lambda_proto:g}")
-    if config.lambda_batch:
-        terms.append(f"BCPL {config.lambda_batch:g}")
-    return " + ".join(terms) + f" ({config.metric.upper()})" if terms else "cross-entropy"
-
-
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _model_card(result: TrialResult, metrics: Mapping[str, Any]) -> str:
-    config = result.config
-    partial_run = (
-        f"\nTraining was ended after {metrics['epochs']} of {config.epochs} epochs.\n"
-        if metrics["epochs"] < config.epochs
-        else ""
-    )
-    return f"""---
-library_name: batchcam
-tags: [image-classification, explainable-ai, grad-cam, batch-cam]
-datasets: [{config.dataset}]
----
-
-# {title(config)}
-
-![Class CAMs beside their prototypes](cams.png)
-
-An image classifier for {config.resolution}x{config.resolution} pixels, trained with its Grad-CAMs
-in the loss (Batch-CAM, arXiv:2510.00664).
-
-| | |
-|---|---|
-| validation accuracy | {metrics["val_accuracy"]:.4f} |
-| test accuracy | {metrics["test_accuracy"]:.4f} |
-| CAM-prototype SSIM (class level, validation) | {metrics["cam_ssim"]:.4f} |
-| its ceiling on a {result.grid[0]}x{result.grid[1]} grid | {metrics["cam_ssim_ceiling"]:.4f} |
-| parameters | {metrics["parameters"]:,} |
-| training images per second | {metrics["images_per_second"]:,.0f} ({metrics["device"]}) |
-| seed | {metrics["seed"]} |
-{partial_run}
-Made by
-
-    {metrics["command"]}
-
-at commit {metrics["git_commit"] or "unknown"}, with \
-{", ".join(f"{name} {number}" for name, number in metrics["versions"].items())}.
-
-## Use
-
-```python
-import batchcam
-
-model = batchcam.load("path/to/this/folder")
-classes = model.predict(images)   # uint8, (N, {result.inputs.data.channels}, H, W)
-maps = model.explain(images)      # (N, {config.resolution}, {config.resolution}), in [0, 1]
-```
-
-`batchcam verify DIR` retrains it from config.yaml and compares the metrics;
-`batchcam train --config DIR/config.yaml --out DIR2` trains it anew.
-
-## Limits
-
-A CAM that resembles its prototype was trained to; the SSIM says that the training worked, not that
-the model looks at the right thing. It knows only the classes and the kind of picture it was trained
-on.
-"""

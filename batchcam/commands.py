@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from batchcam import figures
-from batchcam.bundle import LoadedModel, check_writable, load, loss_name, save_bundle, title
+from batchcam.bundle import LoadedModel, check_writable, load, save_bundle
+from batchcam.card import loss_name, title
 from batchcam.config import TrialConfig
 from batchcam.data import to_device
 from batchcam.errors import BundleError, ConfigError

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from batchcam.bundle import command_line, git_commit, package_versions
+from batchcam.provenance import command_line, git_commit, package_versions
 from studies.export import TrialRecord
 from studies.settings import StudySettings
 from studies.trial import run_name
@@ -61,7 +61,7 @@ def write_readme(
     dataset_sha256: str,
 ) -> None:
     """Write the study's page: how it was made, its Pareto front, and how to use its bundles."""
-    versions = package_versions().items()
+    versions = package_versions("ray", "optuna", "wandb").items()
     lines = [
         f"# Study {settings.study}",
         "",

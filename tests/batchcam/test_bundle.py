@@ -1,11 +1,9 @@
 """Bundles: a round trip without a pickle, and every way in which one can be spoilt."""
 
 import json
-import os
 import pickle
 import re
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +14,7 @@ import torch
 
 import batchcam
 from batchcam import bundle
-from batchcam.bundle import FILES, check_writable, git_commit, load, save_bundle, title
+from batchcam.bundle import FILES, check_writable, load, save_bundle
 from batchcam.config import TrialConfig
 from batchcam.data import to_device
 from batchcam.errors import BundleError, ConfigError
@@ -166,18 +164,6 @@ def test_a_dilated_timm_model_comes_back_with_its_grid(
     accuracy = (model.predict(images) == stopped_resnet.inputs.data.test.labels).mean()
     assert metrics["test_accuracy"] == pytest.approx(accuracy)
     assert "ended after 1 of 2 epochs" in (tmp_path / "b" / "README.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("proto", "batch", "name"),
-    [
-        (0.0, 0.0, "simple_cnn on digits, cross-entropy"),
-        (0.5, 0.0, "simple_cnn on digits, Prototype Loss 0.5 (SSIM)"),
-        (0.5, 2.0, "simple_cnn on digits, Prototype Loss 0.5 + BCPL 2 (SSIM)"),
-    ],
-)
-def test_a_title_names_the_loss(proto: float, batch: float, name: str) -> None:
-    assert title(TrialConfig(lambda_proto=proto, lambda_batch=batch, metric="ssim")) == name
 
 
 # --- No pickle -------------------------------------------------------------------------------
@@ -370,7 +356,7 @@ def test_a_folder_that_cannot_be_written_is_refused(path: str) -> None:
         check_writable(Path(path))
 
 
-@pytest.mark.parametrize("step", ["_save_weights", "_draw_cams", "_model_card"])
+@pytest.mark.parametrize("step", ["_save_weights", "_draw_cams", "model_card"])
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_a_save_that_fails_leaves_nothing(
     tmp_path: Path,
@@ -391,40 +377,3 @@ def test_a_save_that_fails_leaves_nothing(
 def test_a_bundle_can_be_read_by_others(bundle_dir: Path) -> None:
     assert bundle_dir.stat().st_mode & 0o055 == 0o055
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in bundle_dir.iterdir())
-
-
-# --- Provenance ------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
-def test_the_commit_of_a_checkout_says_whether_it_was_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "bundle.py"
-    file.write_text("one")
-    person = ("-c", "user.name=someone", "-c", "user.email=someone@example.org")
-    for command in (("init", "-q"), ("add", "."), (*person, "commit", "-q", "-m", "one")):
-        subprocess.run(["git", "-C", tmp_path, *command], check=True)
-    monkeypatch.setattr(bundle, "__file__", str(file))
-    commit = git_commit()
-    assert commit is not None
-    assert re.fullmatch("[0-9a-f]{40}", commit)
-    file.write_text("two")
-    assert git_commit() == f"{commit}+dirty"
-
-
-def test_outside_of_a_checkout_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIT_DIR", os.devnull)
-    assert git_commit() is None
-
-
-def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert git_commit() is None
-
-
-def test_the_command_of_this_process_is_one_that_can_be_typed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("sys.argv", ["/usr/bin/batchcam", "train", "--out", "my bundle"])
-    assert bundle.command_line() == "batchcam train --out 'my bundle'"

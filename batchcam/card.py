@@ -1,0 +1,81 @@
+"""What a bundle says of itself to people: the names of its run, and its model card."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from batchcam.config import TrialConfig
+from batchcam.train import TrialResult
+
+
+def title(config: TrialConfig) -> str:
+    """Return a short name of a run for people: backbone, data set and loss."""
+    return f"{config.backbone} on {config.dataset}, {loss_name(config)}"
+
+
+def loss_name(config: TrialConfig) -> str:
+    """Return the name of a run's loss, with its weights."""
+    terms = []
+    if config.lambda_proto:
+        terms.append(f"Prototype Loss {config.lambda_proto:g}")
+    if config.lambda_batch:
+        terms.append(f"BCPL {config.lambda_batch:g}")
+    return " + ".join(terms) + f" ({config.metric.upper()})" if terms else "cross-entropy"
+
+
+def model_card(result: TrialResult, metrics: Mapping[str, Any]) -> str:
+    """Return the README.md of a bundle: YAML front matter, as model hubs read it, and Markdown."""
+    config = result.config
+    partial_run = (
+        f"\nTraining was ended after {metrics['epochs']} of {config.epochs} epochs.\n"
+        if metrics["epochs"] < config.epochs
+        else ""
+    )
+    return f"""---
+library_name: batchcam
+tags: [image-classification, explainable-ai, grad-cam, batch-cam]
+datasets: [{config.dataset}]
+---
+
+# {title(config)}
+
+![Class CAMs beside their prototypes](cams.png)
+
+An image classifier for {config.resolution}x{config.resolution} pixels, trained with its Grad-CAMs
+in the loss (Batch-CAM, arXiv:2510.00664).
+
+| | |
+|---|---|
+| validation accuracy | {metrics["val_accuracy"]:.4f} |
+| test accuracy | {metrics["test_accuracy"]:.4f} |
+| CAM-prototype SSIM (class level, validation) | {metrics["cam_ssim"]:.4f} |
+| its ceiling on a {result.grid[0]}x{result.grid[1]} grid | {metrics["cam_ssim_ceiling"]:.4f} |
+| parameters | {metrics["parameters"]:,} |
+| training images per second | {metrics["images_per_second"]:,.0f} ({metrics["device"]}) |
+| seed | {metrics["seed"]} |
+{partial_run}
+Made by
+
+    {metrics["command"]}
+
+at commit {metrics["git_commit"] or "unknown"}, with \
+{", ".join(f"{name} {number}" for name, number in metrics["versions"].items())}.
+
+## Use
+
+```python
+import batchcam
+
+model = batchcam.load("path/to/this/folder")
+classes = model.predict(images)   # uint8, (N, {result.inputs.data.channels}, H, W)
+maps = model.explain(images)      # (N, {config.resolution}, {config.resolution}), in [0, 1]
+```
+
+`batchcam verify DIR` retrains it from config.yaml and compares the metrics;
+`batchcam train --config DIR/config.yaml --out DIR2` trains it anew.
+
+## Limits
+
+A CAM that resembles its prototype was trained to; the SSIM says that the training worked, not that
+the model looks at the right thing. It knows only the classes and the kind of picture it was trained
+on.
+"""

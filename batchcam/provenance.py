@@ -1,0 +1,42 @@
+"""Where a number comes from: the command, the commit and the versions behind it."""
+
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+
+def command_line() -> str:
+    """Return the command that started this process, as one could type it in a checkout."""
+    program = Path(sys.argv[0])
+    typed = program.name if program.is_absolute() else str(program)
+    python = ["python"] if program.suffix == ".py" else []
+    return shlex.join([*python, typed, *sys.argv[1:]])
+
+
+def git_commit() -> str | None:
+    """Return the commit of this project's checkout, "+dirty" if changed; None outside of one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}+dirty" if changed else commit
+
+
+def package_versions(*more: str) -> dict[str, str]:
+    """Return the versions of what a result depends on, `more` packages included."""
+    packages = ("batchcam", "torch", "torchvision", "timm", "numpy", "scikit-learn")
+    return {"python": platform.python_version()} | {
+        name: version(name) for name in (*packages, *more)
+    }
