@@ -85,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Start a cluster from the command line and keep it until it is interrupted."""
     settings = tyro.cli(LocalClusterSettings, args=argv, prog="python -m cluster.local")
     ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
     with local_cluster(settings, dashboard=True) as cluster:
+        for number in (signal.SIGINT, signal.SIGTERM):  # Only now: Ray sets handlers of its own.
+            signal.signal(number, lambda *_: ended.set())
         token = " RAY_AUTH_MODE=token" if os.environ.get("RAY_AUTH_MODE") == "token" else ""
         print(
             f"{1 + settings.workers} nodes are up. To run a study on them:\n\n"

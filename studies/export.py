@@ -70,7 +70,9 @@ class TrialRecord:
 
 def collect(results: tune.ResultGrid, base: TrialConfig) -> list[TrialRecord]:
     """Return a record per trial, in the order in which they were proposed."""
-    return [_record(results[number], base) for number in range(len(results))]
+    found = [results[index] for index in range(len(results))]
+    found.sort(key=lambda result: (result.config or {}).get("number", 0))
+    return [_record(result, base) for result in found]
 
 
 def _record(result: tune.Result, base: TrialConfig) -> TrialRecord:

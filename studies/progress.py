@@ -40,7 +40,8 @@ class TrialLines(tune.Callback):
     ) -> None:
         """Print that a trial failed for good, and where its error is."""
         del iteration, trials, info
-        self._print(trial, f"failed; see {trial.error_file}")
+        # Not `error_file`, which is in Ray's temporary folder on the driver.
+        self._print(trial, f"failed; see {trial.path}/error.txt")
 
     def get_state(self) -> dict[str, int]:
         """Return what a resumed study goes on counting from."""

@@ -41,8 +41,8 @@ def choose_resources(cpus: float | None, gpus: float | None) -> TrialResources:
     if cpus is None:
         cpus = 1.0
         if gpus:
-            per_gpu = min(n.get("CPU", 0.0) / n["GPU"] for n in nodes if n.get("GPU", 0.0))
-            cpus = max(1.0, float(int(per_gpu * gpus)))
+            shares = [n.get("CPU", 0.0) / n["GPU"] for n in nodes if n.get("GPU", 0.0)]
+            cpus = max(1.0, float(int(min(shares, default=0.0) * gpus)))
     if not any(n.get("CPU", 0.0) >= cpus and n.get("GPU", 0.0) >= gpus for n in nodes):
         largest = max(nodes, key=lambda n: (n.get("GPU", 0.0), n.get("CPU", 0.0)))
         raise ConfigError(

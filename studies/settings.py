@@ -87,6 +87,8 @@ class StudySettings:
                     f"objective {objective!r} is unknown; choose among {', '.join(OBJECTIVES)}."
                     + suggest_names(objective, OBJECTIVES)
                 )
+        if len(set(self.objectives)) < len(self.objectives):
+            raise ConfigError(f"objectives={self.objectives} names a value twice; name each once.")
         for name in ("cpus_per_trial", "gpus_per_trial"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):

@@ -12,7 +12,7 @@ from typing import Any
 
 import optuna
 
-from batchcam.config import METRICS, MIN_RESOLUTION
+from batchcam.config import METRICS, MIN_RESOLUTION, TrialConfig
 from batchcam.errors import BackboneError, ConfigError, suggest_names
 from batchcam.models import feature_grid, resolve_output_stride
 
@@ -67,6 +67,8 @@ class SearchSpace:
         for resolution in self.resolutions:
             if resolution < MIN_RESOLUTION:
                 raise ConfigError(f"resolution {resolution} must be at least {MIN_RESOLUTION}.")
+        for stride in self.output_strides:
+            TrialConfig(output_stride=stride)  # Judges it; an impossible one would go unnoticed.
         for field in fields(self):
             if field.type == Range:
                 low, high = getattr(self, field.name)
@@ -110,7 +112,8 @@ def suggest(trial: optuna.Trial, space: SearchSpace, strides: Strides) -> dict[s
     """Draw a trial's fields of TrialConfig, as Ray's define-by-run interface asks for them.
 
     Optuna's parameters are the fields drawn, and the switches `proto_loss` and `batch_loss`.
-    Returned is every field that the space decides, those that were not drawn included.
+    Returned is every field that the space decides, those that were not drawn included, and the
+    trial's `number`: Ray forgets the order of its trials when a study is resumed.
     """
 
     def log_uniform(name: str) -> float:
@@ -128,6 +131,7 @@ def suggest(trial: optuna.Trial, space: SearchSpace, strides: Strides) -> dict[s
     proto_loss = trial.suggest_categorical("proto_loss", (False, True))
     batch_loss = trial.suggest_categorical("batch_loss", (False, True))
     decided: dict[str, Any] = {
+        "number": trial.number,
         "backbone": backbone,
         "resolution": resolution,
         "output_stride": output_stride,

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from studies.trial import TrialSettings, run_trial
 
 RAY_FOLDER = "ray"
 """Where, in the study's folder, Ray keeps its trials and checkpoints."""
+
+_REACH_SECONDS = 10
 
 _DRIVER_ENVIRONMENT = {
     # Ray would warn that it saves its state after every checkpoint, which is what we want of it.
@@ -122,12 +125,21 @@ def _connect(address: str | None) -> None:
         ray.init(address="local", include_dashboard=False, **options)
         return
     try:
+        _check_reachable(address)
         ray.init(address=address, **options)
-    except ConnectionError as error:
+    except OSError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(
-            f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]} Start one with "
+            f"no Ray cluster answers at {address!r}: {reason}. Start one with "
             "`ray start --head`, or leave out --address and RAY_ADDRESS for a local one."
         ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Raise OSError if nothing listens there, which Ray would find out in some twenty minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_REACH_SECONDS).close()
 
 
 def _tuner(

@@ -46,9 +46,12 @@ def choose_mode() -> tuple[Mode, str]:
     wanted = os.environ.get("WANDB_MODE")
     if wanted in MODES:
         return wanted, f"WANDB_MODE={wanted}"
-    if not wandb.login(prompt=False, verify=False):
-        return "offline", "no API key"
-    url = wandb.Settings().base_url
+    try:
+        if not wandb.login(prompt=False, verify=False):
+            return "offline", "no API key"
+    except wandb.Error as error:  # A key that cannot be one.
+        return "offline", str(error).splitlines()[0]
+    url = wandb.setup().settings.base_url  # With what the environment and `wandb login` say of it.
     unreachable = _unreachable(url)
     if unreachable:
         return "offline", f"{url} cannot be reached: {unreachable}"
@@ -133,4 +136,5 @@ def _init(tracking: Tracking, trial_id: str, name: str, config: dict[str, Any]) 
             )
         except Exception:
             log.warning("W&B could not start a run %s", mode, exc_info=True)
+            wandb.teardown()  # Its service would refuse the id, which it holds to be in use.
     return None

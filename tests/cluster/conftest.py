@@ -1,0 +1,31 @@
+"""An environment without accounts or clusters, for this process and for commands."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_PRIVATE = ("WANDB_", "RAY_", "BATCHCAM_", "XDG_", "NETRC", "COLUMNS")
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a user who has no W&B account and no Ray cluster."""
+    # One home for all tests of a session: Ray keeps the token it once read from there.
+    home = tmp_path_factory.getbasetemp() / "home"
+    home.mkdir(exist_ok=True)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_PRIVATE)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return kept | {"HOME": str(home), "NETRC": str(home / "netrc"), "PATH": path}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _clean_environment(environment: dict[str, str]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ.keys() - environment.keys():
+            patch.delenv(name)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield

@@ -1,0 +1,158 @@
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray import tune
+
+import batchcam
+from cluster.local import LocalCluster, LocalClusterSettings, local_cluster, main
+from studies.settings import StudySettings
+from studies.space import SearchSpace
+from studies.study import run_study
+
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with local_cluster(LocalClusterSettings(workers=2)) as running:
+        yield running
+
+
+@pytest.fixture
+def _joined(cluster: LocalCluster) -> Iterator[None]:
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def alive() -> dict[str, dict[str, Any]]:
+    """Return the nodes of the cluster that this process has joined, by their ids."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return {node["NodeID"]: node for node in nodes if node["Alive"]}
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for what is to happen within a minute."""
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not happen within a minute")
+
+
+def where(params: dict[str, Any]) -> None:
+    """A trial that says on which node it runs."""
+    del params
+    tune.report({"node": ray.get_runtime_context().get_node_id()})
+
+
+@pytest.mark.usefixtures("_joined")
+def test_trials_run_on_workers_only(cluster: LocalCluster, tmp_path: Path) -> None:
+    results = tune.Tuner(
+        tune.with_resources(where, {"cpu": 1}),
+        tune_config=tune.TuneConfig(num_samples=3),
+        run_config=tune.RunConfig(storage_path=str(tmp_path), verbose=0),
+    ).fit()
+    used = {(results[index].metrics or {})["node"] for index in range(len(results))}
+    assert used
+    assert used <= {worker.node_id for worker in cluster.workers}
+
+
+@pytest.mark.usefixtures("_joined")
+def test_nodes_come_and_go(cluster: LocalCluster) -> None:
+    before = alive()
+    assert len(before) == 3
+    added = cluster.add_worker()
+    assert alive().keys() - before.keys() == {added.node_id}
+    assert alive()[added.node_id]["Resources"]["CPU"] == 1
+    cluster.remove_worker(added)
+    # The head learns of the loss by missing the node's signs of life.
+    wait_until(lambda: alive().keys() == before.keys())
+
+
+def test_study_runs_on_the_cluster_that_is_named(cluster: LocalCluster, tmp_path: Path) -> None:
+    settings = StudySettings(
+        study="distributed",
+        out=tmp_path,
+        num_trials=2,
+        max_epochs=1,
+        space=SearchSpace(resolutions=(14,)),
+        address=cluster.address,
+    )
+    run_study(settings)
+    assert batchcam.load(settings.folder / "best" / "knee").metrics["study"] == "distributed"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--workers", "-1"], "error: workers=-1 must be 0 or more"),
+        (["--head-cpus", "-1"], "error: head_cpus=-1 must be 0 or more"),
+        (["--workers", "0"], "error: no node would have a CPU; raise --workers or --head-cpus"),
+        (["--cpus-per-worker", "0"], "error: no node would have a CPU"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(words)
+
+
+def processes_with(mark: str) -> list[int]:
+    """Return the processes that have inherited an environment with `mark` in it."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:  # Ended since, or not ours.
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_command_keeps_a_cluster_until_it_is_ended(
+    environment: dict[str, str], number: signal.Signals, tmp_path: Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mark = str(uuid.uuid4())
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.local", "--workers=1", f"--dashboard-port={port}"],
+            env=environment | {"TEST_MARK": mark},
+            stdout=file,
+            stderr=file,
+        )
+    try:
+        while "Ctrl-C ends them" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.2)
+        told = log.read_text()
+        assert "2 nodes are up" in told
+        assert f"RAY_API_SERVER_ADDRESS=http://127.0.0.1:{port} ray job submit" in told
+        found = re.search(r"RAY_ADDRESS=([\d.]+):(\d+) python", told)
+        assert found
+        socket.create_connection((found[1], int(found[2])), timeout=10).close()
+        assert len(processes_with(mark)) > 1
+        process.send_signal(number)
+        assert process.wait(timeout=120) == 0
+        wait_until(lambda: processes_with(mark) == [])
+    finally:
+        process.kill()
+        process.wait(timeout=30)

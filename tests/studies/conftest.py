@@ -1,0 +1,213 @@
+"""A world without accounts or clusters, a tiny real trial, and commands as a user types them."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray import tune
+
+from batchcam.config import TrialConfig
+from batchcam.data import load_data, to_device
+from batchcam.prototypes import class_prototypes
+from batchcam.splits import Split
+from batchcam.train import EpochReport, Inputs, fit
+from studies.export import TrialRecord
+from studies.trial import STATE_FILE
+
+ROOT = Path(__file__).parents[2]
+_PRIVATE = ("WANDB_", "RAY_", "BATCHCAM_", "XDG_", "NETRC", "COLUMNS")
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a user who has no W&B account, no Ray cluster and no data."""
+    # One home for all tests of a session: Ray keeps the token it once read from there.
+    home = tmp_path_factory.getbasetemp() / "home"
+    home.mkdir(exist_ok=True)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_PRIVATE)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return kept | {"HOME": str(home), "NETRC": str(home / "netrc"), "PATH": path}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _clean_environment(environment: dict[str, str]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ.keys() - environment.keys():
+            patch.delenv(name)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="session")
+def sweep(environment: dict[str, str]) -> Command:
+    """Return a function that runs `python studies/bcpl_sweep.py` to its end."""
+
+    def run(
+        *words: str | Path, cwd: Path, timeout: float = 240, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, ROOT / "studies" / "bcpl_sweep.py", *words],
+            cwd=cwd,
+            env=environment | variables,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What an offline W&B file holds."""
+
+    summary: dict[str, Any]
+    run: dict[str, Any]
+    history: list[dict[str, Any]]
+    exit_code: int | None
+
+
+@pytest.fixture(scope="session")
+def recorded(environment: dict[str, str]) -> Callable[[Path], list[Recorded]]:
+    """Return a function that reads the offline runs in a folder, the oldest first."""
+
+    def inspect(file: Path, *options: str) -> str:
+        command = ["wandb", "leet", "inspect", *options, "--json", str(file)]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True, timeout=60
+        )
+        return done.stdout
+
+    def read(folder: Path) -> list[Recorded]:
+        found = []
+        for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+            records = [json.loads(line) for line in inspect(file).splitlines()]
+            by_type = {record["type"]: record[record["type"]] for record in records}
+            found.append(
+                Recorded(
+                    summary=json.loads(inspect(file, "--summary")),
+                    run=by_type.get("run", {}),
+                    history=[r["history"]["item"] for r in records if r["type"] == "history"],
+                    exit_code=by_type["exit"]["exit_code"] if "exit" in by_type else None,
+                )
+            )
+        return found
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """Return a function that gives a port at which nothing listens."""
+
+    def choose() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    return choose
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """Two CPUs of Ray, in this process and its children."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def inputs() -> Inputs:
+    """Two hundred digits to train on, a hundred each to validate and to test."""
+
+    def first(split: Split, count: int) -> Split:
+        return Split(split.images[:count], split.labels[:count])
+
+    data = load_data(TrialConfig(dataset="digits"))
+    data = replace(
+        data,
+        train=first(data.train, 200),
+        validation=first(data.validation, 100),
+        test=first(data.test, 100),
+    )
+    train, validation = (
+        class_prototypes(*to_device(split, torch.device("cpu")), data.num_classes)
+        for split in (data.train, data.validation)
+    )
+    return Inputs(data, train, validation)
+
+
+@pytest.fixture(scope="session")
+def config() -> TrialConfig:
+    return TrialConfig(resolution=14, epochs=3, batch_size=64, device="cpu", lambda_batch=0.2)
+
+
+@pytest.fixture(scope="session")
+def reports(
+    config: TrialConfig, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory
+) -> list[tuple[EpochReport, tune.Checkpoint]]:
+    """Each epoch of a real trial, with the checkpoint made of it."""
+    found = []
+
+    def on_epoch(report: EpochReport) -> None:
+        folder = tmp_path_factory.mktemp("checkpoint")
+        report.save_state(folder / STATE_FILE)
+        found.append((report, tune.Checkpoint(str(folder))))
+
+    fit(config, on_epoch, inputs=inputs)
+    return found
+
+
+@pytest.fixture
+def make_record() -> Callable[..., TrialRecord]:
+    """Return a function that makes a trial's record from its metrics, without a trial."""
+
+    def make(
+        trial_id: str,
+        accuracy: float,
+        ssim: float,
+        *,
+        config: TrialConfig | None = None,
+        **changes: Any,
+    ) -> TrialRecord:
+        metrics = {
+            "epoch": 5,
+            "val_accuracy": accuracy,
+            "cam_ssim": ssim,
+            "cam_ssim_ceiling": 0.99,
+            "images_per_second": 1234.5,
+        }
+        record = TrialRecord(
+            trial_id=trial_id,
+            state="completed",
+            config=config or TrialConfig(),
+            metrics=metrics,
+            checkpoint=tune.Checkpoint("/unread"),
+            error=None,
+        )
+        return replace(record, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def read_csv() -> Callable[[Path], list[dict[str, str]]]:
+    def read(path: Path) -> list[dict[str, str]]:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    return read

@@ -1,0 +1,105 @@
+"""Studies as jobs of a running Ray cluster, submitted from a checkout as the manual says."""
+
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import batchcam
+from tests.studies.conftest import ROOT
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A cluster's head node: where it was started, and what its clients are told."""
+
+    checkout: Path
+    client: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def head(
+    environment: dict[str, str],
+    free_port: Callable[[], int],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Head]:
+    """A cluster of one node with token authentication, started from a copy of the checkout."""
+    folder = tmp_path_factory.mktemp("head")
+    checkout = folder / "checkout"
+    for room in ("batchcam", "studies"):
+        shutil.copytree(ROOT / room, checkout / room, ignore=shutil.ignore_patterns("__pycache__"))
+    # A home of its own, where Ray keeps the token.
+    (folder / "home").mkdir()
+    variables = environment | {"RAY_AUTH_MODE": "token", "HOME": str(folder / "home")}
+    subprocess.run(
+        ["ray", "get-auth-token", "--generate"],
+        env=variables,
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    dashboard = free_port()
+    command = ["ray", "start", "--head", "--block", "--num-cpus", "2", "--port", str(free_port())]
+    command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
+    # Ports that another cluster on this machine would have taken; without its agent, no jobs.
+    command += ["--dashboard-agent-listen-port", str(free_port())]
+    command += ["--ray-client-server-port", str(free_port())]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=checkout, env=variables, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            client = variables | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+            while ray("job", "list", env=client, cwd=folder).returncode:
+                assert process.poll() is None, (folder / "log").read_text()
+                time.sleep(0.5)
+            yield Head(checkout, client)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)
+
+
+def ray(*words: str, env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["ray", *words], env=env, cwd=cwd, capture_output=True, text=True, timeout=500
+    )
+
+
+def test_job_is_submitted_from_the_checkout_as_the_manual_says(head: Head) -> None:
+    done = ray("job", "submit", "studies/bcpl_sweep.py", env=head.client, cwd=head.checkout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout
+    (folder,) = (head.checkout / "results").iterdir()
+    assert folder.name.startswith("bcpl-digits-")
+    assert f"Best bundle: {folder / 'best' / 'knee'}" in done.stdout
+    assert len((folder / "trials.csv").read_text().splitlines()) == 11
+    assert batchcam.load(folder / "best" / "knee").metrics["val_accuracy"] > 0.9
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 10
+
+
+def test_job_can_bring_its_own_code_and_say_where_results_go(head: Head, tmp_path: Path) -> None:
+    entrypoint = "python studies/bcpl_sweep.py --study own --num-trials 2 --max-epochs 1"
+    done = ray(
+        *("job", "submit", "--working-dir", ".", "--"),
+        *entrypoint.split(),
+        *("--resolutions", "14", "--out", str(tmp_path)),
+        env=head.client,
+        cwd=head.checkout,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert batchcam.load(tmp_path / "own" / "best" / "knee").metrics["study"] == "own"
+
+
+def test_client_without_the_token_is_refused(head: Head, tmp_path: Path) -> None:
+    stranger = head.client | {"RAY_AUTH_TOKEN": "not-the-token"}
+    done = ray("job", "submit", "studies/bcpl_sweep.py", env=stranger, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "token" in (done.stdout + done.stderr).lower()
+    assert "submitted successfully" not in done.stdout

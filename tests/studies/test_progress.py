@@ -1,0 +1,41 @@
+from typing import Any
+
+import pytest
+from ray.tune.experiment import Trial
+
+from studies.progress import TrialLines
+
+METRICS = {
+    "val_accuracy": 0.98765,
+    "cam_ssim": 0.5,
+    "cam_ssim_ceiling": 0.99,
+    "images_per_second": 1234.5,
+    "epoch": 4,
+}
+
+
+def make_trial(trial_id: str, last: dict[str, Any]) -> Trial:
+    trial = Trial("run_trial", stub=True, trial_id=trial_id)
+    trial.update_last_result(last | {"trial_id": trial_id, "training_iteration": 1})  # type: ignore[no-untyped-call]
+    return trial
+
+
+def test_trial_that_ended_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = TrialLines(num_trials=12)
+    lines.on_trial_complete(1, [], make_trial("abc", METRICS))
+    assert capsys.readouterr().out == (
+        "   1/12  abc  accuracy 0.9877  SSIM 0.500 of 0.990  1,234 images/s  after 4 epochs\n"
+    )
+
+
+def test_trial_without_a_report_is_a_line_too(capsys: pytest.CaptureFixture[str]) -> None:
+    TrialLines(num_trials=2).on_trial_complete(1, [], make_trial("abc", {}))
+    assert capsys.readouterr().out == "   1/2  abc  ended without a report\n"
+
+
+def test_count_goes_on_after_resuming(capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = TrialLines(num_trials=3), TrialLines(num_trials=3)
+    before.on_trial_complete(1, [], make_trial("a", METRICS))
+    after.set_state(before.get_state())
+    after.on_trial_complete(1, [], make_trial("b", METRICS))
+    assert capsys.readouterr().out.splitlines()[-1].startswith("   2/3  b  ")

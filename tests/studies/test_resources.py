@@ -1,0 +1,55 @@
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from batchcam.errors import ConfigError
+from studies.resources import TrialResources, choose_resources
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+
+@pytest.fixture(scope="module", params=[0, 2], ids=["no GPU", "2 GPUs"])
+def gpus(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A node of 8 CPUs; Ray believes what it is told of GPUs."""
+    number: int = request.param
+    ray.init(address="local", num_cpus=8, num_gpus=number, include_dashboard=False)
+    yield number
+    ray.shutdown()
+
+
+def test_trial_takes_one_gpu_and_its_share_of_cpus(gpus: int) -> None:
+    expected = TrialResources(4.0, 1.0) if gpus else TrialResources(1.0, 0.0)
+    assert choose_resources(None, None) == expected
+
+
+def test_given_cpus_are_kept(gpus: int) -> None:
+    assert choose_resources(3.0, None) == TrialResources(3.0, 1.0 if gpus else 0.0)
+
+
+def test_trials_can_share_a_gpu(gpus: int) -> None:
+    if not gpus:
+        pytest.skip("nothing to share")
+    assert choose_resources(None, 0.5) == TrialResources(2.0, 0.5)
+    assert choose_resources(None, 0.01) == TrialResources(1.0, 0.01)
+
+
+def test_gpus_can_be_declined(gpus: int) -> None:
+    assert choose_resources(None, 0.0) == TrialResources(1.0, 0.0), gpus
+
+
+@pytest.mark.parametrize(("cpus", "asked"), [(9.0, None), (None, 3.0)])
+def test_more_than_any_node_has_is_refused(
+    gpus: int, cpus: float | None, asked: float | None
+) -> None:
+    message = rf"the largest node has 8 CPUs and {gpus} GPUs; lower --cpus-per-trial or --gpus"
+    with pytest.raises(ConfigError, match=message):
+        choose_resources(cpus, asked)
+
+
+def test_threads_are_whole_and_at_least_one() -> None:
+    assert [TrialResources(cpus, 0.0).threads for cpus in (0.5, 1.0, 2.5)] == [1, 1, 2]
+
+
+def test_request_is_in_the_terms_of_ray() -> None:
+    assert TrialResources(2.0, 0.5).as_ray() == {"cpu": 2.0, "gpu": 0.5}

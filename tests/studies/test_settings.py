@@ -1,0 +1,116 @@
+import math
+from pathlib import Path
+
+import pytest
+import tyro
+
+from batchcam.errors import ConfigError
+from studies.settings import OBJECTIVES, StudySettings
+from studies.study import main
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"study": ""}, "study='' must be a plain name"),
+        ({"study": "a/b"}, "study='a/b' must be a plain name"),
+        ({"study": "../other"}, "study='../other' must be a plain name"),
+        ({"study": "."}, r"study='\.' must be a plain name"),
+        ({"resume": True}, "--resume needs --study"),
+        ({"num_trials": 0}, "num_trials=0 must be at least 1"),
+        ({"max_epochs": 0}, "max_epochs=0 must be at least 1"),
+        ({"min_epochs": -1}, "min_epochs=-1 must be at least 1"),
+        ({"max_failures": -1}, "max_failures=-1 must be 0 or more"),
+        ({"objectives": ()}, f"objectives is empty; choose among {', '.join(OBJECTIVES)}"),
+        ({"objectives": ("accuracy",)}, "'accuracy' is unknown; .* Did you mean val_accuracy"),
+        ({"cpus_per_trial": math.nan}, "cpus_per_trial=nan must be a finite number >= 0"),
+        ({"cpus_per_trial": 0.0}, "cpus_per_trial=0 .* give it CPUs"),
+        ({"gpus_per_trial": -0.5}, "gpus_per_trial=-0.5 must be a finite number >= 0"),
+        ({"gpus_per_trial": math.inf}, "gpus_per_trial=inf must be a finite number >= 0"),
+        ({"dataset": "digit"}, "dataset='digit' is unknown; .* Did you mean digits"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"precision": "fp8"}, "precision='fp8' is unknown; choose one of fp32, bf16, fp16"),
+        ({"seed": -1}, "seed=-1 must be between 0 and"),
+    ],
+)
+def test_bad_value_is_refused_with_the_remedy(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        StudySettings(**fields)  # type: ignore[arg-type]
+
+
+def test_objective_given_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"objectives=.* names a value twice"):
+        StudySettings(objectives=("cam_ssim", "cam_ssim"))
+
+
+def test_command_line_sets_the_study_and_its_space() -> None:
+    words = (
+        "--study s --num-trials 7 --max-epochs 2 --objectives val_accuracy images_per_second "
+        "--backbones resnet18 simple_cnn --resolutions 28 112 --metrics ssim "
+        "--lambda-batch 0.1 1.0 --cpus-per-trial 0.5"
+    )
+    settings = tyro.cli(StudySettings, args=words.split())
+    assert settings.study == "s"
+    assert settings.num_trials == 7
+    assert settings.objectives == ("val_accuracy", "images_per_second")
+    assert settings.space.backbones == ("resnet18", "simple_cnn")
+    assert settings.space.resolutions == (28, 112)
+    assert settings.space.metrics == ("ssim",)
+    assert settings.space.lambda_batch == (0.1, 1.0)
+    assert settings.cpus_per_trial == 0.5
+
+
+def test_nothing_needs_to_be_said_on_the_command_line() -> None:
+    assert tyro.cli(StudySettings, args=[]) == StudySettings()
+
+
+def test_unknown_flag_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--num-trial", "3"])
+    assert ended.value.code == 2
+    assert "--num-trials" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dataset", "digit"], "dataset='digit' is unknown"),
+        (["--metrics", "sim"], "metric 'sim' is unknown"),
+        (["--backbones", "resnet_18"], "backbone 'resnet_18' is unknown"),
+    ],
+)
+def test_bad_value_ends_the_command_without_a_traceback(
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--out", str(tmp_path / "results")])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("results/*"))
+
+
+def test_study_without_a_name_is_named_after_data_set_and_time() -> None:
+    named = StudySettings(dataset="mnist").named()
+    assert named.study is not None
+    assert named.study.startswith("bcpl-mnist-2")
+    assert named.folder == Path("results").resolve() / named.study
+
+
+def test_given_name_is_kept() -> None:
+    settings = StudySettings(study="mine", out=Path("/somewhere"))
+    assert settings.named() is settings
+    assert settings.folder == Path("/somewhere/mine")
+
+
+def test_base_configuration_is_what_all_trials_share() -> None:
+    settings = StudySettings(
+        dataset="mnist", data_root="files", max_epochs=9, batch_size=7, precision="bf16", seed=3
+    )
+    config = settings.base_config()
+    assert (config.dataset, config.epochs, config.batch_size) == ("mnist", 9, 7)
+    assert (config.precision, config.seed) == ("bf16", 3)
+    # Trials run in other folders than the driver.
+    assert config.data_root == str(Path("files").resolve())

@@ -1,0 +1,196 @@
+import math
+
+import optuna
+import pytest
+
+from batchcam.config import TrialConfig
+from batchcam.errors import BackboneError, ConfigError
+from studies.space import SearchSpace, Strides, feasible_strides, first_points, suggest
+from studies.trial import trial_config
+
+SPACE = SearchSpace(backbones=("simple_cnn", "resnet18"), resolutions=(28, 112))
+
+
+@pytest.fixture(scope="module")
+def strides() -> Strides:
+    return feasible_strides(SPACE, in_chans=1)
+
+
+@pytest.fixture(scope="module")
+def drawn(strides: Strides) -> list[tuple[optuna.Trial, TrialConfig]]:
+    """Two hundred random draws: what Optuna recorded, and the configuration made of it."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    trials = [study.ask() for _ in range(200)]
+    return [(t, trial_config(TrialConfig(), suggest(t, SPACE, strides))) for t in trials]
+
+
+def test_every_draw_is_a_valid_configuration_within_the_space(
+    drawn: list[tuple[optuna.Trial, TrialConfig]],
+) -> None:
+    assert {config.backbone for _, config in drawn} == set(SPACE.backbones)
+    assert {config.resolution for _, config in drawn} == set(SPACE.resolutions)
+    for _, config in drawn:
+        for name in ("lambda_class", "learning_rate", "weight_decay"):
+            low, high = getattr(SPACE, name)
+            assert low <= getattr(config, name) <= high
+
+
+def test_metric_is_drawn_only_where_a_cam_loss_is_on(
+    drawn: list[tuple[optuna.Trial, TrialConfig]],
+) -> None:
+    assert {trial.params.get("metric") for trial, _ in drawn} == {None, *SPACE.metrics}
+    for trial, config in drawn:
+        assert ("metric" in trial.params) == config.uses_cam
+
+
+@pytest.mark.parametrize(
+    ("switch", "weight"), [("proto_loss", "lambda_proto"), ("batch_loss", "lambda_batch")]
+)
+def test_weight_of_a_loss_is_drawn_only_where_it_is_on(
+    drawn: list[tuple[optuna.Trial, TrialConfig]], switch: str, weight: str
+) -> None:
+    low, high = getattr(SPACE, weight)
+    assert {trial.params[switch] for trial, _ in drawn} == {False, True}
+    for trial, config in drawn:
+        if trial.params[switch]:
+            assert low <= getattr(config, weight) <= high
+        else:
+            assert getattr(config, weight) == 0.0
+            assert weight not in trial.params
+
+
+@pytest.mark.parametrize(
+    "name", ["lambda_class", "lambda_proto", "lambda_batch", "learning_rate", "weight_decay"]
+)
+def test_weights_and_rates_are_searched_on_a_logarithmic_scale(
+    drawn: list[tuple[optuna.Trial, TrialConfig]], name: str
+) -> None:
+    low, high = getattr(SPACE, name)
+    values = [trial.params[name] for trial, _ in drawn if name in trial.params]
+    below = sum(value < math.sqrt(low * high) for value in values)
+    assert 0.35 < below / len(values) < 0.65
+    distributions = [trial.distributions[name] for trial, _ in drawn if name in trial.params]
+    assert all(getattr(distribution, "log", False) for distribution in distributions)
+
+
+def test_output_stride_is_drawn_only_where_there_is_a_choice(
+    drawn: list[tuple[optuna.Trial, TrialConfig]],
+) -> None:
+    for trial, config in drawn:
+        stride_params = [name for name in trial.params if name.startswith("output_stride")]
+        if (config.backbone, config.resolution) == ("resnet18", 112):
+            assert stride_params == ["output_stride_resnet18_112"]
+            assert config.output_stride in (8, 16, 32)
+        else:
+            assert stride_params == []
+
+
+def test_strides_are_those_with_a_usable_grid(strides: Strides) -> None:
+    # At 112 pixels resnet18 has grids of 14, 7 and 4 cells a side; at 28, of 4, 2 and 1.
+    assert strides["resnet18", 112] == (8, 16, 32)
+    assert strides["resnet18", 28] == (8,)
+    assert strides["simple_cnn", 28] == (None,)
+
+
+def test_of_strides_with_one_grid_the_largest_is_kept() -> None:
+    # The first layer of efficientnet_b0 halves the image, so that 1 gives the grid of 2.
+    space = SearchSpace(backbones=("efficientnet_b0",), output_strides=(4, 2, 1))
+    assert feasible_strides(space, in_chans=1)["efficientnet_b0", 28] == (2, 4)
+
+
+def test_backbone_without_a_feasible_stride_gets_the_resolved_one() -> None:
+    space = SearchSpace(backbones=("resnet18",), resolutions=(28,), output_strides=(32,))
+    assert feasible_strides(space, in_chans=1) == {("resnet18", 28): (8,)}
+
+
+def test_unknown_backbone_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(BackboneError, match=r"'resnet_18' is unknown.*Did you mean.*resnet18"):
+        feasible_strides(SearchSpace(backbones=("resnet_18",)), in_chans=1)
+
+
+def test_backbone_that_is_infeasible_at_a_resolution_is_refused_with_the_remedy() -> None:
+    space = SearchSpace(backbones=("resnet18",), resolutions=(8,))
+    with pytest.raises(BackboneError, match=r"resnet18 reduces 8x8.*use a larger resolution"):
+        feasible_strides(space, in_chans=1)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        SPACE,
+        SearchSpace(
+            lambda_class=(2.0, 3.0),
+            lambda_batch=(1.0, 2.0),
+            learning_rate=(1e-4, 1e-3),
+            weight_decay=(0.05, 0.1),
+            metrics=("ssim",),
+        ),
+    ],
+)
+def test_first_points_lie_in_the_space(space: SearchSpace) -> None:
+    strides = feasible_strides(space, in_chans=1)
+    study = optuna.create_study()
+    for point in first_points(space):
+        study.enqueue_trial(point)
+        trial = study.ask()
+        suggest(trial, space, strides)
+        # What is not in the space Optuna would have replaced, with a warning.
+        assert trial.params.items() >= point.items()
+
+
+def test_first_points_are_the_baseline_and_the_papers_bcpl(strides: Strides) -> None:
+    study = optuna.create_study()
+    configs = []
+    for point in first_points(SPACE):
+        study.enqueue_trial(point)
+        configs.append(trial_config(TrialConfig(), suggest(study.ask(), SPACE, strides)))
+    baseline, bcpl = configs
+    assert not baseline.uses_cam
+    assert (bcpl.metric, bcpl.lambda_proto, bcpl.lambda_batch) == ("l1", 0.0, 0.1)
+    assert bcpl.learning_rate == baseline.learning_rate == 3e-3
+
+
+def test_first_points_are_clipped_to_narrow_ranges() -> None:
+    space = SearchSpace(learning_rate=(1e-4, 1e-3), lambda_batch=(1.0, 2.0))
+    baseline, bcpl = first_points(space)
+    assert baseline["learning_rate"] == bcpl["learning_rate"] == 1e-3
+    assert bcpl["lambda_batch"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["backbones", "resolutions", "metrics", "output_strides"])
+def test_empty_choice_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is empty; name at least one"):
+        SearchSpace(**{name: ()})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("backbones", ("resnet18", "resnet18")), ("resolutions", (28, 28)), ("metrics", ("l1", "l1"))],
+)
+def test_choice_given_twice_is_refused(name: str, values: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}=.*names a value twice; name each once"):
+        SearchSpace(**{name: values})  # type: ignore[arg-type]
+
+
+def test_unknown_metric_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match=r"'sim' is unknown; .*l1, l2, ssim.* Did you mean ssim"):
+        SearchSpace(metrics=("sim",))
+
+
+def test_resolution_below_the_ssim_window_is_refused() -> None:
+    with pytest.raises(ConfigError, match="resolution 4 must be at least 8"):
+        SearchSpace(resolutions=(28, 4))
+
+
+@pytest.mark.parametrize(
+    "bad", [(1.0, 0.1), (0.0, 1.0), (-1.0, 1.0), (1.0, math.inf), (math.nan, 1.0), (1.0, math.nan)]
+)
+@pytest.mark.parametrize("name", ["lambda_class", "lambda_proto", "learning_rate"])
+def test_range_that_is_none_is_refused(name: str, bad: tuple[float, float]) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}=\(.*\) must be two finite numbers > 0"):
+        SearchSpace(**{name: bad})  # type: ignore[arg-type]
+
+
+def test_output_stride_that_no_backbone_can_have_is_refused() -> None:
+    with pytest.raises(ConfigError, match="output_stride=7 must be 1, 2, 4, 8, 16 or 32"):
+        SearchSpace(output_strides=(7,))

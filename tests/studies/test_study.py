@@ -1,0 +1,385 @@
+"""Whole studies on local Ray clusters, most of them as a user starts them: the command itself."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import optuna
+import pytest
+import ray
+
+import batchcam
+from batchcam.bundle import FILES
+from batchcam.errors import BundleError, ConfigError, DataError
+from studies.export import StudyError
+from studies.search import JOURNAL
+from studies.settings import StudySettings
+from studies.space import SearchSpace
+from studies.study import RAY_FOLDER, main, run_study
+from tests.studies.conftest import ROOT, Command, Recorded
+
+# Ray leaves its log files, and sockets of clusters it has shut down, to the garbage collector.
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+# Fourteen pixels: a quarter of the arithmetic.
+SMALL = ("--resolutions", "14", "--cpus-per-trial", "1", "--min-epochs", "1")
+STUDY = ("--study", "small", "--num-trials", "3", "--max-epochs", "2", *SMALL)
+API_KEY = "0123456789abcdef" * 2 + "01234567"
+
+
+@dataclass(frozen=True)
+class Finished:
+    folder: Path
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="module")
+def study(
+    sweep: Command, free_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    """A study of three trials by a user with a W&B key, and no way to the server."""
+    folder = tmp_path_factory.mktemp("study")
+    url = f"http://127.0.0.1:{free_port()}"
+    done = sweep(*STUDY, cwd=folder, WANDB_API_KEY=API_KEY, WANDB_BASE_URL=url)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Finished(folder / "results" / "small", done.stdout, done.stderr)
+
+
+@pytest.fixture
+def rows(study: Finished, read_csv: Callable[[Path], list[dict[str, str]]]) -> list[dict[str, str]]:
+    return read_csv(study.folder / "trials.csv")
+
+
+def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Return when each file was last written, and its size."""
+    return {
+        path: (path.stat().st_mtime_ns, path.stat().st_size)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_table_has_a_row_per_trial(rows: list[dict[str, str]]) -> None:
+    assert len({row["trial_id"] for row in rows}) == 3
+    for row in rows:
+        assert row["state"] in ("completed", "stopped")
+        assert row["resolution"] == "14"
+        assert row["epoch"] == ("2" if row["state"] == "completed" else "1")
+        assert 0 < float(row["val_accuracy"]) <= 1
+        assert float(row["cam_ssim"]) <= float(row["cam_ssim_ceiling"])
+
+
+def test_first_trials_are_the_baseline_and_bcpl(rows: list[dict[str, str]]) -> None:
+    assert (rows[0]["lambda_proto"], rows[0]["lambda_batch"]) == ("0.0", "0.0")
+    assert (rows[1]["lambda_proto"], rows[1]["lambda_batch"]) == ("0.0", "0.1")
+
+
+def test_pareto_front_is_of_trials_of_the_study(
+    study: Finished, rows: list[dict[str, str]]
+) -> None:
+    front = json.loads((study.folder / "pareto.json").read_text())
+    assert front["objectives"] == {"val_accuracy": "maximise", "cam_ssim": "maximise"}
+    by_id = {row["trial_id"]: row for row in rows}
+    for trial in front["trials"]:
+        row = by_id[trial["trial_id"]]
+        assert float(row["val_accuracy"]) == trial["metrics"]["val_accuracy"]
+        assert float(row["learning_rate"]) == trial["config"]["learning_rate"]
+
+
+@pytest.mark.parametrize("name", ["accuracy", "ssim", "knee"])
+def test_exported_bundle_loads_and_is_the_trial(
+    study: Finished, rows: list[dict[str, str]], name: str
+) -> None:
+    folder = study.folder / "best" / name
+    assert {path.name for path in folder.iterdir()} == set(FILES)
+    model = batchcam.load(folder)
+    row = next(row for row in rows if row["trial_id"] == model.metrics["trial_id"])
+    assert model.metrics["study"] == "small"
+    # The bundle's are measured anew, on the saved weights.
+    assert model.metrics["val_accuracy"] == float(row["val_accuracy"])
+    assert model.metrics["cam_ssim"] == pytest.approx(float(row["cam_ssim"]), abs=1e-6)
+    assert model.config.learning_rate == float(row["learning_rate"])
+    assert model.metrics["epochs"] == int(row["epoch"])
+
+
+def test_best_by_accuracy_is_the_most_accurate(study: Finished, rows: list[dict[str, str]]) -> None:
+    best = json.loads((study.folder / "best" / "accuracy" / "metrics.json").read_text())
+    assert best["val_accuracy"] == max(float(row["val_accuracy"]) for row in rows)
+
+
+def test_each_trial_is_a_run_of_the_group(
+    study: Finished,
+    rows: list[dict[str, str]],
+    recorded: Callable[[Path], list[Recorded]],
+) -> None:
+    runs = {record.run["run_id"]: record for record in recorded(study.folder)}
+    # Two actors took three trials: a run that was left open would have swallowed the third.
+    assert runs.keys() == {row["trial_id"] for row in rows}
+    for row in rows:
+        record = runs[row["trial_id"]]
+        assert record.run["run_group"] == "small"
+        assert record.summary["project"] == "batchcam"
+        assert record.summary["state"] == "finished"
+        assert record.summary["config"]["learning_rate"] == float(row["learning_rate"])
+        assert [item["epoch"] for item in record.history] == list(range(1, int(row["epoch"]) + 1))
+        assert record.summary["summary"]["val_accuracy"] == float(row["val_accuracy"])
+        assert record.summary["summary"]["cams"]["_type"] == "image-file"
+
+
+def test_journal_holds_the_study(study: Finished) -> None:
+    backend = optuna.storages.journal.JournalFileBackend(str(study.folder / JOURNAL))
+    loaded = optuna.load_study(study_name="small", storage=optuna.storages.JournalStorage(backend))
+    assert loaded.directions == [optuna.study.StudyDirection.MAXIMIZE] * 2
+    assert len(loaded.trials) == 3
+    assert all(trial.state.is_finished() for trial in loaded.trials)
+
+
+def test_page_tells_how_it_was_made_and_how_to_reuse_it(study: Finished) -> None:
+    page = (study.folder / "README.md").read_text()
+    assert f"bcpl_sweep.py {' '.join(STUDY)}\n" in page
+    assert "batchcam verify results/small/best/knee" in page
+    for link in re.findall(r"\]\(([^)]+)\)", page):
+        assert (study.folder / link).exists(), link
+
+
+def test_output_ends_with_the_best_bundle(study: Finished, rows: list[dict[str, str]]) -> None:
+    assert study.stdout.rstrip().endswith(f"Best bundle: {study.folder / 'best' / 'knee'}")
+    assert "Best of 3 trials" in study.stdout
+    for row in rows:
+        # Once as it ends, once in the table.
+        assert study.stdout.count(row["trial_id"]) == 2
+
+
+def test_w_and_b_went_offline_and_said_why(study: Finished) -> None:
+    line = study.stdout.splitlines()[0]
+    assert re.search(r"W&B offline \(http://127.0.0.1:\d+ cannot be reached: .*refused\)", line)
+
+
+def test_no_secret_is_written(study: Finished) -> None:
+    assert API_KEY not in study.stdout + study.stderr
+    for path in snapshot(study.folder):
+        assert API_KEY.encode() not in path.read_bytes(), path
+
+
+def test_second_study_of_a_name_is_refused_and_the_first_left_alone(
+    study: Finished, sweep: Command
+) -> None:
+    before = snapshot(study.folder)
+    done = sweep(*STUDY, cwd=study.folder.parents[1])
+    assert done.returncode == 2
+    assert "error: study 'small' exists" in done.stderr
+    assert "--resume" in done.stderr
+    assert snapshot(study.folder) == before
+
+
+def test_resuming_a_finished_study_exports_again_without_training(
+    study: Finished, sweep: Command, tmp_path: Path
+) -> None:
+    # A copy under the same name: the other tests read the original.
+    folder = tmp_path / "results" / "small"
+    shutil.copytree(study.folder, folder, symlinks=True)
+    table = (folder / "trials.csv").read_bytes()
+    results = {path: path.read_bytes() for path in folder.glob(f"{RAY_FOLDER}/*/result.json")}
+    runs = list(folder.glob("wandb/offline-run-*"))
+    for gone in ("trials.csv", "pareto.json", "README.md"):
+        (folder / gone).unlink()
+    shutil.rmtree(folder / "best")
+
+    done = sweep(*STUDY, "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "trials.csv").read_bytes() == table
+    assert {path: path.read_bytes() for path in results} == results
+    assert list(folder.glob("wandb/offline-run-*")) == runs
+    assert (folder / "README.md").is_file()
+    assert batchcam.load(folder / "best" / "knee").metrics["study"] == "small"
+
+
+def test_killed_study_goes_on_where_it_was(
+    sweep: Command,
+    environment: dict[str, str],
+    tmp_path: Path,
+    read_csv: Callable[[Path], list[dict[str, str]]],
+) -> None:
+    words = ("--study", "killed", "--num-trials", "3", "--max-epochs", "2", *SMALL)
+    folder = tmp_path / "results" / "killed"
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen(
+            [sys.executable, ROOT / "studies" / "bcpl_sweep.py", *words],
+            cwd=tmp_path,
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            # The first trial has ended, so that there is a past to remember.
+            while "1/3" not in (tmp_path / "log").read_text():
+                assert driver.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.1)
+        finally:
+            driver.send_signal(signal.SIGKILL)
+            driver.wait(timeout=30)
+    first = (tmp_path / "log").read_text().split("1/3")[1].split()[0]
+    kept = (folder / RAY_FOLDER / first / "result.json").read_bytes()
+
+    done = sweep(*words, "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_csv(folder / "trials.csv")
+    assert len({row["trial_id"] for row in rows}) == 3
+    assert {row["state"] for row in rows} <= {"completed", "stopped"}
+    # What had ended was not trained again.
+    assert (folder / RAY_FOLDER / first / "result.json").read_bytes() == kept
+    assert batchcam.load(folder / "best" / "knee").metrics["study"] == "killed"
+
+
+def test_resuming_a_study_that_is_not_there_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["--study", "nowhere", "--resume"])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: there is no study to resume in ")
+    assert "check --study and --out" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_cluster_that_does_not_answer_is_refused(
+    free_port: Callable[[], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    by_environment: bool,
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    if by_environment:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    settings = StudySettings(study="s", out=tmp_path, address=None if by_environment else address)
+    with pytest.raises(ConfigError, match=rf"no Ray cluster answers at '{address}'.*ray start"):
+        run_study(settings)
+    assert not ray.is_initialized()
+
+
+def test_local_study_does_not_join_a_cluster_that_is_there(
+    environment: dict[str, str], free_port: Callable[[], int], tmp_path: Path
+) -> None:
+    command = ["ray", "start", "--head", "--block", "--num-cpus", "0"]
+    command += ["--include-dashboard=False", "--port", str(free_port())]
+    log = tmp_path / "ray.log"
+    # Both ask for too much, and are told what the cluster has.
+    alone = StudySettings(study="s", out=tmp_path, cpus_per_trial=100_000)
+    with log.open("w") as file:
+        head = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+        try:
+            while "runtime started" not in log.read_text():
+                assert head.poll() is None, log.read_text()
+                time.sleep(0.2)
+            with pytest.raises(ConfigError, match=f"largest node has {os.cpu_count()} CPUs"):
+                run_study(alone)
+            with pytest.raises(ConfigError, match="largest node has 0 CPUs"):
+                run_study(replace(alone, address="auto"))
+        finally:
+            head.terminate()
+            head.wait(timeout=60)
+
+
+def test_folder_under_a_file_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "results").write_text("mine")
+    with pytest.raises(BundleError, match=r"results is a file; choose another folder"):
+        run_study(StudySettings(study="s", out=tmp_path / "results"))
+    assert (tmp_path / "results").read_text() == "mine"
+
+
+def test_folder_that_cannot_be_written_is_refused_before_anything_starts() -> None:
+    # Not even root can make a folder there.
+    with pytest.raises(BundleError, match=r"/proc/nowhere/s cannot be written"):
+        run_study(StudySettings(study="s", out=Path("/proc/nowhere")))
+
+
+def test_data_set_without_its_files_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    settings = StudySettings(
+        study="s", out=tmp_path, dataset="imagefolder", data_root=str(tmp_path / "gone")
+    )
+    with pytest.raises(DataError, match="gone"):
+        run_study(settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def in_process(tmp_path_factory: pytest.TempPathFactory) -> StudySettings:
+    """A study of one objective that was run in this process, without W&B."""
+    settings = StudySettings(
+        study="here",
+        out=tmp_path_factory.mktemp("in-process"),
+        num_trials=2,
+        max_epochs=1,
+        objectives=("images_per_second",),
+        space=SearchSpace(resolutions=(14,)),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        assert run_study(settings) == settings.folder
+    return settings
+
+
+def test_study_of_one_objective_has_one_best(in_process: StudySettings) -> None:
+    front = json.loads((in_process.folder / "pareto.json").read_text())
+    assert front["objectives"] == {"images_per_second": "maximise"}
+    assert len(front["trials"]) == 1
+    chosen = {
+        batchcam.load(in_process.folder / "best" / name).metrics["trial_id"]
+        for name in ("accuracy", "ssim", "knee")
+    }
+    assert chosen == {front["trials"][0]["trial_id"]}
+
+
+def test_disabled_w_and_b_leaves_nothing(in_process: StudySettings) -> None:
+    assert not (in_process.folder / "wandb").exists()
+
+
+def test_study_that_exists_is_refused_in_process_too(in_process: StudySettings) -> None:
+    with pytest.raises(ConfigError, match=r"study 'here' exists in .*--resume"):
+        run_study(in_process)
+
+
+def test_study_resumes_in_process(in_process: StudySettings) -> None:
+    shutil.rmtree(in_process.folder / "best")
+    run_study(replace(in_process, resume=True))
+    assert batchcam.load(in_process.folder / "best" / "knee").metrics["study"] == "here"
+
+
+def test_study_in_which_every_trial_fails_says_why_and_what_to_do(
+    tmp_path: Path,
+    read_csv: Callable[[Path], list[dict[str, str]]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = StudySettings(
+        study="diverging",
+        out=tmp_path,
+        num_trials=1,
+        max_epochs=1,
+        max_failures=0,
+        space=SearchSpace(resolutions=(14,), learning_rate=(1e30, 1e30)),
+    )
+    with pytest.raises(StudyError, match=r"no trial .* succeeded; .*diverged.* --resume") as raised:
+        run_study(settings)
+    assert str(settings.folder / "trials.csv") in str(raised.value)
+    (row,) = read_csv(settings.folder / "trials.csv")
+    assert row["state"] == "failed"
+    assert "lower learning_rate" in row["error"]
+    error_file = settings.folder / RAY_FOLDER / row["trial_id"] / "error.txt"
+    assert f"1/1  {row['trial_id']}  failed; see {error_file}" in capsys.readouterr().out
+    assert error_file.is_file()
+    assert not (settings.folder / "best").exists()
