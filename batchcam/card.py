@@ -66,8 +66,8 @@ at commit {metrics["git_commit"] or "unknown"}, with \
 import batchcam
 
 model = batchcam.load("path/to/this/folder")
-classes = model.predict(images)   # uint8, (N, {result.inputs.data.channels}, H, W)
-maps = model.explain(images)      # (N, {config.resolution}, {config.resolution}), in [0, 1]
+classes = model.predict(images)  # uint8, (N, {result.inputs.data.channels}, H, W)
+maps = model.explain(images)  # (N, {config.resolution}, {config.resolution}), in [0, 1]
 ```
 
 `batchcam verify DIR` retrains it from config.yaml and compares the metrics;
