@@ -19,10 +19,7 @@ from studies.settings import StudySettings
 from studies.space import SearchSpace
 from studies.study import run_study
 
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")

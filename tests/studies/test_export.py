@@ -200,7 +200,6 @@ def end(params: dict[str, Any], *, source: Path) -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_records_tell_how_trials_ended(
     config: TrialConfig, reports: Reports, tmp_path: Path
 ) -> None:

@@ -6,8 +6,6 @@ import ray
 from batchcam.errors import ConfigError
 from studies.resources import TrialResources, choose_resources
 
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
-
 
 @pytest.fixture(scope="module", params=[0, 2], ids=["no GPU", "2 GPUs"])
 def gpus(request: pytest.FixtureRequest) -> Iterator[int]:

@@ -6,10 +6,7 @@ from ray import tune
 
 from studies.scheduler import make_scheduler
 
-pytestmark = [
-    pytest.mark.usefixtures("local_ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 EPOCHS = 6
 

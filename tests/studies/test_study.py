@@ -18,7 +18,7 @@ import ray
 
 import batchcam
 from batchcam.bundle import FILES
-from batchcam.errors import BundleError, ConfigError, DataError
+from batchcam.errors import BackboneError, BundleError, ConfigError, DataError
 from studies.export import StudyError
 from studies.search import JOURNAL
 from studies.settings import StudySettings
@@ -26,11 +26,7 @@ from studies.space import SearchSpace
 from studies.study import RAY_FOLDER, main, run_study
 from tests.studies.conftest import ROOT, Command, Recorded
 
-# Ray leaves its log files, and sockets of clusters it has shut down, to the garbage collector.
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = pytest.mark.timeout(600)
 
 # Fourteen pixels: a quarter of the arithmetic.
 SMALL = ("--resolutions", "14", "--cpus-per-trial", "1", "--min-epochs", "1")
@@ -314,6 +310,14 @@ def test_data_set_without_its_files_is_refused_before_anything_starts(tmp_path: 
     )
     with pytest.raises(DataError, match="gone"):
         run_study(settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_backbone_without_pretrained_weights_is_refused_before_anything_starts(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(BackboneError, match="simple_cnn has no pretrained weights"):
+        run_study(StudySettings(study="s", out=tmp_path, pretrained=True))
     assert list(tmp_path.iterdir()) == []
 
 

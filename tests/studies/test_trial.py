@@ -64,7 +64,6 @@ def crash_once(
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_trial_that_crashes_goes_on_to_the_end_it_would_have_had(
     config: TrialConfig,
     inputs: Inputs,
