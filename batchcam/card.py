@@ -16,9 +16,9 @@ def loss_name(config: TrialConfig) -> str:
     """Return the name of a run's loss, with its weights."""
     terms = []
     if config.lambda_proto:
-        terms.append(f"Prototype Loss {config.lambda_proto:g}")
+        terms.append(f"Prototype Loss {config.lambda_proto:.3g}")
     if config.lambda_batch:
-        terms.append(f"BCPL {config.lambda_batch:g}")
+        terms.append(f"BCPL {config.lambda_batch:.3g}")
     return " + ".join(terms) + f" ({config.metric.upper()})" if terms else "cross-entropy"
 
 

@@ -210,6 +210,7 @@ def test_records_tell_how_trials_ended(
     results = tune.Tuner(
         tune.with_parameters(end, source=Path(reports[0][1].path)),
         param_space=tune.grid_search(trials),
+        tune_config=tune.TuneConfig(reuse_actors=True),
         run_config=tune.RunConfig(storage_path=str(tmp_path), verbose=0),
     ).fit()
     records = export.collect(results, config)

@@ -170,34 +170,37 @@ def test_no_secret_is_written(study: Finished) -> None:
 
 
 def test_second_study_of_a_name_is_refused_and_the_first_left_alone(
-    study: Finished, sweep: Command
+    study: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(study.folder.parents[1])
     before = snapshot(study.folder)
-    done = sweep(*STUDY, cwd=study.folder.parents[1])
-    assert done.returncode == 2
-    assert "error: study 'small' exists" in done.stderr
-    assert "--resume" in done.stderr
+    with pytest.raises(SystemExit) as ended:
+        main(STUDY)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: study 'small' exists in ")
+    assert "--resume" in message
     assert snapshot(study.folder) == before
 
 
 def test_resuming_a_finished_study_exports_again_without_training(
-    study: Finished, sweep: Command, tmp_path: Path
+    study: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A copy under the same name: the other tests read the original.
     folder = tmp_path / "results" / "small"
     shutil.copytree(study.folder, folder, symlinks=True)
     table = (folder / "trials.csv").read_bytes()
     results = {path: path.read_bytes() for path in folder.glob(f"{RAY_FOLDER}/*/result.json")}
-    runs = list(folder.glob("wandb/offline-run-*"))
+    runs = sorted(folder.glob("wandb/offline-run-*"))
     for gone in ("trials.csv", "pareto.json", "README.md"):
         (folder / gone).unlink()
     shutil.rmtree(folder / "best")
 
-    done = sweep(*STUDY, "--resume", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.chdir(tmp_path)
+    main([*STUDY, "--resume"])
     assert (folder / "trials.csv").read_bytes() == table
     assert {path: path.read_bytes() for path in results} == results
-    assert list(folder.glob("wandb/offline-run-*")) == runs
+    assert sorted(folder.glob("wandb/offline-run-*")) == runs
     assert (folder / "README.md").is_file()
     assert batchcam.load(folder / "best" / "knee").metrics["study"] == "small"
 
@@ -351,17 +354,6 @@ def test_study_of_one_objective_has_one_best(in_process: StudySettings) -> None:
 
 def test_disabled_w_and_b_leaves_nothing(in_process: StudySettings) -> None:
     assert not (in_process.folder / "wandb").exists()
-
-
-def test_study_that_exists_is_refused_in_process_too(in_process: StudySettings) -> None:
-    with pytest.raises(ConfigError, match=r"study 'here' exists in .*--resume"):
-        run_study(in_process)
-
-
-def test_study_resumes_in_process(in_process: StudySettings) -> None:
-    shutil.rmtree(in_process.folder / "best")
-    run_study(replace(in_process, resume=True))
-    assert batchcam.load(in_process.folder / "best" / "knee").metrics["study"] == "here"
 
 
 def test_study_in_which_every_trial_fails_says_why_and_what_to_do(
