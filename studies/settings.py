@@ -1,10 +1,11 @@
 """The settings of a study: what a user says on the command line, checked before anything starts."""
 
+import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -14,6 +15,12 @@ from studies.space import SearchSpace
 
 OBJECTIVES = ("val_accuracy", "cam_ssim", "images_per_second")
 """Metrics that a study can maximise; the first one given also decides early stopping."""
+
+SETTINGS_FILE = "study.json"
+"""Where, in the study's folder, its settings are kept for `--resume`."""
+
+_OF_THE_RUN = ("out", "resume", "address", "cpus_per_trial", "gpus_per_trial")
+"""Settings that say how a study is run, not what it is: on resuming, these may be others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +39,7 @@ class StudySettings:
     out: Path = Path("results")
     """Folder in which the study's folder is made; on a cluster, one that all nodes share."""
     resume: bool = False
-    """Go on with the study of this name."""
+    """Go on with the study of this name, by the settings that it was started with."""
 
     dataset: str = TrialConfig.dataset
     """digits, mnist, fashion_mnist or imagefolder."""
@@ -116,8 +123,55 @@ class StudySettings:
         now = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
         return replace(self, study=f"bcpl-{self.dataset}-{now}")
 
+    def save(self) -> None:
+        """Keep these settings in the study's folder."""
+        content = asdict(self) | {"out": str(self.out)}
+        path = self.folder / SETTINGS_FILE
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def resumed(self) -> "StudySettings":
+        """Return the settings that the study of this name was started with, to go on by them.
+
+        Raises:
+            ConfigError: there is no such study, or a setting was given that differs from its.
+        """
+        path = self.folder / SETTINGS_FILE
+        if not path.is_file():
+            raise ConfigError(
+                f"there is no study to resume in {self.folder}; check --study and --out."
+            )
+        saved = _load(path)
+        for each in fields(self):
+            given, began = getattr(self, each.name), getattr(saved, each.name)
+            if each.name not in _OF_THE_RUN and given not in (began, getattr(_DEFAULTS, each.name)):
+                raise ConfigError(
+                    f"study {self.study!r} was started with {each.name}={began!r}, not {given!r}; "
+                    "resume it without naming that, or start another study."
+                )
+        return replace(saved, **{name: getattr(self, name) for name in _OF_THE_RUN})
+
     @property
     def folder(self) -> Path:
         """The study's folder, absolute."""
         assert self.study is not None
         return self.out.resolve() / self.study
+
+
+_DEFAULTS = StudySettings()
+
+
+def _load(path: Path) -> StudySettings:
+    """Read what :meth:`StudySettings.save` wrote; JSON has lists where settings have tuples."""
+
+    def tuples(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+
+    try:
+        content = tuples(json.loads(path.read_text(encoding="utf-8")))
+        space = SearchSpace(**tuples(content.pop("space")))
+        return StudySettings(**content | {"out": Path(content["out"]), "space": space})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} does not hold a study's settings: {error}") from error

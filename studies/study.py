@@ -21,7 +21,7 @@ from studies.progress import TrialLines, console
 from studies.resources import TrialResources, choose_resources
 from studies.scheduler import make_scheduler
 from studies.search import make_search
-from studies.settings import StudySettings
+from studies.settings import SETTINGS_FILE, StudySettings
 from studies.space import Strides, feasible_strides
 from studies.tracking import Tracking, choose_mode
 from studies.trial import TrialSettings, run_trial
@@ -34,6 +34,8 @@ _REACH_SECONDS = 10
 _DRIVER_ENVIRONMENT = {
     # Ray would warn that it saves its state after every checkpoint, which is what we want of it.
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    # Seconds between two savings of its state: at once, for a crash loses what came after.
+    "TUNE_GLOBAL_CHECKPOINT_S": "0",
     # Its newer output cannot be silenced; `studies.progress` says what there is to say.
     "RAY_AIR_NEW_OUTPUT": "0",
 }
@@ -59,7 +61,10 @@ def run_study(settings: StudySettings) -> Path:
     Raises:
         BatchCamError: the settings, the data or the folder cannot be used, or no trial succeeded.
     """
-    _check_folder(settings)
+    if settings.resume:
+        settings = settings.resumed()
+    else:
+        _check_new(settings)
     inputs = prepare(settings.base_config())
     strides = feasible_strides(settings.space, inputs.data.channels)
     _fill_ceilings(inputs, strides)
@@ -67,11 +72,13 @@ def run_study(settings: StudySettings) -> Path:
         for backbone in settings.space.backbones:
             create_model(backbone, pretrained=True)
     mode, why = choose_mode()
-    settings.folder.mkdir(parents=True, exist_ok=True)
 
     _connect(settings.address)
     try:
         resources = choose_resources(settings.cpus_per_trial, settings.gpus_per_trial)
+        if not settings.resume:  # From here on there is something to resume.
+            settings.folder.mkdir(parents=True, exist_ok=True)
+            settings.save()
         console.print(
             f"Study {settings.study}: {settings.num_trials} trials of up to "
             f"{settings.max_epochs} epochs on {settings.dataset}, {resources.cpus:g} CPU and "
@@ -84,16 +91,9 @@ def run_study(settings: StudySettings) -> Path:
         ray.shutdown()
 
 
-def _check_folder(settings: StudySettings) -> None:
-    """Refuse to overwrite a study, to resume one that is not there, or to start in vain."""
-    saved = (settings.folder / RAY_FOLDER).is_dir()
-    if settings.resume:
-        if not saved:
-            raise ConfigError(
-                f"there is no study to resume in {settings.folder}; check --study and --out."
-            )
-        return
-    if saved:
+def _check_new(settings: StudySettings) -> None:
+    """Refuse to overwrite a study, or to start one whose results could not be written."""
+    if (settings.folder / SETTINGS_FILE).is_file():
         raise ConfigError(
             f"study {settings.study!r} exists in {settings.folder.parent}; go on with it by "
             "--resume, or choose another name."
@@ -155,10 +155,9 @@ def _tuner(
         tune.with_parameters(run_trial, settings=trial_settings, inputs=inputs),
         resources.as_ray(),
     )
-    if settings.resume:
-        return tune.Tuner.restore(
-            str(settings.folder / RAY_FOLDER), trainable=trainable, resume_errored=True
-        )
+    saved = str(settings.folder / RAY_FOLDER)
+    if settings.resume and tune.Tuner.can_restore(saved):
+        return tune.Tuner.restore(saved, trainable=trainable, resume_errored=True)
     # Several objectives go to the searcher alone: Tune itself takes a single metric.
     return tune.Tuner(
         trainable,
@@ -182,7 +181,8 @@ def _tuner(
             name=RAY_FOLDER,
             storage_path=str(settings.folder),
             failure_config=tune.FailureConfig(max_failures=settings.max_failures),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+            # Two: Ray deletes a checkpoint before it notes that there is a newer one.
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
             callbacks=[TrialLines(settings.num_trials)],
             verbose=0,
         ),

@@ -1,11 +1,14 @@
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tyro
 
 from batchcam.errors import ConfigError
-from studies.settings import OBJECTIVES, StudySettings
+from studies.settings import OBJECTIVES, SETTINGS_FILE, StudySettings
+from studies.space import SearchSpace
 from studies.study import main
 
 
@@ -114,3 +117,47 @@ def test_base_configuration_is_what_all_trials_share() -> None:
     assert (config.precision, config.seed) == ("bf16", 3)
     # Trials run in other folders than the driver.
     assert config.data_root == str(Path("files").resolve())
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> StudySettings:
+    """A study that was started, with settings that are not the defaults."""
+    space = SearchSpace(resolutions=(14, 28), lambda_batch=(0.1, 1.0))
+    settings = StudySettings(
+        study="s", out=tmp_path, max_epochs=9, objectives=("cam_ssim",), space=space
+    )
+    settings.folder.mkdir()
+    settings.save()
+    return settings
+
+
+def test_study_is_resumed_by_the_settings_it_was_started_with(
+    begun: StudySettings, tmp_path: Path
+) -> None:
+    resumed = StudySettings(study="s", out=tmp_path, resume=True, cpus_per_trial=2.0).resumed()
+    assert resumed == replace(begun, resume=True, cpus_per_trial=2.0)
+
+
+def test_settings_may_be_repeated_on_resuming(begun: StudySettings) -> None:
+    assert replace(begun, resume=True).resumed() == replace(begun, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_epochs": 5}, "was started with max_epochs=9, not 5; resume it without naming that"),
+        ({"space": SearchSpace(resolutions=(56,))}, r"was started with space=.*\(14, 28\)"),
+    ],
+)
+def test_other_settings_are_refused_on_resuming(
+    begun: StudySettings, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    del begun
+    with pytest.raises(ConfigError, match=message):
+        StudySettings(study="s", out=tmp_path, resume=True, **changes).resumed()
+
+
+def test_damaged_settings_are_named(begun: StudySettings) -> None:
+    (begun.folder / SETTINGS_FILE).write_text("{")
+    with pytest.raises(ConfigError, match=r"study\.json does not hold a study's settings"):
+        replace(begun, resume=True).resumed()
