@@ -45,9 +45,9 @@ class StudySettings:
     """digits, mnist, fashion_mnist or imagefolder."""
     data_root: str | None = None
     """Where the data set's files are; searched before $BATCHCAM_DATA and ./data."""
-    num_trials: int = 10
+    num_trials: int = 8
     """Configurations to try."""
-    max_epochs: int = 6
+    max_epochs: int = 5
     """Epochs of a trial that is not stopped early."""
     min_epochs: int = 3
     """Epochs before a trial may be stopped early."""

@@ -145,7 +145,7 @@ def test_settings_may_be_repeated_on_resuming(begun: StudySettings) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_epochs": 5}, "was started with max_epochs=9, not 5; resume it without naming that"),
+        ({"max_epochs": 4}, "was started with max_epochs=9, not 4; resume it without naming that"),
         ({"space": SearchSpace(resolutions=(56,))}, r"was started with space=.*\(14, 28\)"),
     ],
 )
