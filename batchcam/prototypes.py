@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchcam.cam import render
+from batchcam.config import PROTOTYPES
 from batchcam.data import resize
 from batchcam.errors import DataError
 from batchcam.similarity import ssim
 
-KINDS = ("mean", "median")
+KINDS = PROTOTYPES
 
 
 def class_prototypes(
