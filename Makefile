@@ -25,7 +25,7 @@ sweep: env
 	$(BIN)/python studies/bcpl_sweep.py $(SWEEP)
 
 test: env
-	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup --cov --cov-report=term --cov-fail-under=90
 
 lint: env
 	$(BIN)/ruff check .
