@@ -1,20 +1,92 @@
-"""Early stopping: which trials are not worth going on with."""
+"""Early stopping, as Ray Tune asks for it: which trials are not worth going on with."""
 
-from ray.tune.schedulers import AsyncHyperBandScheduler
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+from studies.halving import ParetoHalving
+
+if TYPE_CHECKING:
+    from ray.tune.execution.tune_controller import TuneController
 
 
-def make_scheduler(objective: str, min_epochs: int, max_epochs: int) -> AsyncHyperBandScheduler:
-    """Return asynchronous successive halving (ASHA, Li et al. 2020) on one objective.
+class ParetoASHA(FIFOScheduler):
+    """Asynchronous successive halving on all objectives of a study.
 
-    At `min_epochs`, and at each doubling of it, a trial goes on only if it is among the better half
-    of those that came as far. Epochs are counted by the trial itself: Ray's own iterations start
+    Decides by :class:`studies.halving.ParetoHalving`. Trials are told apart by the `number` in
+    their configuration, and epochs are counted by the trial itself: Ray's ids and iterations start
     anew after a restart.
+
+    Args:
+        objectives: metrics that a result must have, all maximised; the first one leads.
+        min_epochs: the first rung; at most `max_epochs`, where it stops nothing.
+        max_epochs: of each trial.
+        reduction_factor: of the trials at a rung, one in so many goes on.
+        brackets: sets of rungs to share the trials out to.
+        seed: of the draw of brackets.
+
+    Raises:
+        ConfigError: see :class:`studies.halving.ParetoHalving`.
     """
-    return AsyncHyperBandScheduler(
-        time_attr="epoch",
-        metric=objective,
-        mode="max",
-        grace_period=min(min_epochs, max_epochs),
-        max_t=max_epochs,
-        reduction_factor=2,
-    )
+
+    def __init__(
+        self,
+        *,
+        objectives: Sequence[str],
+        min_epochs: int,
+        max_epochs: int,
+        reduction_factor: int = 2,
+        brackets: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._objectives = tuple(objectives)
+        self._halving = ParetoHalving(
+            min_epochs=min(min_epochs, max_epochs),
+            max_epochs=max_epochs,
+            reduction_factor=reduction_factor,
+            brackets=brackets,
+            seed=seed,
+        )
+
+    def on_trial_result(
+        self,
+        tune_controller: "TuneController",  # noqa: ARG002
+        trial: Trial,
+        result: dict[str, Any],
+    ) -> str:
+        """Return whether Ray should CONTINUE or STOP a trial.
+
+        Raises:
+            ValueError: the result lacks the epoch or an objective.
+        """
+        if result.get("done") and "epoch" not in result:
+            return TrialScheduler.CONTINUE  # It ended without a report; so says Ray, not the trial.
+        going_on = self._judge(trial.config["number"], result)
+        return TrialScheduler.CONTINUE if going_on else TrialScheduler.STOP
+
+    def replay(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Take in a report of an earlier session, in the order in which they were judged then.
+
+        Raises:
+            ValueError: `metrics` lack an objective.
+        """
+        self._judge(number, {**metrics, "epoch": epoch})
+
+    def _judge(self, number: int, result: Mapping[str, Any]) -> bool:
+        missing = [name for name in ("epoch", *self._objectives) if name not in result]
+        if missing:
+            raise ValueError(
+                f"trial {number} reported no {' and no '.join(missing)}, which early stopping "
+                f"needs; report it after each epoch, or choose other objectives than "
+                f"{', '.join(self._objectives)}."
+            )
+        values = [result[name] for name in self._objectives]
+        return self._halving.judge(number, int(result["epoch"]), values)
+
+
+def make_scheduler(objective: str, min_epochs: int, max_epochs: int) -> ParetoASHA:
+    """Return early stopping on one objective."""
+    return ParetoASHA(objectives=(objective,), min_epochs=min_epochs, max_epochs=max_epochs)

@@ -1,29 +1,39 @@
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray import tune
+from ray.tune.schedulers import TrialScheduler
 
-from studies.scheduler import make_scheduler
-
-pytestmark = pytest.mark.usefixtures("local_ray")
+from studies.scheduler import ParetoASHA
 
 EPOCHS = 6
+OBJECTIVES = ("val_accuracy", "cam_ssim")
 
 
 def learn(params: dict[str, Any]) -> None:
     """Report what a trial of known quality would, counting epochs as after a restart."""
     for epoch in range(params["start"] + 1, EPOCHS + 1):
-        tune.report({"epoch": epoch, "val_accuracy": params["quality"]})
+        accuracy, ssim = params["quality"]
+        tune.report({"epoch": epoch, "val_accuracy": accuracy, "cam_ssim": ssim})
 
 
-def last_epochs(folder: Path, trials: list[dict[str, Any]], min_epochs: int = 2) -> list[int]:
+def last_epochs(
+    folder: Path, qualities: list[tuple[float, float]], starts: list[int] | None = None
+) -> list[int]:
     """Run trials one after the other, and return how far each came."""
+    starts = starts or [0] * len(qualities)
+    trials = [
+        {"number": number, "quality": quality, "start": start}
+        for number, (quality, start) in enumerate(zip(qualities, starts, strict=True))
+    ]
     results = tune.Tuner(
         learn,
         param_space=tune.grid_search(trials),
         tune_config=tune.TuneConfig(
-            scheduler=make_scheduler("val_accuracy", min_epochs, EPOCHS),
+            scheduler=ParetoASHA(objectives=OBJECTIVES, min_epochs=2, max_epochs=EPOCHS),
             max_concurrent_trials=1,
             reuse_actors=True,
         ),
@@ -32,19 +42,53 @@ def last_epochs(folder: Path, trials: list[dict[str, Any]], min_epochs: int = 2)
     return [(results[index].metrics or {})["epoch"] for index in range(len(results))]
 
 
-def test_worse_half_is_stopped_at_the_rungs(tmp_path: Path) -> None:
-    qualities = (0.5, 0.9, 0.1, 0.95)
-    trials = [{"start": 0, "quality": quality} for quality in qualities]
-    assert last_epochs(tmp_path, trials) == [6, 6, 2, 6]
+def judge(scheduler: ParetoASHA, number: int, result: dict[str, Any]) -> str:
+    """Hand a result to the scheduler as Ray does."""
+    trial: Any = SimpleNamespace(config={"number": number})
+    controller: Any = None
+    return scheduler.on_trial_result(controller, trial, result)
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_ray_stops_what_is_behind_in_every_objective(tmp_path: Path) -> None:
+    # The fifth has the worst accuracy of all, and the best SSIM. The last one is not finite.
+    qualities = [(0.5, 0.5), (0.9, 0.6), (0.1, 0.1), (0.95, 0.7), (0.05, 0.9), (math.nan, 0.9)]
+    assert last_epochs(tmp_path, qualities) == [6, 6, 2, 6, 6, 1]
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_rungs_are_epochs_and_not_reports(tmp_path: Path) -> None:
     # The second trial goes on from epoch 3: its first report is beyond the first rung, and the
     # next rung is at epoch 4, which is its first report.
-    trials = [{"start": 0, "quality": 0.9}, {"start": 3, "quality": 0.1}]
-    assert last_epochs(tmp_path, trials) == [6, 4]
+    assert last_epochs(tmp_path, [(0.9, 0.9), (0.1, 0.1)], starts=[0, 3]) == [6, 4]
 
 
-def test_no_trial_is_stopped_before_the_grace_period(tmp_path: Path) -> None:
-    trials = [{"start": 0, "quality": quality} for quality in (0.9, 0.1)]
-    assert last_epochs(tmp_path, trials, min_epochs=99) == [6, 6]
+def test_no_trial_is_stopped_before_the_grace_period() -> None:
+    scheduler = ParetoASHA(objectives=OBJECTIVES, min_epochs=99, max_epochs=EPOCHS)
+    for number, quality in enumerate((0.9, 0.1)):
+        for epoch in range(1, EPOCHS + 1):
+            result = {"epoch": epoch, "val_accuracy": quality, "cam_ssim": quality}
+            assert judge(scheduler, number, result) == TrialScheduler.CONTINUE
+
+
+def test_replayed_reports_count() -> None:
+    scheduler = ParetoASHA(objectives=OBJECTIVES, min_epochs=2, max_epochs=EPOCHS)
+    good = {"val_accuracy": 0.9, "cam_ssim": 0.9, "loss": 0.1}
+    poor = {"val_accuracy": 0.1, "cam_ssim": 0.1}
+    scheduler.replay(0, 2, good)
+    assert judge(scheduler, 1, poor | {"epoch": 2}) == TrialScheduler.STOP
+    # What was replayed is not judged anew when the trial reports it again.
+    assert judge(scheduler, 0, poor | {"epoch": 2}) == TrialScheduler.CONTINUE
+
+
+def test_a_result_without_an_objective_is_refused() -> None:
+    scheduler = ParetoASHA(objectives=OBJECTIVES, min_epochs=2, max_epochs=EPOCHS)
+    with pytest.raises(ValueError, match="trial 7 reported no cam_ssim, which early stopping"):
+        judge(scheduler, 7, {"epoch": 1, "val_accuracy": 0.5})
+    with pytest.raises(ValueError, match="trial 7 reported no epoch and no val_accuracy"):
+        judge(scheduler, 7, {"cam_ssim": 0.5})
+
+
+def test_a_trial_that_ended_without_a_report_is_left_alone() -> None:
+    scheduler = ParetoASHA(objectives=OBJECTIVES, min_epochs=2, max_epochs=EPOCHS)
+    assert judge(scheduler, 0, {"done": True}) == TrialScheduler.CONTINUE
