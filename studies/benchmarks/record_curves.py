@@ -1,0 +1,180 @@
+"""Learning curves of random configurations, each trained to its end, for early stopping to replay.
+
+python -m studies.benchmarks.record_curves --dataset fashion_mnist --out curves.csv.gz
+
+One row per trial and epoch: the trial's number, what the search decided, the epoch's metrics. A
+number's configuration is the same in every run; trials that the file holds are not trained again.
+"""
+
+import csv
+import gzip
+import io
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+import tyro
+
+from batchcam.config import TrialConfig
+from batchcam.data import load_data, to_device
+from batchcam.errors import ConfigError, DivergedError
+from batchcam.prototypes import class_prototypes
+from batchcam.splits import Split, stratified_split
+from batchcam.train import Inputs, Metrics, fit
+from studies.space import SearchSpace, feasible_strides, suggest
+from studies.trial import trial_config
+
+_PARAMETERS = (
+    "metric",
+    "lambda_class",
+    "lambda_proto",
+    "lambda_batch",
+    "learning_rate",
+    "weight_decay",
+)
+_METRICS = ("val_accuracy", "cam_ssim", "cam_ssim_ceiling", "images_per_second", "seconds")
+COLUMNS = ("dataset", "number", *_PARAMETERS, "epoch", *_METRICS)
+"""Columns of the file."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """What to record."""
+
+    out: Path
+    """A .csv.gz file; finished trials are appended."""
+    dataset: str = "fashion_mnist"
+    """digits, mnist or fashion_mnist."""
+    trials: int = 120
+    """Configurations, drawn at random from the studies' search space."""
+    epochs: int = 16
+    """Epochs of each trial."""
+    resolution: int = 14
+    """Side of the model's input, in pixels."""
+    train_images: int = 2000
+    """Images to train on, shared out among the classes as in the whole set."""
+    validation_images: int = 1000
+    """Images to validate on, likewise."""
+    seed: int = 0
+    """Seed of the configurations and of the subset; each trial trains with its number as seed."""
+
+
+def main() -> None:
+    """Record what the command line names."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    record(tyro.cli(Recording))
+
+
+def record(recording: Recording) -> None:
+    """Train the trials that the file lacks, and append each as it ends.
+
+    A trial whose training diverges has only the epochs before.
+
+    Raises:
+        BatchCamError: the settings or the data cannot be used.
+    """
+    torch.set_num_threads(1)
+    base = TrialConfig(
+        dataset=recording.dataset,
+        resolution=recording.resolution,
+        epochs=recording.epochs,
+        device="cpu",
+    )
+    inputs = subset(base, recording.train_images, recording.validation_images, recording.seed)
+    recording.out.parent.mkdir(parents=True, exist_ok=True)
+    done = {int(row["number"]) for row in _rows(recording.out, recording.dataset)}
+    for params in configurations(recording, inputs.data.channels):
+        number = params["number"]
+        if number in done:
+            continue
+        config = replace(trial_config(base, params), seed=number)
+        curve = _train(config, inputs)
+        _append(recording.out, config, number, curve)
+        last = curve[-1] if curve else {}
+        _log.info("%s %d: %s", recording.dataset, number, _shown("val_accuracy", last))
+
+
+def configurations(recording: Recording, channels: int) -> Iterator[dict[str, Any]]:
+    """Yield each trial's parameters, drawn at random as `studies.space.suggest` decides."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space = SearchSpace(resolutions=(recording.resolution,))
+    strides = feasible_strides(space, channels)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=recording.seed))
+    for _ in range(recording.trials):
+        yield suggest(study.ask(), space, strides)
+
+
+def subset(config: TrialConfig, train_images: int, validation_images: int, seed: int) -> Inputs:
+    """Return part of a data set, each class in proportion, with prototypes of that part alone.
+
+    Raises:
+        ConfigError: more images are asked for than there are.
+    """
+    data = load_data(config)
+
+    def part(split: Split, count: int) -> Split:
+        if not 0 < count < len(split):
+            raise ConfigError(f"{count} images are not a part of {len(split)}; name fewer.")
+        _, index = stratified_split(split.labels, count / len(split), seed)
+        return Split(split.images[index], split.labels[index])
+
+    data = replace(
+        data,
+        train=part(data.train, train_images),
+        validation=part(data.validation, validation_images),
+    )
+    train, validation = (
+        class_prototypes(*to_device(split, torch.device("cpu")), data.num_classes)
+        for split in (data.train, data.validation)
+    )
+    return Inputs(data, train, validation)
+
+
+def _train(config: TrialConfig, inputs: Inputs) -> list[Metrics]:
+    curve: list[Metrics] = []
+    try:
+        fit(config, lambda report: curve.append(dict(report.metrics)), inputs=inputs)
+    except DivergedError as error:
+        _log.info("%s", error)
+    return curve
+
+
+def _shown(name: str, metrics: Metrics) -> str:
+    return f"{name} {metrics[name]:.4f}" if name in metrics else "diverged"
+
+
+def _rows(path: Path, dataset: str) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with gzip.open(path, "rt", newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row["dataset"] == dataset]
+
+
+def _append(path: Path, config: TrialConfig, number: int, curve: list[Metrics]) -> None:
+    """Append a trial in one write: a gzip file may have several members."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    if not path.is_file():
+        writer.writeheader()
+    shared = {name: _rounded(getattr(config, name)) for name in _PARAMETERS}
+    for metrics in curve:
+        row = {"dataset": config.dataset, "number": number} | shared
+        row |= {"epoch": int(metrics["epoch"])}
+        row |= {name: _rounded(metrics[name]) for name in _METRICS}
+        writer.writerow(row)
+    with path.open("ab") as file:
+        file.write(gzip.compress(text.getvalue().encode(), mtime=0))
+
+
+def _rounded(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+if __name__ == "__main__":
+    main()
