@@ -14,28 +14,14 @@ from typing import Any
 
 import moocore
 import numpy as np
-from ray import tune
 
 from batchcam.bundle import save_bundle
 from batchcam.config import TrialConfig
 from batchcam.errors import BatchCamError
 from batchcam.train import Inputs, restore
-from studies.trial import STATE_FILE, trial_config
-
-METRICS = (
-    "epoch",
-    "val_accuracy",
-    "cam_ssim",
-    "cam_ssim_ceiling",
-    "cam_ssim_sample",
-    "images_per_second",
-    "seconds",
-    "loss",
-    "loss_class",
-    "loss_proto",
-    "loss_batch",
-)
-"""The metrics of a trial, as `batchcam.train.EpochReport` names them."""
+from studies.checkpoints import Checkpoints
+from studies.ledger import Ledger
+from studies.trial import METRICS, trial_config
 
 
 class StudyError(BatchCamError):
@@ -47,11 +33,11 @@ class TrialRecord:
     """A trial as it ended.
 
     Attributes:
-        trial_id: Ray's id; also the id of its W&B run.
+        trial_id: names its checkpoints and its W&B run too.
         state: "completed", "stopped" (early, by the scheduler), "failed" or "unfinished".
         config: its configuration.
         metrics: the last of each of `METRICS` that it reported.
-        checkpoint: its last one, if it came as far.
+        checkpoints: where its saved states are.
         error: the last line of what made it fail.
     """
 
@@ -59,40 +45,31 @@ class TrialRecord:
     state: str
     config: TrialConfig
     metrics: dict[str, float]
-    checkpoint: tune.Checkpoint | None
-    error: str | None
+    checkpoints: str
+    error: str | None = None
 
     @property
     def usable(self) -> bool:
-        """Whether it can be chosen: it has metrics, and a checkpoint to export."""
-        return self.checkpoint is not None and "val_accuracy" in self.metrics
+        """Whether it can be chosen: it has metrics, and with them a checkpoint."""
+        return "val_accuracy" in self.metrics
 
 
-def collect(results: tune.ResultGrid, base: TrialConfig) -> list[TrialRecord]:
-    """Return a record per trial, in the order in which they were proposed."""
-    found = [results[index] for index in range(len(results))]
-    found.sort(key=lambda result: (result.config or {}).get("number", 0))
-    return [_record(result, base) for result in found]
+def collect(ledger: Ledger, base: TrialConfig, checkpoints: str) -> list[TrialRecord]:
+    """Return a record per trial, in the order in which they were proposed.
 
-
-def _record(result: tune.Result, base: TrialConfig) -> TrialRecord:
-    config = trial_config(base, result.config or {})
-    reported = result.metrics or {}
-    metrics = {name: reported[name] for name in METRICS if name in reported}
-    if result.error is not None:
-        state = "failed"
-    elif metrics.get("epoch", 0) >= config.epochs:
-        state = "completed"
-    else:
-        state = "stopped" if reported.get("done") else "unfinished"
-    return TrialRecord(
-        trial_id=Path(result.path).name,
-        state=state,
-        config=config,
-        metrics=metrics,
-        checkpoint=result.checkpoint,
-        error=str(result.error).strip().splitlines()[-1] if result.error else None,
-    )
+    `checkpoints` is the folder or URI in which each trial has one of its own.
+    """
+    return [
+        TrialRecord(
+            trial_id=trial.params["trial_id"],
+            state=trial.state or "unfinished",
+            config=trial_config(base, trial.params),
+            metrics=trial.reports[-1] if trial.reports else {},
+            checkpoints=f"{checkpoints}/{trial.params['trial_id']}",
+            error=trial.error,
+        )
+        for trial in ledger.trials
+    ]
 
 
 def pareto_front(records: Sequence[TrialRecord], objectives: Sequence[str]) -> list[TrialRecord]:
@@ -180,9 +157,13 @@ def export_bundles(
             source, metrics = written[record.trial_id]
             shutil.copytree(source, target)
         else:
-            assert record.checkpoint is not None
-            with record.checkpoint.as_directory() as checkpoint:
-                state = Path(checkpoint) / STATE_FILE
+            with Checkpoints(record.checkpoints).newest() as state:
+                if state is None:
+                    raise StudyError(
+                        f"trial {record.trial_id} has no whole checkpoint left in "
+                        f"{record.checkpoints}; delete its folder and its lines in the ledger, "
+                        "and --resume."
+                    )
                 result = restore(record.config, state, inputs=inputs)
             facts = {"study": study, "trial_id": record.trial_id}
             metrics = save_bundle(target, result, extra_metrics=facts)

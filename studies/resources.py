@@ -4,25 +4,42 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray import tune
 
 from batchcam.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class TrialResources:
-    """CPUs and GPUs that one trial holds; fractions share a device."""
+    """CPUs and GPUs that one trial holds; fractions share a device.
+
+    Attributes:
+        cpus: CPUs of a trial.
+        gpus: GPUs of a trial.
+        most_cpus: CPUs of the largest node, which is as much as a trial can ever get.
+    """
 
     cpus: float
     gpus: float
+    most_cpus: float
 
     @property
     def threads(self) -> int:
         """Threads for PyTorch: the trial's CPUs, so that trials do not fight for cores."""
         return max(1, int(self.cpus))
 
-    def as_ray(self) -> dict[str, float]:
+    def enlarged(self, share: int) -> "TrialResources":
+        """Return `share` times these resources, or as much of it as a trial can use.
+
+        A share of a GPU grows to the whole of it; memory of the host is asked for by CPUs.
+        """
+        gpus = max(self.gpus, min(1.0, self.gpus * share)) if self.gpus else 0.0
+        cpus = max(self.cpus, min(self.most_cpus, self.cpus * share))
+        return TrialResources(cpus, gpus, self.most_cpus)
+
+    def as_ray(self) -> tune.PlacementGroupFactory:
         """Return the request in Ray's terms."""
-        return {"cpu": self.cpus, "gpu": self.gpus}
+        return tune.PlacementGroupFactory([{"CPU": self.cpus, "GPU": self.gpus}])
 
 
 def choose_resources(cpus: float | None, gpus: float | None) -> TrialResources:
@@ -50,7 +67,7 @@ def choose_resources(cpus: float | None, gpus: float | None) -> TrialResources:
             f"{largest.get('CPU', 0.0):g} CPUs and {largest.get('GPU', 0.0):g} GPUs; lower "
             "--cpus-per-trial or --gpus-per-trial."
         )
-    return TrialResources(cpus, gpus)
+    return TrialResources(cpus, gpus, max(node.get("CPU", 0.0) for node in nodes))
 
 
 def _nodes() -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from studies.halving import ParetoHalving
+from studies.trial import OUT_OF_MEMORY
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
@@ -64,16 +65,20 @@ class ParetoASHA(FIFOScheduler):
         """
         if result.get("done") and "epoch" not in result:
             return TrialScheduler.CONTINUE  # It ended without a report; so says Ray, not the trial.
+        if result.get(OUT_OF_MEMORY):
+            return TrialScheduler.STOP  # To be started anew: this is no report of an epoch.
         going_on = self._judge(trial.config["number"], result)
         return TrialScheduler.CONTINUE if going_on else TrialScheduler.STOP
 
-    def replay(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Take in a report of an earlier session, in the order in which they were judged then.
+    def replay(self, number: int, metrics: Mapping[str, float]) -> bool:
+        """Return whether a trial went on after a report of before a restart.
+
+        Reports must come in the order in which they were judged then.
 
         Raises:
             ValueError: `metrics` lack an objective.
         """
-        self._judge(number, {**metrics, "epoch": epoch})
+        return self._judge(number, metrics)
 
     def _judge(self, number: int, result: Mapping[str, Any]) -> bool:
         missing = [name for name in ("epoch", *self._objectives) if name not in result]
@@ -85,8 +90,3 @@ class ParetoASHA(FIFOScheduler):
             )
         values = [result[name] for name in self._objectives]
         return self._halving.judge(number, int(result["epoch"]), values)
-
-
-def make_scheduler(objective: str, min_epochs: int, max_epochs: int) -> ParetoASHA:
-    """Return early stopping on one objective."""
-    return ParetoASHA(objectives=(objective,), min_epochs=min_epochs, max_epochs=max_epochs)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +12,7 @@ import tyro
 
 from batchcam.config import TrialConfig
 from batchcam.errors import ConfigError, suggest_names
+from studies.proposals import STORAGE_VARIABLE, storage_kind
 from studies.space import SearchSpace
 
 OBJECTIVES = ("val_accuracy", "cam_ssim", "images_per_second")
@@ -19,7 +21,7 @@ OBJECTIVES = ("val_accuracy", "cam_ssim", "images_per_second")
 SETTINGS_FILE = "study.json"
 """Where, in the study's folder, its settings are kept for `--resume`."""
 
-_OF_THE_RUN = ("out", "resume", "address", "cpus_per_trial", "gpus_per_trial")
+_OF_THE_RUN = ("out", "resume", "extend", "address", "cpus_per_trial", "gpus_per_trial")
 """Settings that say how a study is run, not what it is: on resuming, these may be others."""
 
 
@@ -40,6 +42,13 @@ class StudySettings:
     """Folder in which the study's folder is made; on a cluster, one that all nodes share."""
     resume: bool = False
     """Go on with the study of this name, by the settings that it was started with."""
+    extend: int = 0
+    """Go on with the study of this name, and try so many configurations more."""
+    storage: str | None = None
+    """Where trials keep their checkpoints: a folder or an address such as s3://bucket/folder; by
+    default the study's folder."""
+    warm_start: tuple[Path, ...] = ()
+    """Bundles of earlier studies, whose configurations are tried first."""
 
     dataset: str = TrialConfig.dataset
     """digits, mnist, fashion_mnist or imagefolder."""
@@ -74,13 +83,27 @@ class StudySettings:
     wandb_project: str = "batchcam"
     """W&B project of the runs."""
 
+    key: Annotated[str, tyro.conf.Suppress] = ""
+    """What the ids of the trials begin with; made when the study begins."""
+    optuna_storage: Annotated[str, tyro.conf.Suppress] = "journal"
+    """The kind of storage that Optuna's study was begun in; its address is not kept."""
+
     def __post_init__(self) -> None:
         if self.study is not None and (
             not self.study or "/" in self.study or self.study.startswith(".")
         ):
             raise ConfigError(f"study={self.study!r} must be a plain name, for it names a folder.")
-        if self.resume and self.study is None:
-            raise ConfigError("--resume needs --study, the name of the study to go on with.")
+        if self.goes_on and self.study is None:
+            raise ConfigError(
+                "--resume and --extend need --study, the name of the study to go on with."
+            )
+        if self.extend < 0:
+            raise ConfigError(f"extend={self.extend} must be 0 or more.")
+        if self.storage is not None and "@" in self.storage:
+            raise ConfigError(
+                "--storage must hold no key or password, for it is written down; give them in the "
+                "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)."
+            )
         for name in ("num_trials", "max_epochs", "min_epochs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -116,6 +139,11 @@ class StudySettings:
             seed=self.seed,
         )
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether this is to go on with a study that exists."""
+        return self.resume or self.extend > 0
+
     def named(self) -> "StudySettings":
         """Return these settings with a name, made from the time if none was given."""
         if self.study is not None:
@@ -123,11 +151,20 @@ class StudySettings:
         now = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
         return replace(self, study=f"bcpl-{self.dataset}-{now}")
 
+    def begun(self) -> "StudySettings":
+        """Return the settings of a study that begins now: with a key of its own."""
+        return replace(self, key=secrets.token_hex(4), optuna_storage=storage_kind())
+
     def save(self) -> None:
         """Keep these settings in the study's folder."""
-        content = asdict(self) | {"out": str(self.out)}
+        content = asdict(self) | {
+            "out": str(self.out),
+            "warm_start": [str(path.resolve()) for path in self.warm_start],
+        }
         path = self.folder / SETTINGS_FILE
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
 
     def resumed(self) -> "StudySettings":
         """Return the settings that the study of this name was started with, to go on by them.
@@ -144,11 +181,28 @@ class StudySettings:
         for each in fields(self):
             given, began = getattr(self, each.name), getattr(saved, each.name)
             if each.name not in _OF_THE_RUN and given not in (began, getattr(_DEFAULTS, each.name)):
+                remedy = (
+                    "use --extend to add trials."
+                    if each.name == "num_trials"
+                    else "resume it without naming that, or start another study."
+                )
                 raise ConfigError(
                     f"study {self.study!r} was started with {each.name}={began!r}, not {given!r}; "
-                    "resume it without naming that, or start another study."
+                    + remedy
                 )
-        return replace(saved, **{name: getattr(self, name) for name in _OF_THE_RUN})
+        if saved.optuna_storage != storage_kind():
+            raise ConfigError(
+                f"study {self.study!r} keeps Optuna's trials in {saved.optuna_storage}, but "
+                f"{STORAGE_VARIABLE} names {storage_kind()}; set it as it was."
+            )
+        here = {name: getattr(self, name) for name in _OF_THE_RUN}
+        return replace(saved, **here, num_trials=saved.num_trials + self.extend)
+
+    @property
+    def checkpoints(self) -> str:
+        """The folder, or address, under which each trial has a folder for its checkpoints."""
+        root = self.folder if self.storage is None else f"{self.storage.rstrip('/')}/{self.study}"
+        return f"{root}/checkpoints"
 
     @property
     def folder(self) -> Path:
@@ -172,6 +226,10 @@ def _load(path: Path) -> StudySettings:
     try:
         content = tuples(json.loads(path.read_text(encoding="utf-8")))
         space = SearchSpace(**tuples(content.pop("space")))
-        return StudySettings(**content | {"out": Path(content["out"]), "space": space})
+        paths = {
+            "out": Path(content["out"]),
+            "warm_start": tuple(map(Path, content["warm_start"])),
+        }
+        return StudySettings(**content | paths | {"space": space})
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} does not hold a study's settings: {error}") from error

@@ -112,8 +112,7 @@ def suggest(trial: optuna.Trial, space: SearchSpace, strides: Strides) -> dict[s
     """Draw a trial's fields of TrialConfig, as Ray's define-by-run interface asks for them.
 
     Optuna's parameters are the fields drawn, and the switches `proto_loss` and `batch_loss`.
-    Returned is every field that the space decides, those that were not drawn included, and the
-    trial's `number`: Ray forgets the order of its trials when a study is resumed.
+    Returned is every field that the space decides, those that were not drawn included.
     """
 
     def log_uniform(name: str) -> float:
@@ -125,13 +124,10 @@ def suggest(trial: optuna.Trial, space: SearchSpace, strides: Strides) -> dict[s
     strides_here = strides[backbone, resolution]
     output_stride: Any = strides_here[0]
     if len(strides_here) > 1:
-        # A name of its own for each set of choices: Optuna's choices may not change under a name.
-        name = f"output_stride_{backbone}_{resolution}"
-        output_stride = trial.suggest_categorical(name, strides_here)
+        output_stride = trial.suggest_categorical(_stride_name(backbone, resolution), strides_here)
     proto_loss = trial.suggest_categorical("proto_loss", (False, True))
     batch_loss = trial.suggest_categorical("batch_loss", (False, True))
     decided: dict[str, Any] = {
-        "number": trial.number,
         "backbone": backbone,
         "resolution": resolution,
         "output_stride": output_stride,
@@ -144,6 +140,58 @@ def suggest(trial: optuna.Trial, space: SearchSpace, strides: Strides) -> dict[s
     if proto_loss or batch_loss:
         decided["metric"] = trial.suggest_categorical("metric", space.metrics)
     return decided
+
+
+def _stride_name(backbone: str, resolution: int) -> str:
+    """Return a name for each set of choices: Optuna's may not change under a name."""
+    return f"output_stride_{backbone}_{resolution}"
+
+
+def point_of(config: TrialConfig, space: SearchSpace, strides: Strides) -> dict[str, Any]:
+    """Return the parameters by which :func:`suggest` gives this configuration.
+
+    Raises:
+        ConfigError: the space does not have it, with what to allow.
+    """
+    point: dict[str, Any] = {
+        "backbone": config.backbone,
+        "resolution": config.resolution,
+        "proto_loss": config.lambda_proto > 0,
+        "batch_loss": config.lambda_batch > 0,
+    }
+    drawn = ["lambda_class", "learning_rate", "weight_decay"]
+    drawn += [name for name in ("lambda_proto", "lambda_batch") if getattr(config, name) > 0]
+    point |= {name: getattr(config, name) for name in drawn}
+    allowed: dict[str, tuple[Any, ...]] = {
+        "backbone": space.backbones,
+        "resolution": space.resolutions,
+    }
+    if config.lambda_proto > 0 or config.lambda_batch > 0:
+        point["metric"] = config.metric
+        allowed["metric"] = space.metrics
+    for name, choices in allowed.items():
+        if point[name] not in choices:
+            raise ConfigError(
+                f"{name}={point[name]!r} is not among the study's {choices}; allow it with "
+                f"--{name}s."
+            )
+    for name in drawn:
+        low, high = getattr(space, name)
+        if not low <= point[name] <= high:
+            raise ConfigError(
+                f"{name}={point[name]:g} is outside the study's range ({low:g}, {high:g}); widen "
+                f"it with --{name.replace('_', '-')}."
+            )
+    strides_here = strides[config.backbone, config.resolution]
+    if len(strides_here) > 1:
+        if config.output_stride not in strides_here:
+            raise ConfigError(
+                f"output_stride={config.output_stride} of {config.backbone} at "
+                f"{config.resolution} is not among the study's {strides_here}; allow it with "
+                "--output-strides."
+            )
+        point[_stride_name(config.backbone, config.resolution)] = config.output_stride
+    return point
 
 
 def first_points(space: SearchSpace) -> list[dict[str, Any]]:

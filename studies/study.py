@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +14,23 @@ import tyro
 from ray import tune
 
 from batchcam.bundle import check_writable
+from batchcam.config import TrialConfig
 from batchcam.errors import BatchCamError, ConfigError
 from batchcam.models import create_model, feature_grid
 from batchcam.train import Inputs, prepare
 from studies import export, summary
-from studies.progress import TrialLines, console
-from studies.resources import TrialResources, choose_resources
-from studies.scheduler import make_scheduler
-from studies.search import make_search
+from studies.engine import WORKER_ENVIRONMENT, Search, run_search
+from studies.ledger import Ledger
+from studies.patience import StorageLostError
+from studies.progress import console
+from studies.recorder import ERRORS
+from studies.resources import choose_resources
 from studies.settings import SETTINGS_FILE, StudySettings
-from studies.space import Strides, feasible_strides
+from studies.space import Strides, feasible_strides, first_points, point_of, suggest
 from studies.tracking import Tracking, choose_mode
 from studies.trial import TrialSettings, run_trial
 
-RAY_FOLDER = "ray"
-"""Where, in the study's folder, Ray keeps its trials and checkpoints."""
-
 _REACH_SECONDS = 10
-
-_DRIVER_ENVIRONMENT = {
-    # Ray would warn that it saves its state after every checkpoint, which is what we want of it.
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    # Seconds between two savings of its state: at once, for a crash loses what came after.
-    "TUNE_GLOBAL_CHECKPOINT_S": "0",
-    # Its newer output cannot be silenced; `studies.progress` says what there is to say.
-    "RAY_AIR_NEW_OUTPUT": "0",
-}
-
-# A reused actor is reset only once its last trial's thread has ended, and that thread may have a
-# W&B run to finish.
-_WORKER_ENVIRONMENT = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "60"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         settings = tyro.cli(StudySettings, args=argv).named()
         run_study(settings)
-    except BatchCamError as error:
+    except (BatchCamError, StorageLostError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -60,11 +48,13 @@ def run_study(settings: StudySettings) -> Path:
 
     Raises:
         BatchCamError: the settings, the data or the folder cannot be used, or no trial succeeded.
+        StorageLostError: what must be written could not be, for a long time.
     """
-    if settings.resume:
+    if settings.goes_on:
         settings = settings.resumed()
     else:
         _check_new(settings)
+        settings = settings.begun()
     inputs = prepare(settings.base_config())
     strides = feasible_strides(settings.space, inputs.data.channels)
     _fill_ceilings(inputs, strides)
@@ -76,17 +66,22 @@ def run_study(settings: StudySettings) -> Path:
     _connect(settings.address)
     try:
         resources = choose_resources(settings.cpus_per_trial, settings.gpus_per_trial)
-        if not settings.resume:  # From here on there is something to resume.
-            settings.folder.mkdir(parents=True, exist_ok=True)
-            settings.save()
+        settings.folder.mkdir(parents=True, exist_ok=True)
+        settings.save()  # From here on there is something to resume.
         console.print(
             f"Study {settings.study}: {settings.num_trials} trials of up to "
             f"{settings.max_epochs} epochs on {settings.dataset}, {resources.cpus:g} CPU and "
             f"{resources.gpus:g} GPU each; W&B {mode} ({why})"
         )
         tracking = Tracking(settings.wandb_project, settings.study or "", settings.folder, mode)
-        results = _tuner(settings, inputs, strides, resources, tracking).fit()
-        return _export(settings, results, inputs)
+        trial_settings = TrialSettings(
+            settings.base_config(), resources, settings.checkpoints, tracking
+        )
+        # with_parameters puts the inputs into the object store once; trials map them from there.
+        trainable = tune.with_parameters(run_trial, settings=trial_settings, inputs=inputs)
+        search = _search(settings, strides)
+        ledger = run_search(search, settings.folder, trainable, resources)
+        return _export(settings, ledger, inputs)
     finally:
         ray.shutdown()
 
@@ -114,10 +109,9 @@ def _connect(address: str | None) -> None:
 
     Ray on its own would join whatever cluster happens to run on this machine.
     """
-    os.environ.update(_DRIVER_ENVIRONMENT)
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {
-        "runtime_env": {"env_vars": _WORKER_ENVIRONMENT},
+        "runtime_env": {"env_vars": WORKER_ENVIRONMENT},
         "log_to_driver": False,
         "logging_level": logging.WARNING,
     }
@@ -142,67 +136,35 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_REACH_SECONDS).close()
 
 
-def _tuner(
-    settings: StudySettings,
-    inputs: Inputs,
-    strides: Strides,
-    resources: TrialResources,
-    tracking: Tracking,
-) -> tune.Tuner:
-    trial_settings = TrialSettings(settings.base_config(), resources.threads, tracking)
-    # with_parameters puts the inputs into the object store once; trials map them from there.
-    trainable = tune.with_resources(
-        tune.with_parameters(run_trial, settings=trial_settings, inputs=inputs),
-        resources.as_ray(),
-    )
-    saved = str(settings.folder / RAY_FOLDER)
-    if settings.resume and tune.Tuner.can_restore(saved):
-        return tune.Tuner.restore(saved, trainable=trainable, resume_errored=True)
-    # Several objectives go to the searcher alone: Tune itself takes a single metric.
-    return tune.Tuner(
-        trainable,
-        tune_config=tune.TuneConfig(
-            num_samples=settings.num_trials,
-            search_alg=make_search(
-                settings.space,
-                strides,
-                settings.objectives,
-                settings.folder,
-                settings.study or "",
-                settings.seed,
-            ),
-            scheduler=make_scheduler(
-                settings.objectives[0], settings.min_epochs, settings.max_epochs
-            ),
-            reuse_actors=True,
-            trial_dirname_creator=_trial_folder,
-        ),
-        run_config=tune.RunConfig(
-            name=RAY_FOLDER,
-            storage_path=str(settings.folder),
-            failure_config=tune.FailureConfig(max_failures=settings.max_failures),
-            # Two: Ray deletes a checkpoint before it notes that there is a newer one.
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
-            callbacks=[TrialLines(settings.num_trials)],
-            verbose=0,
-        ),
+def _search(settings: StudySettings, strides: Strides) -> Search:
+    warm = [
+        point_of(TrialConfig.from_yaml(bundle / "config.yaml"), settings.space, strides)
+        for bundle in settings.warm_start
+    ]
+    return Search(
+        name=settings.study or "",
+        key=settings.key,
+        space=partial(suggest, space=settings.space, strides=strides),
+        first_points=[*first_points(settings.space), *warm],
+        objectives=settings.objectives,
+        min_epochs=settings.min_epochs,
+        max_epochs=settings.max_epochs,
+        num_trials=settings.num_trials,
+        max_failures=settings.max_failures,
+        seed=settings.seed,
     )
 
 
-def _trial_folder(trial: "tune.experiment.Trial") -> str:
-    return str(trial.trial_id)
-
-
-def _export(settings: StudySettings, results: tune.ResultGrid, inputs: Inputs) -> Path:
+def _export(settings: StudySettings, ledger: Ledger, inputs: Inputs) -> Path:
     folder = settings.folder
-    records = export.collect(results, settings.base_config())
+    records = export.collect(ledger, settings.base_config(), settings.checkpoints)
     export.write_trials(folder / "trials.csv", records)
     front = export.pareto_front(records, settings.objectives)
     if not front:
         reasons = {record.error for record in records if record.error} or {"none was reported"}
         raise export.StudyError(
             f"no trial of study {settings.study!r} succeeded; errors: {'; '.join(reasons)}. "
-            f"See {folder / 'trials.csv'} and {folder / RAY_FOLDER}; mend the cause and --resume."
+            f"See {folder / 'trials.csv'} and {folder / ERRORS}; mend the cause and --resume."
         )
     export.write_pareto(folder / "pareto.json", front, settings.objectives)
     chosen = export.choose(records, front, settings.objectives)

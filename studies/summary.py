@@ -41,7 +41,7 @@ def print_summary(
             f"{record.metrics['epoch']:g}",
             run_name(record.config),
             "\n".join(names) or ("(front)" if record in front else ""),
-            record.trial_id,
+            str(records.index(record)),
         )
     console.print(table)
     console.print("Accuracy and SSIM are of the validation split; on the test split, read once:")

@@ -1,6 +1,10 @@
-"""One trial as Ray runs it: a configuration in, a report with a checkpoint after each epoch."""
+"""One trial as Ray runs it: a configuration in, a report after each epoch, its state kept.
 
-import tempfile
+A trial keeps its own checkpoints, under the id that it has in the study rather than in this run of
+it. So it goes on from them however it was cut: by Ray, with its node, or with the driver.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -9,21 +13,51 @@ import torch
 from ray import tune
 
 from batchcam.config import TrialConfig
-from batchcam.train import EpochReport, Inputs, fit
+from batchcam.train import EpochReport, Inputs, Metrics, fit, load_state
+from studies.checkpoints import Checkpoints
+from studies.patience import StorageLostError, patiently
+from studies.resources import TrialResources
 from studies.tracking import Tracking, track
 
-STATE_FILE = "state.pt"
-"""Name of the saved state inside a checkpoint."""
+METRICS = (
+    "epoch",
+    "val_accuracy",
+    "cam_ssim",
+    "cam_ssim_ceiling",
+    "cam_ssim_sample",
+    "images_per_second",
+    "seconds",
+    "loss",
+    "loss_class",
+    "loss_proto",
+    "loss_batch",
+)
+"""The metrics of a trial, as `batchcam.train.EpochReport` names them."""
+
+SHARE = "share"
+"""In a trial's parameters: how many times the usual resources it has."""
+RESUMES_AT = "resumes_at"
+"""In a trial's parameters: the last epoch that the ledger has a report of."""
+OUT_OF_MEMORY = "out_of_memory"
+"""A trial that reports this is started again with twice the resources."""
 
 _FIELDS = {field.name for field in fields(TrialConfig)}
 
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """What all trials of a study share, beside their inputs."""
+    """What all trials of a study share, beside their inputs.
+
+    Attributes:
+        base: what the search does not decide.
+        resources: what a trial has, which sets its threads.
+        checkpoints: the folder, or URI, under which each trial has one of its own.
+        tracking: where its W&B run goes.
+    """
 
     base: TrialConfig
-    threads: int
+    resources: TrialResources
+    checkpoints: str
     tracking: Tracking
 
 
@@ -47,23 +81,51 @@ def run_name(config: TrialConfig) -> str:
 def run_trial(params: dict[str, Any], *, settings: TrialSettings, inputs: Inputs) -> None:
     """Train one trial, reporting each epoch to Ray Tune and to W&B.
 
-    Goes on from the trial's checkpoint if Ray hands it one. Where the scheduler stops the trial,
-    Ray raises SystemExit from the report.
+    Goes on from the trial's newest checkpoint if it has any; epochs in it that the study has not
+    heard of are reported first. Where the scheduler stops the trial, Ray raises SystemExit from the
+    report.
     """
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.resources.enlarged(params[SHARE]).threads)
     config = trial_config(settings.base, params)
-    trial_id = tune.get_context().get_trial_id()
-    with track(settings.tracking, trial_id, run_name(config), config.as_dict()) as run:
+    checkpoints = Checkpoints(f"{settings.checkpoints}/{params['trial_id']}")
+    last = params[RESUMES_AT]
+    with (
+        track(settings.tracking, params["trial_id"], run_name(config), config.as_dict()) as run,
+        checkpoints.newest() as state,
+    ):
 
         def on_epoch(report: EpochReport) -> None:
+            nonlocal last
+            save(checkpoints, report.epoch, report.save_state)
             run.log(report)
-            with tempfile.TemporaryDirectory() as folder:
-                report.save_state(Path(folder) / STATE_FILE)
-                tune.report(dict(report.metrics), checkpoint=tune.Checkpoint.from_directory(folder))
+            tune.report(dict(report.metrics))
+            last = report.epoch
 
-        checkpoint = tune.get_checkpoint()
-        if checkpoint is None:
-            fit(config, on_epoch, inputs=inputs)
-        else:
-            with checkpoint.as_directory() as folder:
-                fit(config, on_epoch, inputs=inputs, state=Path(folder) / STATE_FILE)
+        if state is not None:
+            last = report_again(load_state(state)["history"], last)
+            if last >= config.epochs:
+                return
+        try:
+            fit(config, on_epoch, inputs=inputs, state=state)
+        except (torch.OutOfMemoryError, MemoryError):
+            tune.report({"epoch": last, OUT_OF_MEMORY: True})
+
+
+def save(checkpoints: Checkpoints, epoch: int, write: Callable[[Path], None]) -> None:
+    """Keep a state, waiting for the storage where it is gone for a while.
+
+    Raises:
+        OSError: it did not come back.
+    """
+    try:
+        patiently(lambda: checkpoints.save(epoch, write), checkpoints.folder)
+    except StorageLostError as error:  # The trial fails, not the process that it runs in.
+        raise OSError(str(error)) from error
+
+
+def report_again(history: list[Metrics], last: int) -> int:
+    """Report the epochs of a checkpoint that came after `last`; return the last one of all."""
+    for metrics in history:
+        if metrics["epoch"] > last:
+            tune.report(dict(metrics))
+    return max([last, *(int(metrics["epoch"]) for metrics in history)])

@@ -1,0 +1,123 @@
+"""Trials without a model, for what is asked of the engine and not of the training.
+
+python -m studies.benchmarks.dummy --out FOLDER --trials 32 --epochs 8 --seconds 0.05
+
+Two parameters decide a learning curve in each of two objectives that pull apart. The trials report
+and keep checkpoints as real ones do; the command may be killed at any moment and run again, and
+goes on.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+import ray
+import tyro
+from ray import tune
+
+from batchcam.train import Metrics
+from studies.checkpoints import Checkpoints
+from studies.engine import WORKER_ENVIRONMENT, Search, run_search
+from studies.ledger import Ledger
+from studies.resources import TrialResources
+from studies.trial import RESUMES_AT, report_again, save
+
+
+@dataclass(frozen=True, kw_only=True)
+class DummyStudy:
+    """Run trials without a model."""
+
+    out: Path
+    """Folder of the study; one that has a part of it goes on."""
+    trials: int = 32
+    """How many."""
+    epochs: int = 8
+    """Epochs of a trial that is not stopped early."""
+    min_epochs: int = 1
+    """Epochs before a trial may be stopped early."""
+    seconds: float = 0.05
+    """How long an epoch takes."""
+    slots: int = 1
+    """CPUs of the local Ray, and so trials at a time; with one, the outcome is reproducible."""
+    seed: int = 0
+    """Of the search."""
+
+    def search(self) -> Search:
+        """Return the search."""
+        return Search(
+            name="dummy",
+            key="dummy",
+            space=space,
+            first_points=[{"x": 0.5, "y": 0.5}],
+            objectives=("val_accuracy", "cam_ssim"),
+            min_epochs=self.min_epochs,
+            max_epochs=self.epochs,
+            num_trials=self.trials,
+            seed=self.seed,
+        )
+
+    def trainable(self) -> Callable[[dict[str, Any]], None]:
+        """Return what Ray runs for each trial."""
+        return partial(
+            run_dummy,
+            checkpoints=str(self.out.resolve() / "checkpoints"),
+            epochs=self.epochs,
+            seconds=self.seconds,
+        )
+
+
+def space(trial: optuna.Trial) -> dict[str, Any]:
+    """Draw a trial's two parameters; one of them only where the other is large."""
+    x = trial.suggest_float("x", 0.0, 1.0)
+    return {"x": x, "y": trial.suggest_float("y", 0.0, 1.0) if x > 0.2 else 0.0}
+
+
+def curve(x: float, y: float, epoch: int) -> Metrics:
+    """Return the metrics of an epoch: accuracy grows with x, SSIM with y, each at a price."""
+    grown = 1 - math.exp(-epoch / (1 + 2 * x))
+    return {
+        "epoch": epoch,
+        "val_accuracy": (0.5 + 0.5 * x - 0.2 * y**2) * grown,
+        "cam_ssim": (0.3 + 0.6 * y - 0.2 * x**2) * grown,
+        "cam_ssim_ceiling": 1.0,
+        "images_per_second": 1.0,
+    }
+
+
+def run_dummy(params: dict[str, Any], *, checkpoints: str, epochs: int, seconds: float) -> None:
+    """Go through the epochs of a curve as a real trial does, checkpoints included."""
+    kept = Checkpoints(f"{checkpoints}/{params['trial_id']}")
+    with kept.newest() as state:
+        history: list[Metrics] = [] if state is None else json.loads(state.read_text())
+    report_again(history, params[RESUMES_AT])
+    for epoch in range(len(history) + 1, epochs + 1):
+        time.sleep(seconds)
+        history.append(curve(params["x"], params["y"], epoch))
+        save(kept, epoch, lambda path: path.write_text(json.dumps(history)))
+        tune.report(dict(history[-1]))
+
+
+def main(study: DummyStudy) -> Ledger:
+    """Run the study on a local Ray, and return its ledger."""
+    study.out.mkdir(parents=True, exist_ok=True)
+    ray.init(
+        address="local",
+        num_cpus=study.slots,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": WORKER_ENVIRONMENT},
+    )
+    try:
+        return run_search(study.search(), study.out, study.trainable(), TrialResources(1, 0, 1))
+    finally:
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(DummyStudy))

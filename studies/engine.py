@@ -1,0 +1,159 @@
+"""Trials from proposal to end, on a Ray cluster that is there: what a study does, and no more.
+
+What is trained is not its affair: any function that reports `epoch` and the objectives, and keeps
+its own checkpoints under the `trial_id` it is given, can be searched over. So the same engine runs
+real studies, and the trials without a model that its tests and benchmarks are made of.
+"""
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from ray import tune
+
+from studies.ledger import LEDGER, Ledger
+from studies.progress import TrialLines
+from studies.proposals import ReproducibleTPE, open_proposals
+from studies.recorder import Recorder
+from studies.recovery import recover
+from studies.resources import TrialResources
+from studies.scheduler import ParetoASHA
+from studies.search import OptunaBridge, Space, enqueue
+from studies.trial import RESUMES_AT, SHARE
+
+Trainable = Callable[[dict[str, Any]], None]
+
+_DRIVER_ENVIRONMENT = {
+    # Seconds between two savings of Ray's own state, from which nothing is ever restored.
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
+    # Ray's newer output cannot be silenced; `studies.progress` says what there is to say.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # The ledger has the results; Ray would write each of them three times more.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Its advice to restore from its state.
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+}
+
+# A reused actor is reset only once its last trial's thread has ended, and that thread may have a
+# W&B run to finish.
+WORKER_ENVIRONMENT = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "60"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What is searched, and how.
+
+    Attributes:
+        name: of Optuna's study.
+        key: what the trials' ids begin with, as no other study's do.
+        space: draws a trial's parameters and returns its configuration.
+        first_points: parameters to try before any others.
+        objectives: metrics to maximise.
+        min_epochs: epochs before a trial may be stopped early.
+        max_epochs: epochs of a trial that is not.
+        num_trials: configurations to try in all.
+        max_failures: how often a trial that fails goes on from its last checkpoint.
+        seed: of the sampler and the scheduler.
+    """
+
+    name: str
+    key: str
+    space: Space
+    first_points: Sequence[Mapping[str, Any]] = ()
+    objectives: tuple[str, ...]
+    min_epochs: int
+    max_epochs: int
+    num_trials: int
+    max_failures: int = 2
+    seed: int = 0
+
+
+def run_search(
+    search: Search, folder: Path, trainable: Trainable, resources: TrialResources
+) -> Ledger:
+    """Run a search to its end, going on with what `folder` holds of it; return its ledger.
+
+    Raises:
+        ConfigError: the ledger is damaged, or the storage's address is wrong.
+        StorageLostError: the ledger or Optuna's storage could not be written for a long time.
+    """
+    os.environ.update(_DRIVER_ENVIRONMENT)
+    # It misses the files that Ray was told not to write.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    ledger = Ledger(folder / LEDGER)
+    study, storage = open_proposals(
+        folder, search.name, len(search.objectives), ReproducibleTPE(search.seed)
+    )
+    enqueue(study, search.first_points)
+
+    def configure(trial: optuna.Trial) -> dict[str, Any]:
+        history = ledger.get(trial.number)
+        return {
+            **search.space(trial),
+            "trial_id": trial_id(search.key, trial.number),
+            SHARE: history.share if history else 1,
+            RESUMES_AT: history.epoch if history else 0,
+        }
+
+    def enlarge(number: int) -> int | None:
+        share = 2 * ledger.trials[number].share
+        if resources.enlarged(share) == resources.enlarged(share // 2):
+            return None
+        ledger.enlarge(number, share)
+        return share
+
+    scheduler = ParetoASHA(
+        objectives=search.objectives,
+        min_epochs=search.min_epochs,
+        max_epochs=search.max_epochs,
+        seed=search.seed,
+    )
+    bridge = OptunaBridge(
+        study,
+        storage,
+        configure,
+        objectives=search.objectives,
+        max_epochs=search.max_epochs,
+        num_trials=search.num_trials,
+        enlarge=enlarge,
+    )
+    recover(ledger, bridge, scheduler, search.max_epochs)
+    ended = sum(trial.state is not None for trial in ledger.trials)
+    with tempfile.TemporaryDirectory(prefix="batchcam-ray-") as scratch:
+        tune.Tuner(
+            tune.with_resources(
+                trainable, lambda params: resources.enlarged(params[SHARE]).as_ray()
+            ),
+            tune_config=tune.TuneConfig(
+                num_samples=-1,
+                search_alg=bridge,
+                scheduler=scheduler,
+                reuse_actors=True,
+                trial_dirname_creator=_trial_folder,
+            ),
+            run_config=tune.RunConfig(
+                name="ray",
+                storage_path=scratch,
+                failure_config=tune.FailureConfig(max_failures=search.max_failures),
+                callbacks=[
+                    Recorder(ledger, folder, search.objectives, search.max_epochs),
+                    TrialLines(bridge.num_trials, ended),
+                ],
+                verbose=0,
+            ),
+        ).fit()
+    return ledger
+
+
+def trial_id(key: str, number: int) -> str:
+    """Return the id of a trial: of its checkpoints, its W&B run, and its row in the tables."""
+    return f"{key}_{number:05d}"
+
+
+def _trial_folder(trial: "tune.experiment.Trial") -> str:
+    return str(trial.trial_id)

@@ -1,0 +1,155 @@
+"""Where Optuna's study is kept, and a sampler whose choices survive a crash.
+
+By default a journal file beside the results, which Optuna Dashboard can open while the study runs;
+with `BATCHCAM_OPTUNA_STORAGE` a database. The address may hold a password, so it comes from the
+environment only, and is written nowhere.
+"""
+
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import sqlalchemy.exc
+from optuna.distributions import BaseDistribution
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
+
+from batchcam.errors import ConfigError
+from studies.patience import patiently
+
+JOURNAL = "optuna.journal"
+STORAGE_VARIABLE = "BATCHCAM_OPTUNA_STORAGE"
+
+_OPEN_SECONDS = 20.0
+
+STORAGE_ERRORS = (OSError, optuna.exceptions.StorageInternalError, sqlalchemy.exc.DBAPIError)
+"""What a storage raises that is gone for a while."""
+
+
+def storage_kind() -> str:
+    """Return "journal", or the kind of database that the environment names, without its address.
+
+    Raises:
+        ConfigError: the address cannot be one.
+    """
+    address = os.environ.get(STORAGE_VARIABLE)
+    if not address:
+        return "journal"
+    try:
+        return make_url(address).get_backend_name()
+    except sqlalchemy.exc.ArgumentError:
+        # Not the address itself, which may hold a password.
+        raise ConfigError(
+            f"{STORAGE_VARIABLE} is no database address; it looks like "
+            "postgresql+psycopg://user:password@host/database or sqlite:///file."
+        ) from None
+
+
+def open_proposals(
+    folder: Path, study_name: str, num_objectives: int, sampler: optuna.samplers.BaseSampler
+) -> tuple[optuna.Study, BaseStorage]:
+    """Open Optuna's study of this name, all of whose objectives are maximised, or make it.
+
+    Returns the study and the storage that it is kept in.
+
+    Raises:
+        ConfigError: the database's driver is missing, or its address is wrong.
+        StorageLostError: it does not answer.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    def open_study() -> tuple[optuna.Study, BaseStorage]:
+        storage = _open_storage(folder)
+        study = optuna.create_study(
+            study_name=study_name,
+            storage=storage,
+            sampler=sampler,
+            directions=["maximize"] * num_objectives,
+            load_if_exists=True,
+        )
+        return study, storage
+
+    return patiently(open_study, "Optuna's storage", STORAGE_ERRORS, patience=_OPEN_SECONDS)
+
+
+def _open_storage(folder: Path) -> BaseStorage:
+    kind = storage_kind()
+    if kind == "journal":
+        return JournalStorage(open_journal(folder / JOURNAL))
+    try:
+        # Pre-ping: a connection that died while the server was away is replaced, not used.
+        return RDBStorage(os.environ[STORAGE_VARIABLE], engine_kwargs={"pool_pre_ping": True})
+    except ImportError as error:
+        raise ConfigError(
+            f"{STORAGE_VARIABLE} names a {kind} database, whose driver is not installed; "
+            "for PostgreSQL: pip install 'psycopg[binary]'."
+        ) from error
+
+
+def open_journal(path: Path) -> JournalFileBackend:
+    """Open a journal after dropping what a crash left: a line cut short, and a lock.
+
+    Optuna would append to the torn line and then read the file no more.
+    """
+    if path.exists():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            with path.open("r+b") as file:
+                file.truncate(whole)
+    Path(f"{path}.lock").unlink(missing_ok=True)
+    return JournalFileBackend(str(path))
+
+
+class ReproducibleTPE(optuna.samplers.BaseSampler):
+    """Optuna's TPE, whose draws depend on the seed, the trial, the parameter, and what is known.
+
+    An ordinary sampler carries a random state from trial to trial, which dies with the process.
+    Here each draw has a generator of its own: a study that was resumed proposes what it would have.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """Return none: the space is conditional, each parameter is drawn by itself."""
+        del study, trial
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Return none; see :meth:`infer_relative_search_space`."""
+        del study, trial, search_space
+        return {}
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Draw one parameter with TPE."""
+        entropy = (self._seed, trial.number, zlib.crc32(param_name.encode()))
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        sampler = optuna.samplers.TPESampler(seed=seed, multivariate=False)
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        """Do nothing: what there is to know is in the storage."""
+        del study, trial, state, values
