@@ -1,0 +1,452 @@
+"""Early stopping on recorded curves: what it costs in quality, and what it saves in epochs.
+
+python -m studies.benchmarks.early_stopping --curves results/early_stopping/curves.csv.gz
+
+Needs the extra `benchmarks`.
+
+A study is simulated as it would run: workers take trials in a seeded order, each epoch lasts as
+long as it was recorded to, and every report is judged as it comes. What is measured after each
+epoch is the hypervolume of the last reports of all trials, which is what the study could export.
+"""
+
+import csv
+import gzip
+import heapq
+import importlib
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import moocore
+import numpy as np
+import numpy.typing as npt
+import tyro
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from ray.tune.schedulers import AsyncHyperBandScheduler
+
+from batchcam.provenance import git_commit, package_versions
+from studies.halving import ParetoHalving, Vector
+
+OBJECTIVES = ("val_accuracy", "cam_ssim")
+"""Both maximised; the first one leads."""
+
+Array = npt.NDArray[np.float64]
+Judge = Callable[[int, int, Vector], bool]
+"""Whether trial `number` goes on after `epoch` with these objectives."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A trial trained to its end: objectives `(epochs, 2)` and seconds `(epochs,)`."""
+
+    values: Array
+    seconds: Array
+
+
+@dataclass(frozen=True)
+class Report:
+    """A trial's epoch in a simulated study, and whether the trial went on."""
+
+    number: int
+    epoch: int
+    values: Vector
+    going_on: bool
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Settings that all methods share."""
+
+    max_epochs: int
+    min_epochs: int = 1
+    reduction_factor: int = 2
+
+
+def read_curves(path: Path) -> dict[int, Curve]:
+    """Return what `studies.benchmarks.record_curves` wrote, by the trial's number.
+
+    Trials that ended before the last epoch, because training diverged, are left out.
+    """
+    by_number: dict[int, list[dict[str, str]]] = {}
+    with gzip.open(path, "rt", newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            by_number.setdefault(int(row["number"]), []).append(row)
+    longest = max(len(rows) for rows in by_number.values())
+    return {
+        number: Curve(
+            np.array([[float(row[name]) for name in OBJECTIVES] for row in rows]),
+            np.array([float(row["seconds"]) for row in rows]),
+        )
+        for number, rows in by_number.items()
+        if len(rows) == longest
+    }
+
+
+def simulate(
+    curves: Mapping[int, Curve], order: Sequence[int], judge: Judge, workers: int = 4
+) -> list[Report]:
+    """Run a study of the trials in `order`, and return its reports as they came."""
+    waiting = iter(order)
+    running: list[tuple[float, int, int]] = []
+
+    def start(now: float) -> None:
+        if (number := next(waiting, None)) is not None:
+            heapq.heappush(running, (now + curves[number].seconds[0], number, 1))
+
+    for _ in range(workers):
+        start(0.0)
+    reports = []
+    while running:
+        now, number, epoch = heapq.heappop(running)
+        curve = curves[number]
+        values = tuple(curve.values[epoch - 1].tolist())
+        going_on = judge(number, epoch, values)
+        reports.append(Report(number, epoch, values, going_on))
+        if going_on and epoch < len(curve.values):
+            heapq.heappush(running, (now + curve.seconds[epoch], number, epoch + 1))
+        else:
+            start(now)
+    return reports
+
+
+def hypervolumes(reports: Sequence[Report], reference: Sequence[float]) -> Array:
+    """Return the hypervolume of all trials' last reports, after each report, `(reports,)`."""
+    last: dict[int, Vector] = {}
+    found = []
+    for report in reports:
+        last[report.number] = report.values
+        found.append(moocore.hypervolume(list(last.values()), ref=reference, maximise=True))
+    return np.array(found)
+
+
+def epochs_to_reach(trace: Array, level: float) -> float:
+    """Return the epochs after which a trace is at `level` or above for good; inf if it never is."""
+    below = np.flatnonzero(trace < level)
+    if len(below) == 0:
+        return 1.0
+    return float(below[-1] + 2) if below[-1] + 1 < len(trace) else float("inf")
+
+
+def random_search(rules: Rules) -> Judge:
+    """Return a judge that stops nothing."""
+    del rules
+    return lambda number, epoch, values: True  # noqa: ARG005
+
+
+def asha(rules: Rules) -> Judge:
+    """Return ordinary ASHA on the first objective."""
+    halving = _halving(rules)
+    return lambda number, epoch, values: halving.judge(number, epoch, values[:1])
+
+
+def pareto_asha(rules: Rules) -> Judge:
+    """Return the studies' own early stopping, on all objectives."""
+    return _halving(rules).judge
+
+
+def _halving(rules: Rules) -> ParetoHalving:
+    return ParetoHalving(
+        min_epochs=rules.min_epochs,
+        max_epochs=rules.max_epochs,
+        reduction_factor=rules.reduction_factor,
+    )
+
+
+def ray_asha(rules: Rules) -> Judge:
+    """Return Ray's AsyncHyperBandScheduler on the first objective."""
+    scheduler = AsyncHyperBandScheduler(
+        time_attr="epoch",
+        metric=OBJECTIVES[0],
+        mode="max",
+        max_t=rules.max_epochs,
+        grace_period=rules.min_epochs,
+        reduction_factor=rules.reduction_factor,
+    )
+    return _driven(scheduler, lambda trial, result: (None, trial, result))
+
+
+def syne_tune_moasha(rules: Rules) -> Judge:
+    """Return Syne Tune's MOASHA as it is; needs the extra `benchmarks`."""
+    return _syne_tune(rules, None)
+
+
+def syne_tune_mended(rules: Rules) -> Judge:
+    """Return Syne Tune's MOASHA with the place of each trial as its priority.
+
+    Fronts and the order inside each are Syne Tune's own. What it makes of them is an order where
+    MOASHA reads places; see results/early_stopping.
+    """
+    module = importlib.import_module(
+        "syne_tune.optimizer.schedulers.multiobjective.non_dominated_priority"
+    )
+
+    def places(objectives: Array) -> npt.NDArray[np.int64]:
+        found = np.empty(len(objectives), dtype=np.int64)
+        left = np.arange(len(objectives))
+        while len(left):
+            front = module.pareto_efficient(objectives[left])
+            start = len(objectives) - len(left)
+            found[left[front]] = start + module.compute_epsilon_net(objectives[left[front]], dim=0)
+            left = left[~front]
+        return found
+
+    return _syne_tune(rules, places)
+
+
+def _syne_tune(rules: Rules, priority: Callable[[Array], Any] | None) -> Judge:
+    module = importlib.import_module("syne_tune.optimizer.schedulers.multiobjective.moasha")
+    scheduler = module.MOASHA(
+        {},
+        list(OBJECTIVES),
+        do_minimize=False,
+        time_attr="epoch",
+        multiobjective_priority=priority,
+        max_t=rules.max_epochs,
+        grace_period=rules.min_epochs,
+        reduction_factor=rules.reduction_factor,
+        random_seed=0,
+    )
+    return _driven(scheduler, lambda trial, result: (trial, result))
+
+
+def _driven(scheduler: Any, arguments: Callable[[Any, dict[str, float]], tuple[Any, ...]]) -> Judge:
+    """Return a scheduler of another library as a judge; it sees trials as they first report."""
+    trials: dict[int, Any] = {}
+
+    def judge(number: int, epoch: int, values: Vector) -> bool:
+        result = {"epoch": epoch, **dict(zip(OBJECTIVES, values, strict=True))}
+        if number not in trials:
+            trials[number] = SimpleNamespace(trial_id=number)
+            scheduler.on_trial_add(*arguments(trials[number], result)[:-1])
+        return bool(scheduler.on_trial_result(*arguments(trials[number], result)) == "CONTINUE")
+
+    return judge
+
+
+METHODS: Mapping[str, Callable[[Rules], Judge]] = {
+    "random search": random_search,
+    "ASHA on accuracy": asha,
+    "Ray's ASHA on accuracy": ray_asha,
+    "ParetoASHA": pareto_asha,
+    "Syne Tune's MOASHA": syne_tune_moasha,
+    "Syne Tune's MOASHA, mended": syne_tune_mended,
+}
+"""What is compared."""
+
+
+def orders(numbers: Sequence[int], count: int) -> Iterator[list[int]]:
+    """Yield `count` orders of the trials; the seed of each is its index."""
+    for seed in range(count):
+        yield np.random.default_rng(seed).permutation(numbers).tolist()
+
+
+def reference_point(curves: Mapping[int, Curve]) -> tuple[float, ...]:
+    """Return the median of the trials at their ends, objective by objective.
+
+    A hypervolume above it counts only what a trial has over a middling one. From the origin, every
+    trial would have most of it.
+    """
+    ends = np.array([curve.values[-1] for curve in curves.values()])
+    return tuple(np.median(ends, axis=0).tolist())
+
+
+@dataclass(frozen=True)
+class Race:
+    """A method against random search, in one order of the trials.
+
+    Attributes:
+        trace: hypervolume after each epoch of the method, as a share of random search's last one.
+        budget: the epochs that random search needs.
+    """
+
+    trace: Array
+    budget: int
+
+    def share_to_reach(self, level: float) -> float:
+        """Return the epochs needed to reach `level` for good, as a share of the budget."""
+        # The last digits of a hypervolume depend on the order of the points.
+        return epochs_to_reach(self.trace, level - 1e-9) / self.budget
+
+
+def race(
+    curves: Mapping[int, Curve],
+    order: Sequence[int],
+    judge: Judge,
+    reference: Sequence[float],
+    rivals: int,
+    workers: int = 4,
+) -> Race:
+    """Run a method on all trials, against random search on the first `rivals` of the order."""
+    ends = np.array([curves[number].values[-1] for number in order[:rivals]])
+    goal = moocore.hypervolume(ends, ref=reference, maximise=True)
+    trace = hypervolumes(simulate(curves, order, judge, workers), reference) / goal
+    return Race(trace, rivals * len(curves[order[0]].values))
+
+
+def agreement(
+    curves: Mapping[int, Curve],
+    order: Sequence[int],
+    rules: Rules,
+    leader: Callable[[Rules], Judge],
+    other: Callable[[Rules], Judge],
+) -> list[tuple[bool, bool]]:
+    """Return both methods' decisions at the rungs, where `leader` alone runs the study."""
+    rungs = set()
+    rung = rules.min_epochs
+    while rung < rules.max_epochs:
+        rungs.add(rung)
+        rung *= rules.reduction_factor
+    following = other(rules)
+    return [
+        (report.going_on, following(report.number, report.epoch, report.values))
+        for report in simulate(curves, order, leader(rules))
+        if report.epoch in rungs
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """What to replay."""
+
+    curves: Path = Path("results/early_stopping/curves.csv.gz")
+    """What `studies.benchmarks.record_curves` wrote."""
+    out: Path = Path("results/early_stopping")
+    """Folder for summary.json and hypervolume.png."""
+    orders: int = 20
+    """Orders of the trials, by seeds from 0."""
+    workers: int = 4
+    """Trials that run at a time."""
+    min_epochs: int = 1
+    """The first rung of the comparison; other rungs are tried for ParetoASHA."""
+    reduction_factor: int = 2
+    """Likewise."""
+
+
+def main() -> None:
+    """Replay what the command line names, and write what came of it."""
+    benchmark = tyro.cli(Benchmark)
+    curves = read_curves(benchmark.curves)
+    rules = Rules(
+        max_epochs=len(next(iter(curves.values())).values),
+        min_epochs=benchmark.min_epochs,
+        reduction_factor=benchmark.reduction_factor,
+    )
+    reference = reference_point(curves)
+    everyone = len(curves)
+
+    def races(method: Callable[[Rules], Judge], rules: Rules, rivals: int) -> list[Race]:
+        return [
+            race(curves, order, method(rules), reference, rivals, benchmark.workers)
+            for order in orders(list(curves), benchmark.orders)
+        ]
+
+    compared = {name: races(method, rules, everyone) for name, method in METHODS.items()}
+    summary = {
+        "command": shlex.join(["python", "-m", "studies.benchmarks.early_stopping", *sys.argv[1:]]),
+        "commit": git_commit(),
+        "versions": package_versions("ray", "moocore", "syne-tune"),
+        "trials": everyone,
+        "epochs": rules.max_epochs,
+        "reference": reference,
+        "same_trials": {name: outcome(found) for name, found in compared.items()},
+        "random_search_on_a_third_of_the_trials": {
+            name: outcome(races(method, rules, everyone // 3)) for name, method in METHODS.items()
+        },
+        "settings_of_ParetoASHA": {
+            f"reduction factor {factor}, first rung {least}": outcome(
+                races(pareto_asha, Rules(rules.max_epochs, least, factor), everyone)
+            )
+            for factor in (2, 3, 4)
+            for least in (1, 2)
+        },
+        "agreement_at_rungs": {
+            f"{first} and {second}": agreements(
+                [
+                    agreement(curves, order, rules, METHODS[first], METHODS[second])
+                    for order in orders(list(curves), benchmark.orders)
+                ]
+            )
+            for first, second in (
+                ("ASHA on accuracy", "Ray's ASHA on accuracy"),
+                ("ParetoASHA", "Syne Tune's MOASHA"),
+                ("ParetoASHA", "Syne Tune's MOASHA, mended"),
+            )
+        },
+    }
+    benchmark.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(summary, indent=2) + "\n"
+    (benchmark.out / "summary.json").write_text(text, encoding="utf-8")
+    draw(compared, benchmark.out / "hypervolume.png")
+
+
+def outcome(races: Sequence[Race]) -> dict[str, list[float | None]]:
+    """Return least, median and most over the orders, as shares; None is never.
+
+    `spent` is epochs, of random search's. `reached` is the hypervolume at the end, of random
+    search's. `to_99` and `to_100` are the epochs to that percentage of it, of random search's.
+    """
+    found = {
+        "spent": [len(each.trace) / each.budget for each in races],
+        "reached": [float(each.trace[-1]) for each in races],
+        "to_99": [each.share_to_reach(0.99) for each in races],
+        "to_100": [each.share_to_reach(1.0) for each in races],
+    }
+    return {
+        name: [
+            round(float(value), 4) if np.isfinite(value) else None
+            for value in np.quantile(values, (0, 0.5, 1), method="higher")
+        ]
+        for name, values in found.items()
+    }
+
+
+def agreements(decisions: Sequence[Sequence[tuple[bool, bool]]]) -> dict[str, int]:
+    """Return how many decisions there were, and how many of each kind, over all orders."""
+    pairs = [pair for each in decisions for pair in each]
+    return {
+        "decisions": len(pairs),
+        "same": sum(first == second for first, second in pairs),
+        "only the first goes on": sum(first and not second for first, second in pairs),
+        "only the second goes on": sum(second and not first for first, second in pairs),
+    }
+
+
+def draw(compared: Mapping[str, Sequence[Race]], path: Path) -> None:
+    """Draw the median hypervolume over epochs spent, and the middle 80 % of the orders."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(0.99, color="0.6", linewidth=0.8, linestyle=":")
+    axes.axvline(1 / 3, color="0.6", linewidth=0.8, linestyle=":")
+    for index, (name, races) in enumerate(compared.items()):
+        longest = max(len(each.trace) for each in races)
+        traces = np.array(
+            [np.pad(each.trace, (0, longest - len(each.trace)), mode="edge") for each in races]
+        )
+        end = int(np.median([len(each.trace) for each in races]))
+        spent = np.arange(1, end + 1) / races[0].budget
+        low, middle, high = np.quantile(traces[:, :end], (0.1, 0.5, 0.9), axis=0)
+        color = f"C{index}"
+        axes.fill_between(spent, low, high, color=color, alpha=0.12, linewidth=0)
+        axes.plot(spent, middle, color=color, label=name)
+        axes.plot(spent[-1], middle[-1], marker="o", color=color)
+    axes.set(
+        xlabel="epochs spent, of random search's",
+        ylabel="hypervolume, of random search's last",
+        xlim=(0, 1.01),
+        ylim=(0, 1.03),
+    )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()
