@@ -34,7 +34,7 @@ class Checkpoints:
         self.folder = folder
         self._fs, self._root = open_storage(folder)
 
-    def save(self, epoch: int, write: Callable[[Path], None]) -> None:
+    def save(self, epoch: int, write: Callable[[Path], object]) -> None:
         """Keep what `write` writes to the path it is given, and drop all but the newest two."""
         with tempfile.TemporaryDirectory() as scratch:
             source = Path(scratch) / "state.pt"

@@ -111,7 +111,7 @@ def run_trial(params: dict[str, Any], *, settings: TrialSettings, inputs: Inputs
             tune.report({"epoch": last, OUT_OF_MEMORY: True})
 
 
-def save(checkpoints: Checkpoints, epoch: int, write: Callable[[Path], None]) -> None:
+def save(checkpoints: Checkpoints, epoch: int, write: Callable[[Path], object]) -> None:
     """Keep a state, waiting for the storage where it is gone for a while.
 
     Raises:
