@@ -1,5 +1,6 @@
 """What a trial asks of the cluster, and how many threads it then uses."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,11 @@ import ray
 from ray import tune
 
 from batchcam.errors import ConfigError
+
+_RESERVE = 1.2
+"""What a trial may take beyond what a few batches showed."""
+_MOST_ON_A_GPU = 8
+"""Trials that share a GPU at most: beyond, they wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -42,24 +48,34 @@ class TrialResources:
         return tune.PlacementGroupFactory([{"CPU": self.cpus, "GPU": self.gpus}])
 
 
-def choose_resources(cpus: float | None, gpus: float | None) -> TrialResources:
-    """Complete the user's request from what the cluster has.
+def choose_resources(
+    cpus: float | None, gpus: float | None, memory_share: float | None = None
+) -> TrialResources:
+    """Complete the user's request from what the cluster has, and what a trial was measured to take.
 
-    With GPUs, a trial gets one, and its share of the CPUs; without, one CPU: for small models, many
-    trials of one thread finish sooner than few of many.
+    With GPUs, a trial gets as much of one as it needs memory of, the whole of it if that was not
+    measured, and its share of the CPUs. Without, it gets one CPU, or as many as go with the memory
+    it needs: for small models, many trials of one thread finish sooner than few of many.
+
+    Args:
+        cpus: CPUs of a trial, if the user said so.
+        gpus: GPUs of a trial, if the user said so.
+        memory_share: of the memory of its device that a trial takes, from 0 to 1.
 
     Raises:
         ConfigError: no node has what is asked for.
     """
-    nodes = [node["Resources"] for node in _nodes() if node["Alive"]]
-    total_gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    nodes = alive_nodes()
     if gpus is None:
-        gpus = 1.0 if total_gpus else 0.0
+        gpus = 0.0 if cluster_device() == "cpu" else packed_gpus(memory_share)
     if cpus is None:
         cpus = 1.0
         if gpus:
             shares = [n.get("CPU", 0.0) / n["GPU"] for n in nodes if n.get("GPU", 0.0)]
             cpus = max(1.0, float(int(min(shares, default=0.0) * gpus)))
+        elif memory_share:
+            smallest = min(n["CPU"] for n in nodes if n.get("CPU", 0.0) >= 1)
+            cpus = float(min(smallest, max(1, math.ceil(smallest * memory_share * _RESERVE))))
     if not any(n.get("CPU", 0.0) >= cpus and n.get("GPU", 0.0) >= gpus for n in nodes):
         largest = max(nodes, key=lambda n: (n.get("GPU", 0.0), n.get("CPU", 0.0)))
         raise ConfigError(
@@ -70,6 +86,21 @@ def choose_resources(cpus: float | None, gpus: float | None) -> TrialResources:
     return TrialResources(cpus, gpus, max(node.get("CPU", 0.0) for node in nodes))
 
 
-def _nodes() -> list[dict[str, Any]]:
+def cluster_device() -> str:
+    """Return "cuda" where the joined cluster has GPUs, else "cpu"."""
+    return "cuda" if any(node.get("GPU", 0.0) for node in alive_nodes()) else "cpu"
+
+
+def packed_gpus(memory_share: float | None) -> float:
+    """Return the part of a GPU that a trial asks for which takes this share of its memory."""
+    if not memory_share:
+        return 1.0
+    together = min(_MOST_ON_A_GPU, int(1 / (memory_share * _RESERVE)))
+    # Rounded down: Ray counts in ten-thousandths, and as many as fit are to fit.
+    return math.floor(10_000 / together) / 10_000 if together > 1 else 1.0
+
+
+def alive_nodes() -> list[dict[str, float]]:
+    """Return what each node of the joined cluster has."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return nodes
+    return [node["Resources"] for node in nodes if node["Alive"]]

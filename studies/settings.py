@@ -21,7 +21,7 @@ OBJECTIVES = ("val_accuracy", "cam_ssim", "images_per_second")
 SETTINGS_FILE = "study.json"
 """Where, in the study's folder, its settings are kept for `--resume`."""
 
-_OF_THE_RUN = ("out", "resume", "extend", "address", "cpus_per_trial", "gpus_per_trial")
+_OF_THE_RUN = ("out", "resume", "extend", "dry_run", "address", "cpus_per_trial", "gpus_per_trial")
 """Settings that say how a study is run, not what it is: on resuming, these may be others."""
 
 
@@ -42,6 +42,8 @@ class StudySettings:
     """Folder in which the study's folder is made; on a cluster, one that all nodes share."""
     resume: bool = False
     """Go on with the study of this name, by the settings that it was started with."""
+    dry_run: bool = False
+    """Measure what a trial of each kind takes, say what the study will cost, and start nothing."""
     extend: int = 0
     """Go on with the study of this name, and try so many configurations more."""
     storage: str | None = None
@@ -75,9 +77,11 @@ class StudySettings:
     address: str | None = None
     """Ray cluster to run on; by default $RAY_ADDRESS, else a local one that is started."""
     cpus_per_trial: float | None = None
-    """CPUs of a trial, which set its threads; by default 1, or a GPU's share of the CPUs."""
+    """CPUs of a trial, which set its threads; by default 1, or a GPU's share of the CPUs, or as
+    many as go with the memory that a trial was measured to take."""
     gpus_per_trial: float | None = None
-    """GPUs of a trial, fractions allowed; by default 1 where the cluster has any."""
+    """GPUs of a trial, fractions allowed; by default what it was measured to need, where there are
+    any."""
     max_failures: int = 2
     """How often a failed trial goes on from its last checkpoint before it counts as failed."""
     wandb_project: str = "batchcam"

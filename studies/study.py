@@ -20,11 +20,13 @@ from batchcam.models import create_model, feature_grid
 from batchcam.train import Inputs, prepare
 from studies import export, summary
 from studies.engine import WORKER_ENVIRONMENT, Search, run_search
+from studies.forecast import forecast, print_forecast, sample_configs, slots
 from studies.ledger import Ledger
 from studies.patience import StorageLostError
+from studies.probe import Probe, kinds, probe_all
 from studies.progress import console
 from studies.recorder import ERRORS
-from studies.resources import choose_resources
+from studies.resources import choose_resources, cluster_device
 from studies.settings import SETTINGS_FILE, StudySettings
 from studies.space import Strides, feasible_strides, first_points, point_of, suggest
 from studies.tracking import Tracking, choose_mode
@@ -54,6 +56,8 @@ def run_study(settings: StudySettings) -> Path:
         settings = settings.resumed()
     else:
         _check_new(settings)
+        if not settings.dry_run:
+            check_writable(settings.folder)
         settings = settings.begun()
     inputs = prepare(settings.base_config())
     strides = feasible_strides(settings.space, inputs.data.channels)
@@ -65,7 +69,16 @@ def run_study(settings: StudySettings) -> Path:
 
     _connect(settings.address)
     try:
-        resources = choose_resources(settings.cpus_per_trial, settings.gpus_per_trial)
+        probes = _probe(settings, inputs, strides)
+        shares = [each.peak_bytes / each.device_bytes for each in probes if each.error is None]
+        resources = choose_resources(
+            settings.cpus_per_trial, settings.gpus_per_trial, max(shares, default=None)
+        )
+        if settings.dry_run:
+            configs = sample_configs(settings, strides, settings.num_trials)
+            result = forecast(settings, configs, probes, inputs, slots(resources))
+            print_forecast(console, settings, probes, resources, result)
+            return settings.folder
         settings.folder.mkdir(parents=True, exist_ok=True)
         settings.save()  # From here on there is something to resume.
         console.print(
@@ -87,13 +100,12 @@ def run_study(settings: StudySettings) -> Path:
 
 
 def _check_new(settings: StudySettings) -> None:
-    """Refuse to overwrite a study, or to start one whose results could not be written."""
+    """Refuse to overwrite a study."""
     if (settings.folder / SETTINGS_FILE).is_file():
         raise ConfigError(
             f"study {settings.study!r} exists in {settings.folder.parent}; go on with it by "
             "--resume, or choose another name."
         )
-    check_writable(settings.folder)
 
 
 def _fill_ceilings(inputs: Inputs, strides: Strides) -> None:
@@ -134,6 +146,17 @@ def _check_reachable(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=_REACH_SECONDS).close()
+
+
+def _probe(settings: StudySettings, inputs: Inputs, strides: Strides) -> list[Probe]:
+    """Measure what a trial of each kind takes, where that decides anything."""
+    said = settings.cpus_per_trial, settings.gpus_per_trial
+    needed = said[0] if cluster_device() == "cpu" else said[1]
+    if needed is not None and not settings.dry_run:
+        return []
+    gpus = 1.0 if cluster_device() == "cuda" and said[1] != 0 else 0.0
+    configs = list(kinds(settings.base_config(), settings.space, strides))
+    return probe_all(configs, inputs, said[0] or 1.0, gpus)
 
 
 def _search(settings: StudySettings, strides: Strides) -> Search:
