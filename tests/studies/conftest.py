@@ -14,15 +14,14 @@ from typing import Any
 import pytest
 import ray
 import torch
-from ray import tune
 
 from batchcam.config import TrialConfig
 from batchcam.data import load_data, to_device
 from batchcam.prototypes import class_prototypes
 from batchcam.splits import Split
 from batchcam.train import EpochReport, Inputs, fit
+from studies.checkpoints import Checkpoints
 from studies.export import TrialRecord
-from studies.trial import STATE_FILE
 
 ROOT = Path(__file__).parents[2]
 _PRIVATE = ("WANDB_", "RAY_", "BATCHCAM_", "XDG_", "NETRC", "COLUMNS")
@@ -159,14 +158,14 @@ def config() -> TrialConfig:
 @pytest.fixture(scope="session")
 def reports(
     config: TrialConfig, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory
-) -> list[tuple[EpochReport, tune.Checkpoint]]:
-    """Each epoch of a real trial, with the checkpoint made of it."""
+) -> list[tuple[EpochReport, str]]:
+    """Each epoch of a real trial, with the folder of checkpoints that ends with it."""
     found = []
 
     def on_epoch(report: EpochReport) -> None:
-        folder = tmp_path_factory.mktemp("checkpoint")
-        report.save_state(folder / STATE_FILE)
-        found.append((report, tune.Checkpoint(str(folder))))
+        folder = str(tmp_path_factory.mktemp("checkpoints"))
+        Checkpoints(folder).save(report.epoch, report.save_state)
+        found.append((report, folder))
 
     fit(config, on_epoch, inputs=inputs)
     return found
@@ -196,7 +195,7 @@ def make_record() -> Callable[..., TrialRecord]:
             state="completed",
             config=config or TrialConfig(),
             metrics=metrics,
-            checkpoint=tune.Checkpoint("/unread"),
+            checkpoints="/unread",
             error=None,
         )
         return replace(record, **changes)

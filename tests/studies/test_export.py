@@ -1,24 +1,26 @@
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ray import tune
 
 import batchcam
 from batchcam.bundle import save_bundle
 from batchcam.config import TrialConfig
 from batchcam.train import EpochReport, Inputs
 from studies import export
-from studies.export import METRICS, TrialRecord
-from studies.trial import STATE_FILE
+from studies.checkpoints import Checkpoints
+from studies.export import METRICS, StudyError, TrialRecord
+from studies.ledger import Ledger, State
 
 BOTH = ("val_accuracy", "cam_ssim")
 
 Make = Callable[..., TrialRecord]
-Reports = list[tuple[EpochReport, tune.Checkpoint]]
+Reports = list[tuple[EpochReport, str]]
 ReadCsv = Callable[[Path], list[dict[str, str]]]
 
 
@@ -46,14 +48,13 @@ def test_front_of_one_objective_is_its_best(make_record: Make) -> None:
     assert ids(export.pareto_front(records, ("cam_ssim",))) == ["b"]
 
 
-def test_trial_without_metrics_or_checkpoint_is_not_on_the_front(make_record: Make) -> None:
+def test_trial_without_metrics_is_not_on_the_front(make_record: Make) -> None:
     records = [
         make_record("no-metrics", 1.0, 1.0, metrics={}),
-        make_record("no-checkpoint", 1.0, 1.0, checkpoint=None),
         make_record("a", 0.9, 0.5),
     ]
     assert ids(export.pareto_front(records, BOTH)) == ["a"]
-    assert export.pareto_front(records[:2], BOTH) == []
+    assert export.pareto_front(records[:1], BOTH) == []
 
 
 def chosen_ids(records: list[TrialRecord]) -> dict[str, str]:
@@ -103,9 +104,7 @@ def test_table_has_every_field_and_every_metric(
 ) -> None:
     config = TrialConfig(metric="ssim", lambda_proto=0.25)
     good = make_record("good", 0.9, 0.5, config=config)
-    bad = make_record(
-        "bad", 0, 0, state="failed", metrics={}, checkpoint=None, error='it, "said", no'
-    )
+    bad = make_record("bad", 0, 0, state="failed", metrics={}, error='it, "said", no')
     export.write_trials(tmp_path / "trials.csv", [good, bad])
     first, second = read_csv(tmp_path / "trials.csv")
     names = [field.name for field in fields(TrialConfig)]
@@ -135,8 +134,8 @@ def trained(config: TrialConfig, reports: Reports, make_record: Make) -> list[Tr
     """A real trial after its last epoch, and another that was stopped after its first."""
     first, *_, last = reports
     return [
-        make_record(name, 0, 0, config=config, metrics=dict(report.metrics), checkpoint=checkpoint)
-        for name, (report, checkpoint) in (("whole", last), ("stopped", first))
+        make_record(name, 0, 0, config=config, metrics=dict(report.metrics), checkpoints=folder)
+        for name, (report, folder) in (("whole", last), ("stopped", first))
     ]
 
 
@@ -189,48 +188,46 @@ def test_bundles_of_an_earlier_export_are_replaced(
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["knee"]
 
 
-def end(params: dict[str, Any], *, source: Path) -> None:
-    """End as `params["how"]` says, after a report where there is one."""
-    if params["how"] == "at once":
-        raise ValueError("first line\nthe reason")
-    metrics = {"epoch": 3 if params["how"] == "completed" else 1, "val_accuracy": 0.5, "other": 1}
-    tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(source))
-    if params["how"] == "failed":
-        raise ValueError("the reason")
-
-
-@pytest.mark.usefixtures("local_ray")
-def test_records_tell_how_trials_ended(
-    config: TrialConfig, reports: Reports, tmp_path: Path
+def test_trial_whose_states_are_gone_is_named_with_the_remedy(
+    trained: list[TrialRecord], inputs: Inputs, tmp_path: Path
 ) -> None:
-    hows = ["completed", "stopped", "failed", "at once"]
-    trials = [
-        {"how": how, "number": 9 - index, "lambda_batch": 0.5} for index, how in enumerate(hows)
-    ]
-    results = tune.Tuner(
-        tune.with_parameters(end, source=Path(reports[0][1].path)),
-        param_space=tune.grid_search(trials),
-        tune_config=tune.TuneConfig(reuse_actors=True),
-        run_config=tune.RunConfig(storage_path=str(tmp_path), verbose=0),
-    ).fit()
-    records = export.collect(results, config)
-    # In the order of their numbers, which is not that of Ray.
-    whole, stopped, failed, at_once = reversed(records)
-    assert [record.state for record in (whole, stopped, failed, at_once)] == [
-        "completed",
-        "stopped",
-        "failed",
-        "failed",
-    ]
+    lost = replace(trained[0], checkpoints=str(tmp_path / "gone"))
+    with pytest.raises(StudyError, match=r"whole has no whole checkpoint left in .*gone; delete"):
+        export.export_bundles(tmp_path / "best", {"knee": lost}, inputs, "s")
+
+
+def test_bundle_is_made_of_the_state_before_one_that_is_damaged(
+    trained: list[TrialRecord], reports: Reports, inputs: Inputs, tmp_path: Path
+) -> None:
+    kept = Checkpoints(str(tmp_path / "trial"))
+    for report, folder in reports[-2:]:
+        with Checkpoints(folder).newest() as state:
+            assert state is not None
+            kept.save(report.epoch, partial(shutil.copyfile, state))
+    newest = max((tmp_path / "trial").iterdir())
+    newest.write_bytes(newest.read_bytes()[:-1])
+    damaged = replace(trained[0], checkpoints=kept.folder)
+    written = export.export_bundles(tmp_path / "best", {"knee": damaged}, inputs, "s")
+    assert written["knee"]["epochs"] == reports[-2][0].epoch
+
+
+def test_records_tell_how_trials_ended(config: TrialConfig, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    last = {"epoch": 1, "val_accuracy": 0.5}
+    states: list[State | None] = ["completed", "stopped", "failed", "failed", None]
+    for number in (2, 0, 1, 4, 3):
+        ledger.propose({"number": number, "trial_id": f"k_{number:05d}", "lambda_batch": 0.5})
+        if number != 3:
+            ledger.report(number, last)
+    for number, state in enumerate(states):
+        if state is not None:
+            ledger.end(number, state, "the reason" if state == "failed" else None)
+    records = export.collect(ledger, config, "s3://bucket/s/checkpoints")
+    assert ids(records) == [f"k_{number:05d}" for number in range(5)]
+    assert [record.state for record in records] == [*states[:4], "unfinished"]
     assert all(record.config.lambda_batch == 0.5 for record in records)
-    assert whole.metrics == {"epoch": 3, "val_accuracy": 0.5}
-    assert whole.checkpoint is not None
-    assert (Path(whole.checkpoint.path) / STATE_FILE).is_file()
-    assert (whole.error, stopped.error) == (None, None)
-    assert failed.error is not None
-    assert "the reason" in failed.error
-    # It came as far as an epoch, which can be exported.
-    assert failed.usable
-    assert at_once.error is not None
-    assert "the reason" in at_once.error
-    assert not at_once.usable
+    assert records[0].metrics == last
+    assert records[0].checkpoints == "s3://bucket/s/checkpoints/k_00000"
+    assert [record.error for record in records] == [None, None, "the reason", "the reason", None]
+    # One that failed after an epoch can be exported.
+    assert [record.usable for record in records] == [True, True, True, False, True]

@@ -29,7 +29,7 @@ def records(make_record: Callable[..., TrialRecord]) -> list[TrialRecord]:
         make_record(f"front-{n}", 0.99 - 0.01 * n, 0.3 + 0.1 * n, config=WIDE) for n in range(3)
     ]
     others = [make_record(f"other-{n}", 0.8 - 0.01 * n, 0.1, config=WIDE) for n in range(15)]
-    failed = make_record("failed", 0, 0, metrics={}, checkpoint=None, state="failed", error="why")
+    failed = make_record("failed", 0, 0, metrics={}, state="failed", error="why")
     return [*others, failed, *front, make_record("cut", 0.5, 0.1, state="unfinished")]
 
 
