@@ -8,7 +8,7 @@ import csv
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class TrialRecord:
         metrics: the last of each of `METRICS` that it reported.
         checkpoints: where its saved states are.
         error: the last line of what made it fail.
+        facts: what the metrics.json of its bundle is to say besides.
     """
 
     trial_id: str
@@ -47,6 +48,7 @@ class TrialRecord:
     metrics: dict[str, float]
     checkpoints: str
     error: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def usable(self) -> bool:
@@ -165,7 +167,7 @@ def export_bundles(
                         "and --resume."
                     )
                 result = restore(record.config, state, inputs=inputs)
-            facts = {"study": study, "trial_id": record.trial_id}
+            facts = {"study": study, "trial_id": record.trial_id, **record.facts}
             metrics = save_bundle(target, result, extra_metrics=facts)
         written[record.trial_id] = (target, metrics)
     return {name: written[record.trial_id][1] for name, record in chosen.items()}

@@ -127,9 +127,9 @@ def print_forecast(
         f"{result.at_a_time} at a time; the largest takes {result.peak_bytes / 2**30:.1f} GiB."
     )
     console.print(
-        f"{result.trials} trials: {result.most_epochs} epochs in {_time(result.most_hours)} if none "
-        f"is stopped early, {result.fewest_epochs} in {_time(result.fewest_hours)} if half are at "
-        "every rung. Nothing was started."
+        f"{result.trials} trials: {result.most_epochs} epochs in {_time(result.most_hours)} if "
+        f"none is stopped early, {result.fewest_epochs} in {_time(result.fewest_hours)} if half "
+        "are at every rung. Nothing was started."
     )
 
 

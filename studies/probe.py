@@ -1,10 +1,11 @@
 """What a trial costs, measured on a batch before any is paid for: memory, and images per second."""
 
+import os
 import resource
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import psutil
 import ray
 import torch
 
@@ -122,8 +123,9 @@ def _memory(device: torch.device, inputs: Inputs) -> tuple[int, int]:
         stored = data.train.images.nbytes + data.validation.images.nbytes  # Probed with a part.
         peak = torch.cuda.max_memory_reserved(device) + _GPU_CONTEXT_BYTES + stored
         return peak, torch.cuda.get_device_properties(device).total_memory
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return peak, psutil.virtual_memory().total
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024
+    return peak, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _first(split: Split, count: int) -> Split:

@@ -21,6 +21,9 @@ OBJECTIVES = ("val_accuracy", "cam_ssim", "images_per_second")
 SETTINGS_FILE = "study.json"
 """Where, in the study's folder, its settings are kept for `--resume`."""
 
+_OF_THE_END = ("confirm", "seeds")
+"""Settings of what comes after the search: where they are named on resuming, they hold."""
+
 _OF_THE_RUN = ("out", "resume", "extend", "dry_run", "address", "cpus_per_trial", "gpus_per_trial")
 """Settings that say how a study is run, not what it is: on resuming, these may be others."""
 
@@ -49,6 +52,10 @@ class StudySettings:
     storage: str | None = None
     """Where trials keep their checkpoints: a folder or an address such as s3://bucket/folder; by
     default the study's folder."""
+    confirm: int = 0
+    """Train so many of the best again with fresh seeds, and choose by their means."""
+    seeds: int = 3
+    """Fresh seeds for each of those."""
     warm_start: tuple[Path, ...] = ()
     """Bundles of earlier studies, whose configurations are tried first."""
 
@@ -101,8 +108,13 @@ class StudySettings:
             raise ConfigError(
                 "--resume and --extend need --study, the name of the study to go on with."
             )
-        if self.extend < 0:
-            raise ConfigError(f"extend={self.extend} must be 0 or more.")
+        for name in ("extend", "confirm"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more.")
+        if self.seeds < 2:
+            raise ConfigError(
+                f"seeds={self.seeds} must be at least 2: one run says nothing of the spread."
+            )
         if self.storage is not None and "@" in self.storage:
             raise ConfigError(
                 "--storage must hold no key or password, for it is written down; give them in the "
@@ -184,7 +196,8 @@ class StudySettings:
         saved = _load(path)
         for each in fields(self):
             given, began = getattr(self, each.name), getattr(saved, each.name)
-            if each.name not in _OF_THE_RUN and given not in (began, getattr(_DEFAULTS, each.name)):
+            free = (*_OF_THE_RUN, *_OF_THE_END)
+            if each.name not in free and given not in (began, getattr(_DEFAULTS, each.name)):
                 remedy = (
                     "use --extend to add trials."
                     if each.name == "num_trials"
@@ -200,6 +213,9 @@ class StudySettings:
                 f"{STORAGE_VARIABLE} names {storage_kind()}; set it as it was."
             )
         here = {name: getattr(self, name) for name in _OF_THE_RUN}
+        for name in _OF_THE_END:
+            if (given := getattr(self, name)) != getattr(_DEFAULTS, name):
+                here[name] = given
         return replace(saved, **here, num_trials=saved.num_trials + self.extend)
 
     @property

@@ -19,6 +19,7 @@ from batchcam.errors import BatchCamError, ConfigError
 from batchcam.models import create_model, feature_grid
 from batchcam.train import Inputs, prepare
 from studies import export, summary
+from studies.confirm import Confirmed, best_of_front, confirm
 from studies.engine import WORKER_ENVIRONMENT, Search, run_search
 from studies.forecast import forecast, print_forecast, sample_configs, slots
 from studies.ledger import Ledger
@@ -94,7 +95,22 @@ def run_study(settings: StudySettings) -> Path:
         trainable = tune.with_parameters(run_trial, settings=trial_settings, inputs=inputs)
         search = _search(settings, strides)
         ledger = run_search(search, settings.folder, trainable, resources)
-        return _export(settings, ledger, inputs)
+        records, front = _write_tables(settings, ledger)
+        chosen = export.choose(records, front, settings.objectives)
+        confirmed: list[Confirmed] = []
+        if settings.confirm:
+            best = best_of_front(front, chosen, settings.objectives, settings.confirm)
+            console.print(f"Confirming {len(best)} of them with {settings.seeds} seeds each")
+            confirmed = confirm(settings, best, trainable, resources)
+            means = [each.as_record for each in confirmed]
+            chosen = export.choose(means, means, settings.objectives)
+        metrics = export.export_bundles(
+            settings.folder / "best", chosen, inputs, settings.study or ""
+        )
+        outcome = summary.Outcome(records, front, confirmed, chosen, metrics)
+        summary.write_readme(settings.folder / "README.md", settings, outcome, inputs.data.sha256)
+        summary.print_summary(console, outcome, settings.folder)
+        return settings.folder
     finally:
         ray.shutdown()
 
@@ -178,7 +194,10 @@ def _search(settings: StudySettings, strides: Strides) -> Search:
     )
 
 
-def _export(settings: StudySettings, ledger: Ledger, inputs: Inputs) -> Path:
+def _write_tables(
+    settings: StudySettings, ledger: Ledger
+) -> tuple[list[export.TrialRecord], list[export.TrialRecord]]:
+    """Write trials.csv and pareto.json; return the trials, and those of the Pareto front."""
     folder = settings.folder
     records = export.collect(ledger, settings.base_config(), settings.checkpoints)
     export.write_trials(folder / "trials.csv", records)
@@ -190,10 +209,4 @@ def _export(settings: StudySettings, ledger: Ledger, inputs: Inputs) -> Path:
             f"See {folder / 'trials.csv'} and {folder / ERRORS}; mend the cause and --resume."
         )
     export.write_pareto(folder / "pareto.json", front, settings.objectives)
-    chosen = export.choose(records, front, settings.objectives)
-    metrics = export.export_bundles(folder / "best", chosen, inputs, settings.study or "")
-    summary.write_readme(
-        folder / "README.md", settings, records, front, chosen, metrics, inputs.data.sha256
-    )
-    summary.print_summary(console, records, front, chosen, metrics, folder)
-    return folder
+    return records, front
