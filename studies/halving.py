@@ -23,9 +23,10 @@ class ParetoHalving:
     """Decides after each epoch whether a trial goes on.
 
     Rungs are at `min_epochs * reduction_factor**k`, below `max_epochs`. At a rung, a trial goes on
-    if it is among the best `1 / reduction_factor` (rounded down, at least one) of all that came
-    there, itself included. Trials are ordered by :func:`has_place`. With one objective this is
-    ordinary ASHA (Li et al. 2020).
+    if it is among the best `1 / reduction_factor` of all that came there, itself included. Trials
+    are ordered by :func:`has_place`; with one objective this is the order of ASHA (Li et al. 2020).
+    Places are rounded up, where the papers round them down: they come back to a trial that was left
+    behind, while one that was stopped is lost. The first one to arrive thus goes on.
 
     Bracket `s` leaves out the first `s` rungs. A trial's bracket is a function of `seed` and its
     number alone; the chance of a bracket with `r` rungs is proportional to `exp(r)`.
@@ -119,7 +120,7 @@ class ParetoHalving:
         self._passed[number] = reached
         recorded = rungs[reached]
         recorded[vector] += 1
-        places = max(1, recorded.total() // self._reduction_factor)
+        places = math.ceil(recorded.total() / self._reduction_factor)
         return has_place(recorded, vector, places)
 
 

@@ -89,8 +89,7 @@ def record(recording: Recording) -> None:
     inputs = subset(base, recording.train_images, recording.validation_images, recording.seed)
     recording.out.parent.mkdir(parents=True, exist_ok=True)
     done = {int(row["number"]) for row in _rows(recording.out, recording.dataset)}
-    for params in configurations(recording, inputs.data.channels):
-        number = params["number"]
+    for number, params in enumerate(configurations(recording, inputs.data.channels)):
         if number in done:
             continue
         config = replace(trial_config(base, params), seed=number)

@@ -8,6 +8,7 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
 from studies.scheduler import ParetoASHA
+from studies.trial import OUT_OF_MEMORY
 
 EPOCHS = 6
 OBJECTIVES = ("val_accuracy", "cam_ssim")
@@ -73,12 +74,14 @@ def test_no_trial_is_stopped_before_the_grace_period() -> None:
 
 def test_replayed_reports_count() -> None:
     scheduler = ParetoASHA(objectives=OBJECTIVES, min_epochs=2, max_epochs=EPOCHS)
-    good = {"val_accuracy": 0.9, "cam_ssim": 0.9, "loss": 0.1}
-    poor = {"val_accuracy": 0.1, "cam_ssim": 0.1}
-    scheduler.replay(0, 2, good)
-    assert judge(scheduler, 1, poor | {"epoch": 2}) == TrialScheduler.STOP
+    good = {"epoch": 2, "val_accuracy": 0.9, "cam_ssim": 0.9, "loss": 0.1}
+    poor = {"epoch": 2, "val_accuracy": 0.1, "cam_ssim": 0.1}
+    assert scheduler.replay(0, good)
+    assert not scheduler.replay(1, poor)
+    assert judge(scheduler, 2, poor | {"cam_ssim": 0.2}) == TrialScheduler.CONTINUE
+    assert judge(scheduler, 3, poor) == TrialScheduler.STOP
     # What was replayed is not judged anew when the trial reports it again.
-    assert judge(scheduler, 0, poor | {"epoch": 2}) == TrialScheduler.CONTINUE
+    assert judge(scheduler, 0, poor) == TrialScheduler.CONTINUE
 
 
 def test_a_result_without_an_objective_is_refused() -> None:
@@ -92,3 +95,10 @@ def test_a_result_without_an_objective_is_refused() -> None:
 def test_a_trial_that_ended_without_a_report_is_left_alone() -> None:
     scheduler = ParetoASHA(objectives=OBJECTIVES, min_epochs=2, max_epochs=EPOCHS)
     assert judge(scheduler, 0, {"done": True}) == TrialScheduler.CONTINUE
+
+
+def test_what_is_no_report_of_an_epoch_stops_and_is_not_judged() -> None:
+    scheduler = ParetoASHA(objectives=OBJECTIVES, min_epochs=2, max_epochs=EPOCHS)
+    assert judge(scheduler, 0, {OUT_OF_MEMORY: True}) == TrialScheduler.STOP
+    result = {"epoch": 2, "val_accuracy": 0.9, "cam_ssim": 0.9}
+    assert judge(scheduler, 0, result) == TrialScheduler.CONTINUE
