@@ -4,6 +4,7 @@ import pytest
 from ray.tune.experiment import Trial
 
 from studies.progress import TrialLines
+from studies.trial import OUT_OF_MEMORY
 
 METRICS = {
     "val_accuracy": 0.98765,
@@ -15,8 +16,8 @@ METRICS = {
 
 
 def make_trial(trial_id: str, last: dict[str, Any]) -> Trial:
-    trial = Trial("run_trial", stub=True, trial_id=trial_id)
-    trial.update_last_result(last | {"trial_id": trial_id, "training_iteration": 1})  # type: ignore[no-untyped-call]
+    trial = Trial("run_trial", stub=True, config={"trial_id": trial_id})
+    trial.update_last_result(last | {"trial_id": "of Ray", "training_iteration": 1})  # type: ignore[no-untyped-call]
     return trial
 
 
@@ -33,9 +34,20 @@ def test_trial_without_a_report_is_a_line_too(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == "   1/2  abc  ended without a report\n"
 
 
+def test_trial_that_failed_is_named_with_its_file(capsys: pytest.CaptureFixture[str]) -> None:
+    TrialLines(num_trials=2).on_trial_error(1, [], make_trial("abc", METRICS))
+    assert capsys.readouterr().out == "   1/2  abc  failed; see errors/abc.txt\n"
+
+
+def test_trial_that_is_to_start_again_is_not_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = TrialLines(num_trials=2)
+    lines.on_trial_complete(1, [], make_trial("abc", {"epoch": 1, OUT_OF_MEMORY: True}))
+    lines.on_trial_complete(1, [], make_trial("abc", METRICS))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "          abc  out of memory"
+    assert second.startswith("   1/2  abc  accuracy")
+
+
 def test_count_goes_on_after_resuming(capsys: pytest.CaptureFixture[str]) -> None:
-    before, after = TrialLines(num_trials=3), TrialLines(num_trials=3)
-    before.on_trial_complete(1, [], make_trial("a", METRICS))
-    after.set_state(before.get_state())
-    after.on_trial_complete(1, [], make_trial("b", METRICS))
-    assert capsys.readouterr().out.splitlines()[-1].startswith("   2/3  b  ")
+    TrialLines(num_trials=3, ended=1).on_trial_complete(1, [], make_trial("b", METRICS))
+    assert capsys.readouterr().out.startswith("   2/3  b  ")

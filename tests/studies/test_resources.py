@@ -2,6 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 import ray
+from ray import tune
 
 from batchcam.errors import ConfigError
 from studies.resources import TrialResources, choose_resources
@@ -17,23 +18,23 @@ def gpus(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def test_trial_takes_one_gpu_and_its_share_of_cpus(gpus: int) -> None:
-    expected = TrialResources(4.0, 1.0) if gpus else TrialResources(1.0, 0.0)
+    expected = TrialResources(4.0, 1.0, 8.0) if gpus else TrialResources(1.0, 0.0, 8.0)
     assert choose_resources(None, None) == expected
 
 
 def test_given_cpus_are_kept(gpus: int) -> None:
-    assert choose_resources(3.0, None) == TrialResources(3.0, 1.0 if gpus else 0.0)
+    assert choose_resources(3.0, None) == TrialResources(3.0, 1.0 if gpus else 0.0, 8.0)
 
 
 def test_trials_can_share_a_gpu(gpus: int) -> None:
     if not gpus:
         pytest.skip("nothing to share")
-    assert choose_resources(None, 0.5) == TrialResources(2.0, 0.5)
-    assert choose_resources(None, 0.01) == TrialResources(1.0, 0.01)
+    assert choose_resources(None, 0.5) == TrialResources(2.0, 0.5, 8.0)
+    assert choose_resources(None, 0.01) == TrialResources(1.0, 0.01, 8.0)
 
 
 def test_gpus_can_be_declined(gpus: int) -> None:
-    assert choose_resources(None, 0.0) == TrialResources(1.0, 0.0), gpus
+    assert choose_resources(None, 0.0) == TrialResources(1.0, 0.0, 8.0), gpus
 
 
 @pytest.mark.parametrize(("cpus", "asked"), [(9.0, None), (None, 3.0)])
@@ -46,8 +47,27 @@ def test_more_than_any_node_has_is_refused(
 
 
 def test_threads_are_whole_and_at_least_one() -> None:
-    assert [TrialResources(cpus, 0.0).threads for cpus in (0.5, 1.0, 2.5)] == [1, 1, 2]
+    assert [TrialResources(cpus, 0.0, 8.0).threads for cpus in (0.5, 1.0, 2.5)] == [1, 1, 2]
 
 
 def test_request_is_in_the_terms_of_ray() -> None:
-    assert TrialResources(2.0, 0.5).as_ray() == {"cpu": 2.0, "gpu": 0.5}
+    request = TrialResources(2.0, 0.5, 8.0).as_ray()
+    assert request == tune.PlacementGroupFactory([{"CPU": 2.0, "GPU": 0.5}])
+
+
+@pytest.mark.parametrize(
+    ("usual", "share", "enlarged"),
+    [
+        ((1.0, 0.0), 1, (1.0, 0.0)),
+        ((1.0, 0.0), 4, (4.0, 0.0)),
+        ((3.0, 0.0), 4, (8.0, 0.0)),
+        ((1.0, 0.25), 2, (2.0, 0.5)),
+        ((1.0, 0.25), 8, (8.0, 1.0)),
+        # Of several GPUs a trial uses what was asked for, and no more.
+        ((1.0, 2.0), 2, (2.0, 2.0)),
+    ],
+)
+def test_enlarged_as_far_as_a_trial_can_use(
+    usual: tuple[float, float], share: int, enlarged: tuple[float, float]
+) -> None:
+    assert TrialResources(*usual, 8.0).enlarged(share) == TrialResources(*enlarged, 8.0)

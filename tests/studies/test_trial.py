@@ -7,14 +7,39 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from ray import tune
 
 from batchcam.config import TrialConfig
 from batchcam.errors import ConfigError
-from batchcam.train import EpochReport, Inputs
+from batchcam.train import EpochReport, Inputs, load_state
+from studies import patience
+from studies.checkpoints import Checkpoints
+from studies.resources import TrialResources
 from studies.tracking import Tracking
-from studies.trial import TrialSettings, run_name, run_trial, trial_config
+from studies.trial import (
+    OUT_OF_MEMORY,
+    RESUMES_AT,
+    SHARE,
+    TrialSettings,
+    run_name,
+    run_trial,
+    save,
+    trial_config,
+)
 from tests.studies.conftest import Recorded
+
+PARAMS = {"number": 0, "trial_id": "k_00000", SHARE: 1, RESUMES_AT: 0}
+
+
+def make_settings(folder: Path, base: TrialConfig) -> TrialSettings:
+    """Return settings of trials of one CPU, whose folders are in `folder`."""
+    return TrialSettings(
+        base=base,
+        resources=TrialResources(1.0, 0.0, 2.0),
+        checkpoints=str(folder / "checkpoints"),
+        tracking=Tracking("batchcam", "group", folder, "offline"),
+    )
 
 
 def test_search_decides_over_the_base() -> None:
@@ -53,8 +78,8 @@ def crash_once(
     """Run a trial whose process is killed after its second epoch, the first time."""
     report = tune.report
 
-    def report_and_crash(metrics: dict[str, Any], **options: Any) -> None:
-        report(metrics, **options)
+    def report_and_crash(metrics: dict[str, Any]) -> None:
+        report(metrics)
         if metrics["epoch"] == 2 and not crashed.exists():
             crashed.touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -67,20 +92,16 @@ def crash_once(
 def test_trial_that_crashes_goes_on_to_the_end_it_would_have_had(
     config: TrialConfig,
     inputs: Inputs,
-    reports: list[tuple[EpochReport, tune.Checkpoint]],
+    reports: list[tuple[EpochReport, str]],
     recorded: Callable[[Path], list[Recorded]],
     tmp_path: Path,
 ) -> None:
-    tracking = Tracking("batchcam", "group", tmp_path, "offline")
-    trainable = tune.with_parameters(
-        crash_once,
-        settings=TrialSettings(replace(config, lambda_batch=9.0), 1, tracking),
-        inputs=inputs,
-        crashed=tmp_path / "crashed",
-    )
+    settings = make_settings(tmp_path, replace(config, lambda_batch=9.0))
     results = tune.Tuner(
-        trainable,
-        param_space={"lambda_batch": config.lambda_batch},
+        tune.with_parameters(
+            crash_once, settings=settings, inputs=inputs, crashed=tmp_path / "crashed"
+        ),
+        param_space=PARAMS | {"lambda_batch": config.lambda_batch},
         run_config=tune.RunConfig(
             storage_path=str(tmp_path / "ray"),
             failure_config=tune.FailureConfig(max_failures=1),
@@ -91,13 +112,99 @@ def test_trial_that_crashes_goes_on_to_the_end_it_would_have_had(
     assert (tmp_path / "crashed").exists()
     assert result.error is None
     assert result.metrics_dataframe is not None
-    assert list(result.metrics_dataframe["epoch"]) == [1, 2, 3]
+    # What came after the ledger's last report is reported again; the ledger drops what it has.
+    rows = result.metrics_dataframe.drop_duplicates("epoch", keep="last")
+    assert list(rows["epoch"]) == [1, 2, 3]
     # Each epoch was trained once, and as if nothing had happened.
     timed = ("images_per_second", "seconds")
-    for (report, _), (_, row) in zip(reports, result.metrics_dataframe.iterrows(), strict=True):
+    for (report, _), (_, row) in zip(reports, rows.iterrows(), strict=True):
         for name, value in report.metrics.items():
             assert name in timed or row[name] == value, name
     # What W&B had not written yet went with the process; the rest is in one more file.
     last = recorded(tmp_path)[-1]
     assert [item["epoch"] for item in last.history] == [3]
     assert last.exit_code == 0
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What a trial that runs in this process reports."""
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(tune, "report", found.append)
+    return found
+
+
+def test_trial_keeps_a_state_before_it_reports(
+    config: TrialConfig,
+    inputs: Inputs,
+    told: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept = []
+
+    def look(metrics: dict[str, Any]) -> None:
+        with Checkpoints(str(tmp_path / "checkpoints/k_00000")).newest() as state:
+            kept.append(0 if state is None else load_state(state)["history"][-1]["epoch"])
+        told.append(metrics)
+
+    monkeypatch.setattr(tune, "report", look)
+    run_trial(PARAMS, settings=make_settings(tmp_path, config), inputs=inputs)
+    assert [metrics["epoch"] for metrics in told] == kept == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("resumes_at", "again"), [(0, [1, 2, 3]), (2, [3]), (3, [])])
+def test_trial_that_had_ended_reports_what_the_study_has_not_heard(
+    config: TrialConfig,
+    inputs: Inputs,
+    told: list[dict[str, Any]],
+    tmp_path: Path,
+    resumes_at: int,
+    again: list[int],
+) -> None:
+    settings = make_settings(tmp_path, config)
+    run_trial(PARAMS, settings=settings, inputs=inputs)
+    whole, told[:] = list(told), []
+    run_trial(PARAMS | {RESUMES_AT: resumes_at}, settings=settings, inputs=inputs)
+    assert told == [metrics for metrics in whole if metrics["epoch"] in again]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_trial_that_runs_out_of_memory_says_so_with_the_epoch_it_has(
+    config: TrialConfig,
+    inputs: Inputs,
+    told: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def fail(metrics: dict[str, Any]) -> None:
+        told.append(metrics)
+        if metrics["epoch"] == 2 and OUT_OF_MEMORY not in metrics:
+            raise error
+
+    monkeypatch.setattr(tune, "report", fail)
+    run_trial(PARAMS, settings=make_settings(tmp_path, config), inputs=inputs)
+    assert [metrics["epoch"] for metrics in told[:2]] == [1, 2]
+    assert told[2] == {"epoch": 1, OUT_OF_MEMORY: True}
+
+
+def test_trial_of_a_larger_share_has_more_threads(
+    config: TrialConfig, inputs: Inputs, told: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    settings = make_settings(tmp_path, replace(config, epochs=1))
+    try:
+        run_trial(PARAMS | {SHARE: 2}, settings=settings, inputs=inputs)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert len(told) == 1
+
+
+def test_state_that_cannot_be_kept_fails_the_trial_and_not_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.1)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/trial cannot be used for 0 s"):
+        save(Checkpoints(str(tmp_path / "file/trial")), 1, Path.touch)
