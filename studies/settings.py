@@ -251,5 +251,5 @@ def _load(path: Path) -> StudySettings:
             "warm_start": tuple(map(Path, content["warm_start"])),
         }
         return StudySettings(**content | paths | {"space": space})
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} does not hold a study's settings: {error}") from error
