@@ -7,6 +7,7 @@ import pytest
 import tyro
 
 from batchcam.errors import ConfigError
+from studies.proposals import STORAGE_VARIABLE
 from studies.settings import OBJECTIVES, SETTINGS_FILE, StudySettings
 from studies.space import SearchSpace
 from studies.study import main
@@ -19,7 +20,10 @@ from studies.study import main
         ({"study": "a/b"}, "study='a/b' must be a plain name"),
         ({"study": "../other"}, "study='../other' must be a plain name"),
         ({"study": "."}, r"study='\.' must be a plain name"),
-        ({"resume": True}, "--resume needs --study"),
+        ({"resume": True}, "--resume and --extend need --study"),
+        ({"extend": 3}, "--resume and --extend need --study"),
+        ({"study": "s", "extend": -1}, "extend=-1 must be 0 or more"),
+        ({"storage": "s3://key:secret@bucket"}, "--storage must hold no key .*AWS_ACCESS_KEY_ID"),
         ({"num_trials": 0}, "num_trials=0 must be at least 1"),
         ({"max_epochs": 0}, "max_epochs=0 must be at least 1"),
         ({"min_epochs": -1}, "min_epochs=-1 must be at least 1"),
@@ -124,8 +128,14 @@ def begun(tmp_path: Path) -> StudySettings:
     """A study that was started, with settings that are not the defaults."""
     space = SearchSpace(resolutions=(14, 28), lambda_batch=(0.1, 1.0))
     settings = StudySettings(
-        study="s", out=tmp_path, max_epochs=9, objectives=("cam_ssim",), space=space
-    )
+        study="s",
+        out=tmp_path,
+        max_epochs=9,
+        objectives=("cam_ssim",),
+        space=space,
+        storage="s3://bucket/folder?scheme=http",
+        warm_start=(tmp_path / "earlier" / "best" / "knee",),
+    ).begun()
     settings.folder.mkdir()
     settings.save()
     return settings
@@ -139,7 +149,10 @@ def test_study_is_resumed_by_the_settings_it_was_started_with(
 
 
 def test_settings_may_be_repeated_on_resuming(begun: StudySettings) -> None:
-    assert replace(begun, resume=True).resumed() == replace(begun, resume=True)
+    again = replace(begun, resume=True)
+    assert again.resumed() == again
+    # The command line knows nothing of the key.
+    assert replace(again, key="").resumed() == again
 
 
 @pytest.mark.parametrize(
@@ -147,6 +160,8 @@ def test_settings_may_be_repeated_on_resuming(begun: StudySettings) -> None:
     [
         ({"max_epochs": 4}, "was started with max_epochs=9, not 4; resume it without naming that"),
         ({"space": SearchSpace(resolutions=(56,))}, r"was started with space=.*\(14, 28\)"),
+        ({"num_trials": 99}, "was started with num_trials=8, not 99; use --extend to add trials"),
+        ({"storage": "elsewhere"}, r"was started with storage='s3://bucket/folder"),
     ],
 )
 def test_other_settings_are_refused_on_resuming(
@@ -157,7 +172,82 @@ def test_other_settings_are_refused_on_resuming(
         StudySettings(study="s", out=tmp_path, resume=True, **changes).resumed()
 
 
-def test_damaged_settings_are_named(begun: StudySettings) -> None:
-    (begun.folder / SETTINGS_FILE).write_text("{")
+def test_study_is_extended_again_and_again(begun: StudySettings, tmp_path: Path) -> None:
+    for count in (11, 14):
+        extended = StudySettings(study="s", out=tmp_path, extend=3).resumed()
+        assert extended.goes_on
+        assert extended.num_trials == count
+        assert extended.key == begun.key
+        extended.save()
+
+
+def test_only_resume_and_extend_go_on_with_a_study() -> None:
+    assert not StudySettings(study="s").goes_on
+    assert StudySettings(study="s", resume=True).goes_on
+    assert StudySettings(study="s", extend=1).goes_on
+
+
+def test_study_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no study to resume in .*/s; check --study and --out"):
+        StudySettings(study="s", out=tmp_path, resume=True).resumed()
+
+
+def test_another_kind_of_storage_is_refused_without_its_address(
+    begun: StudySettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STORAGE_VARIABLE, "postgresql+psycopg://me:secret@host/database")
+    with pytest.raises(ConfigError) as error:
+        replace(begun, resume=True).resumed()
+    assert "trials in journal, but BATCHCAM_OPTUNA_STORAGE names postgresql" in str(error.value)
+    assert "secret" not in str(error.value)
+
+
+def test_address_of_the_storage_is_not_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STORAGE_VARIABLE, "postgresql+psycopg://me:secret@host/database")
+    settings = StudySettings(study="s", out=tmp_path).begun()
+    settings.folder.mkdir()
+    settings.save()
+    text = (settings.folder / SETTINGS_FILE).read_text()
+    assert '"optuna_storage": "postgresql"' in text
+    assert "secret" not in text
+    assert replace(settings, resume=True).resumed() == replace(settings, resume=True)
+
+
+def test_every_study_has_a_key_of_its_own() -> None:
+    keys = {StudySettings(study="s").begun().key for _ in range(3)}
+    assert len(keys) == 3
+    assert all(keys)
+
+
+def test_bundles_to_start_from_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = StudySettings(study="s", out=tmp_path, warm_start=(Path("earlier/knee"),)).begun()
+    settings.folder.mkdir()
+    settings.save()
+    resumed = StudySettings(study="s", out=tmp_path, resume=True).resumed()
+    assert resumed.warm_start == (tmp_path / "earlier/knee",)
+
+
+@pytest.mark.parametrize(
+    ("storage", "checkpoints"),
+    [
+        (None, "/out/s/checkpoints"),
+        ("/shared/", "/shared/s/checkpoints"),
+        ("s3://bucket/folder", "s3://bucket/folder/s/checkpoints"),
+    ],
+)
+def test_checkpoints_are_in_the_studys_folder_or_in_its_storage(
+    storage: str | None, checkpoints: str
+) -> None:
+    assert StudySettings(study="s", out=Path("/out"), storage=storage).checkpoints == checkpoints
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"out": "."}', "null"])
+def test_damaged_settings_are_named(begun: StudySettings, content: str) -> None:
+    (begun.folder / SETTINGS_FILE).write_text(content)
     with pytest.raises(ConfigError, match=r"study\.json does not hold a study's settings"):
         replace(begun, resume=True).resumed()

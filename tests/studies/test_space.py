@@ -1,11 +1,23 @@
 import math
+from dataclasses import replace
+from typing import Any
 
 import optuna
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.trial import FixedTrial
 
-from batchcam.config import TrialConfig
+from batchcam.config import METRICS, TrialConfig
 from batchcam.errors import BackboneError, ConfigError
-from studies.space import SearchSpace, Strides, feasible_strides, first_points, suggest
+from studies.space import (
+    SearchSpace,
+    Strides,
+    feasible_strides,
+    first_points,
+    point_of,
+    suggest,
+)
 from studies.trial import trial_config
 
 SPACE = SearchSpace(backbones=("simple_cnn", "resnet18"), resolutions=(28, 112))
@@ -194,3 +206,86 @@ def test_range_that_is_none_is_refused(name: str, bad: tuple[float, float]) -> N
 def test_output_stride_that_no_backbone_can_have_is_refused() -> None:
     with pytest.raises(ConfigError, match="output_stride=7 must be 1, 2, 4, 8, 16 or 32"):
         SearchSpace(output_strides=(7,))
+
+
+STRIDES: Strides = {
+    ("simple_cnn", 28): (None,),
+    ("simple_cnn", 112): (None,),
+    ("resnet18", 28): (8,),
+    ("resnet18", 112): (8, 16, 32),
+}
+"""As `feasible_strides` has them; see `test_strides_are_those_with_a_usable_grid`."""
+
+
+def log_uniform(name: str) -> st.SearchStrategy[float]:
+    return st.floats(*getattr(SPACE, name))
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> TrialConfig:
+    """Any configuration that the space has."""
+    backbone = draw(st.sampled_from(SPACE.backbones))
+    resolution = draw(st.sampled_from(SPACE.resolutions))
+    switched = st.just(0.0)
+    config = TrialConfig(
+        backbone=backbone,
+        resolution=resolution,
+        output_stride=draw(st.sampled_from(STRIDES[backbone, resolution])),
+        lambda_class=draw(log_uniform("lambda_class")),
+        lambda_proto=draw(switched | log_uniform("lambda_proto")),
+        lambda_batch=draw(switched | log_uniform("lambda_batch")),
+        learning_rate=draw(log_uniform("learning_rate")),
+        weight_decay=draw(log_uniform("weight_decay")),
+    )
+    return replace(config, metric=draw(st.sampled_from(METRICS))) if config.uses_cam else config
+
+
+@given(configs())
+def test_point_of_a_configuration_gives_it_again(config: TrialConfig) -> None:
+    trial = FixedTrial(point_of(config, SPACE, STRIDES))
+    assert trial_config(TrialConfig(), suggest(trial, SPACE, STRIDES)) == config  # type: ignore[arg-type]
+    # Nothing in it goes unused.
+    assert trial.params == point_of(config, SPACE, STRIDES)
+
+
+def test_first_points_are_points_of_their_configurations() -> None:
+    for point in first_points(SPACE):
+        params = suggest(FixedTrial(point), SPACE, STRIDES)  # type: ignore[arg-type]
+        assert point_of(trial_config(TrialConfig(), params), SPACE, STRIDES) == point
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"backbone": "resnet50"}, r"backbone='resnet50' is not among .*; allow it with --backb"),
+        (
+            {"resolution": 56},
+            r"resolution=56 is not among .*\(28, 112\); allow it with --resolutio",
+        ),
+        (
+            {"metric": "ssim", "lambda_batch": 0.1},
+            r"metric='ssim' is not among the study's \('l1',\); allow it with --metrics",
+        ),
+        (
+            {"learning_rate": 0.5},
+            r"learning_rate=0.5 is outside .*\(0.0005, 0.01\); widen it with --learning-rate",
+        ),
+        ({"lambda_batch": 99.0}, r"lambda_batch=99 is outside .*; widen it with --lambda-batch"),
+        (
+            {"backbone": "resnet18", "resolution": 112, "output_stride": 4},
+            r"output_stride=4 of resnet18 at 112 is not among .*; allow it with --output-strides",
+        ),
+    ],
+)
+def test_configuration_that_the_space_does_not_have_is_refused_with_the_remedy(
+    fields: dict[str, Any], message: str
+) -> None:
+    space = replace(SPACE, metrics=("l1",))
+    config = TrialConfig(**{"learning_rate": 3e-3, "weight_decay": 1e-2, **fields})
+    with pytest.raises(ConfigError, match=message):
+        point_of(config, space, STRIDES)
+
+
+def test_metric_of_a_configuration_without_a_cam_loss_does_not_matter() -> None:
+    config = TrialConfig(metric="ssim", lambda_batch=0.0)
+    assert "metric" not in point_of(config, replace(SPACE, metrics=("l1",)), STRIDES)
