@@ -14,8 +14,9 @@ from batchcam.config import TrialConfig
 from batchcam.train import EpochReport, Inputs
 from studies import export
 from studies.checkpoints import Checkpoints
-from studies.export import METRICS, StudyError, TrialRecord
+from studies.export import StudyError, TrialRecord
 from studies.ledger import Ledger, State
+from studies.trial import METRICS
 
 BOTH = ("val_accuracy", "cam_ssim")
 
