@@ -120,6 +120,11 @@ class StudySettings:
                 "--storage must hold no key or password, for it is written down; give them in the "
                 "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)."
             )
+        if self.storage is not None and "?" in self.storage:
+            raise ConfigError(
+                f"storage={self.storage!r} must be a plain address; name the server of an object "
+                "store in the environment (AWS_ENDPOINT_URL)."
+            )
         for name in ("num_trials", "max_epochs", "min_epochs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")

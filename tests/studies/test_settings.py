@@ -24,6 +24,7 @@ from studies.study import main
         ({"extend": 3}, "--resume and --extend need --study"),
         ({"study": "s", "extend": -1}, "extend=-1 must be 0 or more"),
         ({"storage": "s3://key:secret@bucket"}, "--storage must hold no key .*AWS_ACCESS_KEY_ID"),
+        ({"storage": "s3://bucket?scheme=http"}, "must be a plain address; .*AWS_ENDPOINT_URL"),
         ({"num_trials": 0}, "num_trials=0 must be at least 1"),
         ({"max_epochs": 0}, "max_epochs=0 must be at least 1"),
         ({"min_epochs": -1}, "min_epochs=-1 must be at least 1"),
@@ -133,7 +134,7 @@ def begun(tmp_path: Path) -> StudySettings:
         max_epochs=9,
         objectives=("cam_ssim",),
         space=space,
-        storage="s3://bucket/folder?scheme=http",
+        storage="s3://bucket/folder",
         warm_start=(tmp_path / "earlier" / "best" / "knee",),
     ).begun()
     settings.folder.mkdir()
