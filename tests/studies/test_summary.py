@@ -1,17 +1,18 @@
 import io
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tyro
 from rich.console import Console
 
 from batchcam.config import TrialConfig
+from studies.confirm import Confirmed
 from studies.export import TrialRecord
 from studies.settings import StudySettings
-from studies.summary import print_summary, write_readme
+from studies.summary import Outcome, print_summary, write_readme
 
 WIDE = TrialConfig(
     backbone="convnextv2_tiny",
@@ -44,11 +45,16 @@ METRICS = {
 }
 
 
-def printed(records: list[TrialRecord], chosen: dict[str, TrialRecord], width: int) -> str:
+def printed(
+    records: list[TrialRecord],
+    chosen: dict[str, TrialRecord],
+    width: int,
+    confirmed: Sequence[Confirmed] = (),
+) -> str:
     output = io.StringIO()
     console = Console(file=output, width=width)
     folder = Path("/a/folder/with/quite/a/long/name/so/that/its/path/does/not/fit/a/line/study")
-    print_summary(console, records, records[-4:-1], chosen, METRICS, folder)
+    print_summary(console, Outcome(records, records[-4:-1], confirmed, chosen, METRICS), folder)
     return output.getvalue()
 
 
@@ -60,8 +66,6 @@ def test_table_fits_eighty_columns(
     # A path that is broken cannot be copied.
     assert path.startswith("Best bundle: /a/folder")
     assert path.endswith("/study/best/knee")
-    # Nor an id.
-    assert all(any(f"front-{n}" in line for line in table) for n in range(3))
 
 
 def test_table_counts_states_and_shows_the_front_first(
@@ -71,8 +75,8 @@ def test_table_counts_states_and_shows_the_front_first(
     assert "Best of 20 trials (18 completed, 1 failed, 1 unfinished)" in text
     rows = [line for line in text.splitlines() if "convnextv2_tiny" in line]
     assert len(rows) == 12
-    assert ["front-" in row for row in rows] == [True] * 3 + [False] * 9
-    assert "other-8" in rows[-1]
+    # Trials are named by their numbers; their ids are long.
+    assert [int(row.split()[-1]) for row in rows] == [16, 17, 18, *range(9)]
     assert "accuracy" in rows[0]
     assert "(front)" in rows[1]
     assert "ssim" in rows[2]
@@ -87,6 +91,50 @@ def test_test_metrics_are_those_of_the_bundles(
 
 
 @pytest.fixture
+def confirmed(records: list[TrialRecord]) -> list[Confirmed]:
+    """The first two of the front, trained again with two seeds."""
+    intervals = {"val_accuracy": (0.98, 0.97, 0.99), "cam_ssim": (0.25, 0.2, 0.3)}
+    return [
+        Confirmed(
+            candidate,
+            [
+                replace(candidate, trial_id=f"again-{seed}", config=replace(WIDE, seed=seed))
+                for seed in (1000, 1001)
+            ],
+            intervals,
+        )
+        for candidate in records[-4:-2]
+    ]
+
+
+def test_confirmed_means_are_printed_with_their_intervals(
+    records: list[TrialRecord], confirmed: list[Confirmed]
+) -> None:
+    chosen = dict.fromkeys(METRICS, confirmed[0].as_record)
+    text = printed(records, chosen, 120, confirmed)
+    assert "Confirmed with 2 fresh seeds: mean ± 95 % confidence interval" in text
+    _, table = text.split("Confirmed with")
+    rows = [line for line in table.splitlines() if "convnextv2_tiny" in line]
+    assert len(rows) == 2
+    assert all("0.9800 ± 0.0100" in row and "0.250 ± 0.050" in row for row in rows)
+    # Numbers of the trials that were confirmed, as in the table above.
+    assert [row.split()[-1] for row in rows] == ["16", "17"]
+    assert max(map(len, printed(records, chosen, 80, confirmed).split("\n")[:-2])) <= 80
+
+
+def test_page_says_how_the_best_were_confirmed(
+    records: list[TrialRecord], confirmed: list[Confirmed], tmp_path: Path
+) -> None:
+    chosen = dict.fromkeys(METRICS, confirmed[0].as_record)
+    outcome = Outcome(records, records[-4:-1], confirmed, chosen, METRICS)
+    settings = StudySettings(study="mine", num_trials=20)
+    write_readme(tmp_path / "README.md", settings, outcome, "f" * 64)
+    page = (tmp_path / "README.md").read_text()
+    assert "fresh runs (seeds 1000, 1001) of the best of the front" in page
+    assert "| front-1 | convnextv2_tiny 112px ssim proto 0.87 + batch 0.12 | 0.9800 ± 0.0" in page
+
+
+@pytest.fixture
 def page(
     records: list[TrialRecord],
     chosen: dict[str, TrialRecord],
@@ -95,10 +143,8 @@ def page(
 ) -> str:
     monkeypatch.setattr("sys.argv", ["studies/bcpl_sweep.py", "--study", "mine"])
     settings = StudySettings(study="mine", out=Path("some/results"), num_trials=20)
-    metrics: dict[str, dict[str, Any]] = METRICS
-    write_readme(
-        tmp_path / "README.md", settings, records, records[-4:-1], chosen, metrics, "f" * 64
-    )
+    outcome = Outcome(records, records[-4:-1], (), chosen, METRICS)
+    write_readme(tmp_path / "README.md", settings, outcome, "f" * 64)
     return (tmp_path / "README.md").read_text()
 
 
