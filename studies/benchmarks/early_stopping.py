@@ -25,6 +25,7 @@ from typing import Any
 import moocore
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -36,9 +37,15 @@ from studies.halving import ParetoHalving, Vector
 OBJECTIVES = ("val_accuracy", "cam_ssim")
 """Both maximised; the first one leads."""
 
+CHANCE = 0.1
+"""Accuracy of guessing among ten classes."""
+
 Array = npt.NDArray[np.float64]
 Judge = Callable[[int, int, Vector], bool]
 """Whether trial `number` goes on after `epoch` with these objectives."""
+
+Method = Callable[["Rules"], Judge]
+"""Starts a study under these rules."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +236,7 @@ def _driven(scheduler: Any, arguments: Callable[[Any, dict[str, float]], tuple[A
     return judge
 
 
-METHODS: Mapping[str, Callable[[Rules], Judge]] = {
+METHODS: Mapping[str, Method] = {
     "random search": random_search,
     "ASHA on accuracy": asha,
     "Ray's ASHA on accuracy": ray_asha,
@@ -246,14 +253,18 @@ def orders(numbers: Sequence[int], count: int) -> Iterator[list[int]]:
         yield np.random.default_rng(seed).permutation(numbers).tolist()
 
 
-def reference_point(curves: Mapping[int, Curve]) -> tuple[float, ...]:
-    """Return the median of the trials at their ends, objective by objective.
+def references(curves: Mapping[int, Curve]) -> dict[str, tuple[float, ...]]:
+    """Return the points above which hypervolume is measured: of a lenient and of a strict kind.
 
-    A hypervolume above it counts only what a trial has over a middling one. From the origin, every
-    trial would have most of it.
+    From a model that knows nothing, any good trial has most of what there is. From the median of
+    the trials at their ends, objective by objective, only what is better than middling in both
+    objectives counts.
     """
     ends = np.array([curve.values[-1] for curve in curves.values()])
-    return tuple(np.median(ends, axis=0).tolist())
+    return {
+        "a model that knows nothing": (CHANCE, 0.0),
+        "the median trial": tuple(np.median(ends, axis=0).tolist()),
+    }
 
 
 @dataclass(frozen=True)
@@ -268,6 +279,11 @@ class Race:
     trace: Array
     budget: int
 
+    @property
+    def at_a_third(self) -> float:
+        """The share of the hypervolume that a third of the budget, or less, has brought."""
+        return float(self.trace[min(self.budget // 3, len(self.trace)) - 1])
+
     def share_to_reach(self, level: float) -> float:
         """Return the epochs needed to reach `level` for good, as a share of the budget."""
         # The last digits of a hypervolume depend on the order of the points.
@@ -277,24 +293,32 @@ class Race:
 def race(
     curves: Mapping[int, Curve],
     order: Sequence[int],
-    judge: Judge,
+    reports: Sequence[Report],
     reference: Sequence[float],
     rivals: int,
-    workers: int = 4,
 ) -> Race:
-    """Run a method on all trials, against random search on the first `rivals` of the order."""
+    """Measure a simulated study against random search on the first `rivals` of the order."""
     ends = np.array([curves[number].values[-1] for number in order[:rivals]])
     goal = moocore.hypervolume(ends, ref=reference, maximise=True)
-    trace = hypervolumes(simulate(curves, order, judge, workers), reference) / goal
-    return Race(trace, rivals * len(curves[order[0]].values))
+    budget = rivals * len(curves[order[0]].values)
+    return Race(hypervolumes(reports, reference) / goal, budget)
+
+
+def foresight(curves: Mapping[int, Curve]) -> dict[str, list[float]]:
+    """Return, by objective, Spearman's correlation of each epoch's values with the last one's."""
+    values = np.array([curve.values for curve in curves.values()])
+    return {
+        name: pd.DataFrame(values[:, :, index]).rank().corr().iloc[-1].round(3).tolist()
+        for index, name in enumerate(OBJECTIVES)
+    }
 
 
 def agreement(
     curves: Mapping[int, Curve],
     order: Sequence[int],
     rules: Rules,
-    leader: Callable[[Rules], Judge],
-    other: Callable[[Rules], Judge],
+    leader: Method,
+    other: Method,
 ) -> list[tuple[bool, bool]]:
     """Return both methods' decisions at the rungs, where `leader` alone runs the study."""
     rungs = set()
@@ -337,47 +361,59 @@ def main() -> None:
         min_epochs=benchmark.min_epochs,
         reduction_factor=benchmark.reduction_factor,
     )
-    reference = reference_point(curves)
-    everyone = len(curves)
+    drawn = list(orders(list(curves), benchmark.orders))
+    points = references(curves)
 
-    def races(method: Callable[[Rules], Judge], rules: Rules, rivals: int) -> list[Race]:
-        return [
-            race(curves, order, method(rules), reference, rivals, benchmark.workers)
-            for order in orders(list(curves), benchmark.orders)
-        ]
+    def studies(method: Method, rules: Rules) -> list[list[Report]]:
+        return [simulate(curves, order, method(rules), benchmark.workers) for order in drawn]
 
-    compared = {name: races(method, rules, everyone) for name, method in METHODS.items()}
-    summary = {
+    same_rules = {name: studies(method, rules) for name, method in METHODS.items()}
+    other_rules = {
+        f"{name}, reduction factor {factor}, first rung {least}": studies(
+            METHODS[name], Rules(rules.max_epochs, least, factor)
+        )
+        for factor in (2, 3, 4)
+        for least in (1, 2, 4)
+        for name in ("ParetoASHA", "ASHA on accuracy")
+    }
+    summary: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "studies.benchmarks.early_stopping", *sys.argv[1:]]),
         "commit": git_commit(),
         "versions": package_versions("ray", "moocore", "syne-tune"),
-        "trials": everyone,
+        "trials": len(curves),
         "epochs": rules.max_epochs,
-        "reference": reference,
-        "same_trials": {name: outcome(found) for name, found in compared.items()},
-        "random_search_on_a_third_of_the_trials": {
-            name: outcome(races(method, rules, everyone // 3)) for name, method in METHODS.items()
-        },
-        "settings_of_ParetoASHA": {
-            f"reduction factor {factor}, first rung {least}": outcome(
-                races(pareto_asha, Rules(rules.max_epochs, least, factor), everyone)
-            )
-            for factor in (2, 3, 4)
-            for least in (1, 2)
-        },
-        "agreement_at_rungs": {
-            f"{first} and {second}": agreements(
-                [
-                    agreement(curves, order, rules, METHODS[first], METHODS[second])
-                    for order in orders(list(curves), benchmark.orders)
+        "references": points,
+        "correlation with the last epoch": foresight(curves),
+    }
+    compared: dict[str, dict[str, list[Race]]] = {}
+    for point, reference in points.items():
+        measured = {}
+        for title, found, rivals in (
+            ("same trials", same_rules, len(curves)),
+            ("random search on a third of the trials", same_rules, len(curves) // 3),
+            ("other rungs", other_rules, len(curves)),
+        ):
+            measured[title] = {
+                name: [
+                    race(curves, order, reports, reference, rivals)
+                    for order, reports in zip(drawn, each, strict=True)
                 ]
-            )
-            for first, second in (
-                ("ASHA on accuracy", "Ray's ASHA on accuracy"),
-                ("ParetoASHA", "Syne Tune's MOASHA"),
-                ("ParetoASHA", "Syne Tune's MOASHA, mended"),
-            )
-        },
+                for name, each in found.items()
+            }
+        compared[point] = measured["same trials"]
+        summary[f"above {point}"] = {
+            title: {name: outcome(races) for name, races in found.items()}
+            for title, found in measured.items()
+        }
+    summary["decisions at rungs"] = {
+        f"{first} and {second}": agreements(
+            [agreement(curves, order, rules, METHODS[first], METHODS[second]) for order in drawn]
+        )
+        for first, second in (
+            ("ASHA on accuracy", "Ray's ASHA on accuracy"),
+            ("ParetoASHA", "Syne Tune's MOASHA"),
+            ("ParetoASHA", "Syne Tune's MOASHA, mended"),
+        )
     }
     benchmark.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(summary, indent=2) + "\n"
@@ -386,17 +422,18 @@ def main() -> None:
 
 
 def outcome(races: Sequence[Race]) -> dict[str, list[float | None]]:
-    """Return least, median and most over the orders, as shares; None is never.
+    """Return least, median and most over the orders, as shares of random search's; None is never.
 
-    `spent` is epochs, of random search's. `reached` is the hypervolume at the end, of random
-    search's. `to_99` and `to_100` are the epochs to that percentage of it, of random search's.
+    `spent` is epochs. `reached` is the hypervolume at the end, `at_a_third` that after a third of
+    random search's epochs. `to_98` and so on are the epochs to that percentage of its hypervolume.
     """
     found = {
         "spent": [len(each.trace) / each.budget for each in races],
         "reached": [float(each.trace[-1]) for each in races],
-        "to_99": [each.share_to_reach(0.99) for each in races],
-        "to_100": [each.share_to_reach(1.0) for each in races],
+        "at_a_third": [each.at_a_third for each in races],
     }
+    for percent in (98, 99, 100):
+        found[f"to_{percent}"] = [each.share_to_reach(percent / 100) for each in races]
     return {
         name: [
             round(float(value), 4) if np.isfinite(value) else None
@@ -417,34 +454,36 @@ def agreements(decisions: Sequence[Sequence[tuple[bool, bool]]]) -> dict[str, in
     }
 
 
-def draw(compared: Mapping[str, Sequence[Race]], path: Path) -> None:
-    """Draw the median hypervolume over epochs spent, and the middle 80 % of the orders."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.axhline(0.99, color="0.6", linewidth=0.8, linestyle=":")
-    axes.axvline(1 / 3, color="0.6", linewidth=0.8, linestyle=":")
-    for index, (name, races) in enumerate(compared.items()):
-        longest = max(len(each.trace) for each in races)
-        traces = np.array(
-            [np.pad(each.trace, (0, longest - len(each.trace)), mode="edge") for each in races]
+def draw(compared: Mapping[str, Mapping[str, Sequence[Race]]], path: Path) -> None:
+    """Draw the median hypervolume over epochs spent, a panel for each reference point."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    for axes, (point, methods) in zip(
+        figure.subplots(1, len(compared), squeeze=False)[0], compared.items(), strict=True
+    ):
+        ends = []
+        for index, (name, races) in enumerate(methods.items()):
+            longest = max(len(each.trace) for each in races)
+            padded = [np.pad(it.trace, (0, longest - len(it.trace)), mode="edge") for it in races]
+            middle = np.median(padded, axis=0)[: int(np.median([len(it.trace) for it in races]))]
+            spent = np.arange(1, len(middle) + 1) / races[0].budget
+            color, width = f"C{index}", 2.5 if name == "ParetoASHA" else 1.3
+            axes.plot(spent, middle, color=color, linewidth=width, label=name)
+            axes.plot(spent[-1], middle[-1], marker="o", color=color)
+            ends.append(middle[-1])
+        # A trial's first epochs say nothing; the panel shows where methods differ.
+        bottom = 1 - 3 * (1 - min(ends))
+        axes.axvline(1 / 3, color="0.6", linewidth=0.8, linestyle=":")
+        axes.set(
+            title=f"above {point}",
+            xlabel="epochs spent, of random search's",
+            xlim=(0, 1.02),
+            ylim=(max(0.0, bottom), 1 + 0.03 * (1 - max(0.0, bottom))),
         )
-        end = int(np.median([len(each.trace) for each in races]))
-        spent = np.arange(1, end + 1) / races[0].budget
-        low, middle, high = np.quantile(traces[:, :end], (0.1, 0.5, 0.9), axis=0)
-        color = f"C{index}"
-        axes.fill_between(spent, low, high, color=color, alpha=0.12, linewidth=0)
-        axes.plot(spent, middle, color=color, label=name)
-        axes.plot(spent[-1], middle[-1], marker="o", color=color)
-    axes.set(
-        xlabel="epochs spent, of random search's",
-        ylabel="hypervolume, of random search's last",
-        xlim=(0, 1.01),
-        ylim=(0, 1.03),
-    )
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PercentFormatter(1.0))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("hypervolume, of random search's last")
+    figure.axes[-1].legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
