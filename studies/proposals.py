@@ -17,6 +17,7 @@ import sqlalchemy.exc
 from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import get_lock_file
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 
@@ -42,7 +43,9 @@ def storage_kind() -> str:
     if not address:
         return "journal"
     try:
-        return make_url(address).get_backend_name()
+        url = make_url(address)
+        url.get_dialect()  # Raises where there is no such kind.
+        return url.get_backend_name()
     except sqlalchemy.exc.ArgumentError:
         # Not the address itself, which may hold a password.
         raise ConfigError(
@@ -92,19 +95,42 @@ def _open_storage(folder: Path) -> BaseStorage:
         ) from error
 
 
-def open_journal(path: Path) -> JournalFileBackend:
-    """Open a journal after dropping what a crash left: a line cut short, and a lock.
+class _Journal(JournalFileBackend):
+    """A journal that stays whole where a write fails halfway, as on a disk that is full.
 
     Optuna would append to the torn line and then read the file no more.
     """
-    if path.exists():
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            with path.open("r+b") as file:
-                file.truncate(whole)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append events, after dropping what an earlier try left."""
+        path = Path(self._file_path)
+        if _torn(path):
+            with get_lock_file(self._lock):
+                _drop_torn(path)
+        super().append_logs(logs)
+
+
+def _torn(path: Path) -> bool:
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+
+
+def _drop_torn(path: Path) -> None:
+    whole = path.read_bytes().rfind(b"\n") + 1
+    with path.open("r+b") as file:
+        file.truncate(whole)
+
+
+def open_journal(path: Path) -> JournalFileBackend:
+    """Open a journal after dropping what a crash left: a line cut short, and a lock."""
     Path(f"{path}.lock").unlink(missing_ok=True)
-    return JournalFileBackend(str(path))
+    journal = _Journal(str(path))
+    if _torn(path):
+        _drop_torn(path)
+    return journal
 
 
 class ReproducibleTPE(optuna.samplers.BaseSampler):
