@@ -146,10 +146,12 @@ class OptunaBridge(Searcher):
 
         def tell() -> None:
             trial = self._open(number)
+            several = len(self._objectives) > 1
             values = None
             if ended == "completed":
                 values = [float(metrics[name]) for name in self._objectives]
-            elif ended == "stopped" and len(self._objectives) > 1:
+            # What an earlier try or process has set stays.
+            elif several and ended == "stopped" and EPOCHS_MISSING not in trial.constraints:
                 trial.set_constraint(EPOCHS_MISSING, self._max_epochs - metrics["epoch"])
             self._study.tell(trial, values, state=_IN_OPTUNA[ended], skip_if_finished=True)
 
@@ -163,15 +165,18 @@ class OptunaBridge(Searcher):
 
     def retry(self, number: int) -> None:
         """Propose a trial that failed once more, as another trial; once, however often told."""
-        if any(trial.user_attrs.get(_RETRY_OF) == number for trial in self._trials()):
-            return
-        params = self._frozen(number).params
-        patiently(
-            lambda: self._study.enqueue_trial(params, user_attrs={_RETRY_OF: number}),
-            _WHAT,
-            STORAGE_ERRORS,
-        )
-        self.num_trials += 1
+
+        def is_proposed() -> bool:
+            return any(trial.user_attrs.get(_RETRY_OF) == number for trial in self._trials())
+
+        def propose() -> None:
+            if not is_proposed():  # A try that seemed to fail may have proposed it all the same.
+                params = self._frozen(number).params
+                self._study.enqueue_trial(params, user_attrs={_RETRY_OF: number})
+
+        if not is_proposed():
+            patiently(propose, _WHAT, STORAGE_ERRORS)
+            self.num_trials += 1
 
     def _next(self) -> optuna.Trial | None:
         if self._again:
