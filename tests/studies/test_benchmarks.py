@@ -20,6 +20,7 @@ from studies.benchmarks.early_stopping import (
     asha,
     draw,
     epochs_to_reach,
+    foresight,
     hypervolumes,
     orders,
     outcome,
@@ -136,7 +137,7 @@ def test_outcomes_are_shares_and_never_is_none(tmp_path: Path) -> None:
     races = [Race(np.array([0.5, 0.995]), 4), Race(np.array([0.5, 0.5]), 4)]
     assert outcome(races) == {
         "spent": [0.5, 0.5, 0.5],
-        "reached": [0.5, 0.995, 0.995],
+        "reached": [0.5, 0.5, 0.995],
         "at_a_third": [0.5, 0.5, 0.5],
         "to_98": [0.5, None, None],
         "to_99": [0.5, None, None],
@@ -216,12 +217,12 @@ def recorded(curves: dict[int, Curve]) -> Callable[[Method, str], dict[str, list
 
 
 def raced(
-    curves: dict[int, Curve], method: Method, reference: Sequence[float]
+    curves: dict[int, Curve], method: Method, reference: Sequence[float], min_epochs: int = 2
 ) -> dict[str, list[float | None]]:
     """Return the outcome of a method's studies of all trials, in twenty orders."""
     races = []
     for order in orders(list(curves), 20):
-        reports = simulate(curves, order, method(Rules(16)))
+        reports = simulate(curves, order, method(Rules(16, min_epochs)))
         races.append(race(curves, order, reports, reference, rivals=len(curves)))
     return outcome(races)
 
@@ -240,14 +241,14 @@ def middle(found: dict[str, list[float | None]], name: str) -> float:
     return value
 
 
-def test_pareto_asha_keeps_most_of_the_front_for_a_third_of_the_epochs(
+def test_pareto_asha_reaches_99_percent_in_a_third_of_the_epochs(
     recorded: Callable[[Method, str], dict[str, list[float | None]]],
 ) -> None:
-    # Not all of it: see results/early_stopping.
+    # Not 100 %, and random search alone is sooner at 99 %: see results/early_stopping.
     found = recorded(pareto_asha, "a model that knows nothing")
-    assert max(spent for spent in found["spent"] if spent is not None) <= 1 / 3
-    assert least(found, "reached") >= 0.98
-    assert middle(found, "to_98") <= 1 / 6
+    assert middle(found, "to_99") <= 1 / 3
+    assert middle(found, "at_a_third") >= 0.99
+    assert least(found, "at_a_third") >= 0.98
 
 
 def test_pareto_asha_loses_less_than_asha_on_accuracy(
@@ -261,6 +262,13 @@ def test_pareto_asha_loses_less_than_asha_on_accuracy(
         assert least(found[pareto_asha], "reached") >= least(found[single], "reached")
 
 
+def test_accuracy_of_the_first_epochs_says_little_of_the_last(curves: dict[int, Curve]) -> None:
+    # Why no method does well on these curves from rungs at the first epochs.
+    found = foresight(curves)
+    assert max(found["val_accuracy"][:2]) < 0.2
+    assert min(found["cam_ssim"]) > 0.7
+
+
 def test_where_early_epochs_tell_the_end_a_third_of_the_epochs_is_enough() -> None:
     # Trials between two trades of one objective for the other, each of its own quality, that all
     # learn at the same pace: what the recorded curves are not.
@@ -271,6 +279,6 @@ def test_where_early_epochs_tell_the_end_a_third_of_the_epochs_is_enough() -> No
         angle, quality = generator.random() * np.pi / 2, generator.random()
         end = quality * np.array([np.cos(angle), np.sin(angle)])
         curves[number] = Curve(pace[:, None] * end, generator.uniform(0.8, 1.2, 16))
-    found = raced(curves, pareto_asha, (0.0, 0.0))
+    found = raced(curves, pareto_asha, (0.0, 0.0), min_epochs=1)
     assert middle(found, "to_100") <= 1 / 3
     assert least(found, "reached") >= 0.9
