@@ -26,6 +26,8 @@ Mode = Literal["online", "offline", "disabled"]
 MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
 _REACH_SECONDS = 5
 _INIT_SECONDS = 30
+_FINISH_SECONDS = 30
+"""W&B would wait for ever for a server that was lost; what it has not sent stays on the disk."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,16 @@ def choose_mode() -> tuple[Mode, str]:
             return "offline", "no API key"
     except wandb.Error as error:  # A key that cannot be one.
         return "offline", str(error).splitlines()[0]
-    url = wandb.setup().settings.base_url  # With what the environment and `wandb login` say of it.
+    url = _server()
     unreachable = _unreachable(url)
     if unreachable:
         return "offline", f"{url} cannot be reached: {unreachable}"
     return "online", url
+
+
+def _server() -> str:
+    """Return the server's address, by what the environment and `wandb login` say of it."""
+    return wandb.setup().settings.base_url
 
 
 def _unreachable(url: str) -> str | None:
@@ -117,7 +124,8 @@ def track(tracking: Tracking, trial_id: str, name: str, config: dict[str, Any]) 
 def _init(tracking: Tracking, trial_id: str, name: str, config: dict[str, Any]) -> Any | None:
     if tracking.mode == "disabled":
         return None
-    tries: list[Mode] = ["online", "offline"] if tracking.mode == "online" else ["offline"]
+    online = tracking.mode == "online" and not _unreachable(_server())
+    tries: list[Mode] = ["online", "offline"] if online else ["offline"]
     for mode in tries:
         try:
             return wandb.init(
@@ -131,7 +139,11 @@ def _init(tracking: Tracking, trial_id: str, name: str, config: dict[str, Any]) 
                 dir=str(tracking.folder),
                 reinit="finish_previous",
                 settings=wandb.Settings(
-                    console="off", silent=True, init_timeout=_INIT_SECONDS, x_disable_stats=True
+                    console="off",
+                    silent=True,
+                    init_timeout=_INIT_SECONDS,
+                    finish_timeout=_FINISH_SECONDS,
+                    x_disable_stats=True,
                 ),
             )
         except Exception:

@@ -4,9 +4,7 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,11 +18,13 @@ import batchcam
 from batchcam.bundle import FILES
 from batchcam.errors import BackboneError, BundleError, ConfigError, DataError
 from studies.export import StudyError
-from studies.search import JOURNAL
+from studies.ledger import LEDGER
+from studies.proposals import JOURNAL
+from studies.recorder import ERRORS
 from studies.settings import StudySettings
 from studies.space import SearchSpace
-from studies.study import RAY_FOLDER, main, run_study
-from tests.studies.conftest import ROOT, Command, Recorded
+from studies.study import main, run_study
+from tests.studies.conftest import Command, Recorded
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -154,8 +154,7 @@ def test_output_ends_with_the_best_bundle(study: Finished, rows: list[dict[str, 
     assert study.stdout.rstrip().endswith(f"Best bundle: {study.folder / 'best' / 'knee'}")
     assert "Best of 3 trials" in study.stdout
     for row in rows:
-        # Once as it ends, once in the table.
-        assert study.stdout.count(row["trial_id"]) == 2
+        assert study.stdout.count(row["trial_id"]) == 1  # As it ends; the table has numbers.
 
 
 def test_w_and_b_went_offline_and_said_why(study: Finished) -> None:
@@ -190,7 +189,7 @@ def test_resuming_a_finished_study_exports_again_without_training(
     folder = tmp_path / "results" / "small"
     shutil.copytree(study.folder, folder, symlinks=True)
     table = (folder / "trials.csv").read_bytes()
-    results = {path: path.read_bytes() for path in folder.glob(f"{RAY_FOLDER}/*/result.json")}
+    ledger = (folder / LEDGER).read_bytes()
     runs = sorted(folder.glob("wandb/offline-run-*"))
     for gone in ("trials.csv", "pareto.json", "README.md"):
         (folder / gone).unlink()
@@ -199,47 +198,10 @@ def test_resuming_a_finished_study_exports_again_without_training(
     monkeypatch.chdir(tmp_path)
     main(["--study", "small", "--resume"])
     assert (folder / "trials.csv").read_bytes() == table
-    assert {path: path.read_bytes() for path in results} == results
+    assert (folder / LEDGER).read_bytes() == ledger
     assert sorted(folder.glob("wandb/offline-run-*")) == runs
     assert (folder / "README.md").is_file()
     assert batchcam.load(folder / "best" / "knee").metrics["study"] == "small"
-
-
-def test_killed_study_goes_on_where_it_was(
-    sweep: Command,
-    environment: dict[str, str],
-    tmp_path: Path,
-    read_csv: Callable[[Path], list[dict[str, str]]],
-) -> None:
-    words = ("--study", "killed", "--num-trials", "3", "--max-epochs", "2", *SMALL)
-    folder = tmp_path / "results" / "killed"
-    with (tmp_path / "log").open("w") as log:
-        driver = subprocess.Popen(
-            [sys.executable, ROOT / "studies" / "bcpl_sweep.py", *words],
-            cwd=tmp_path,
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            # The first trial has ended, so that there is a past to remember.
-            while "1/3" not in (tmp_path / "log").read_text():
-                assert driver.poll() is None, (tmp_path / "log").read_text()
-                time.sleep(0.1)
-        finally:
-            driver.send_signal(signal.SIGKILL)
-            driver.wait(timeout=30)
-
-    done = sweep("--study", "killed", "--resume", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = read_csv(folder / "trials.csv")
-    assert len({row["trial_id"] for row in rows}) == 3
-    assert {row["state"] for row in rows} <= {"completed", "stopped"}
-    for row in rows:  # Nothing was reported twice, and nothing is missing.
-        lines = (folder / RAY_FOLDER / row["trial_id"] / "result.json").read_text().splitlines()
-        epochs = [json.loads(line)["epoch"] for line in lines]
-        assert epochs == list(range(1, int(row["epoch"]) + 1))
-    assert batchcam.load(folder / "best" / "knee").metrics["study"] == "killed"
 
 
 def test_resuming_a_study_that_is_not_there_is_refused(
@@ -375,7 +337,7 @@ def test_study_in_which_every_trial_fails_says_why_and_what_to_do(
     (row,) = read_csv(settings.folder / "trials.csv")
     assert row["state"] == "failed"
     assert "lower learning_rate" in row["error"]
-    error_file = settings.folder / RAY_FOLDER / row["trial_id"] / "error.txt"
+    error_file = f"{ERRORS}/{row['trial_id']}.txt"
     assert f"1/1  {row['trial_id']}  failed; see {error_file}" in capsys.readouterr().out
-    assert error_file.is_file()
+    assert "DivergedError" in (settings.folder / error_file).read_text()
     assert not (settings.folder / "best").exists()
