@@ -3,14 +3,17 @@
 import csv
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import ray
 import torch
@@ -119,6 +122,65 @@ def free_port() -> Callable[[], int]:
             return int(probe.getsockname()[1])
 
     return choose
+
+
+class PostgreSQL:
+    """A server of Debian's package, which starts and stops as often as it is told."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        (self._bin,) = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1:]
+        self._folder = folder
+        self._port = port
+        self._databases = 0
+        # It refuses to run as root.
+        self._user = "postgres" if os.geteuid() == 0 else None
+        if self._user:
+            shutil.chown(folder, self._user, self._user)
+        options = "--auth=trust --username=me --no-sync --locale=C --encoding=UTF8"
+        self._run("initdb", *options.split())
+
+    def start(self) -> None:
+        options = f"-p {self._port} -k {self._folder} -h 127.0.0.1 -F"
+        self._run("pg_ctl", "start", "-w", "-o", options, "-l", str(self._folder / "log"))
+
+    def stop(self) -> None:
+        """Stop as if the machine had lost its power."""
+        self._run("pg_ctl", "stop", "-w", "-m", "immediate")
+
+    def address(self, database: str) -> str:
+        return f"postgresql+psycopg://me:secret@127.0.0.1:{self._port}/{database}"
+
+    def new_database(self) -> str:
+        """Make an empty database, and return its address."""
+        self._databases += 1
+        name = f"database{self._databases}"
+        address = self.address("postgres").replace("+psycopg", "")
+        with psycopg.connect(address, autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}".encode())
+        return self.address(name)
+
+    def _run(self, tool: str, *words: str) -> None:
+        subprocess.run(
+            [self._bin / tool, "-D", self._folder / "data", *words],
+            user=self._user,
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            check=True,
+            timeout=60,
+        )
+
+
+@pytest.fixture(scope="session")
+def postgresql(free_port: Callable[[], int]) -> Iterator[PostgreSQL]:
+    if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
+        pytest.skip("PostgreSQL is not installed; on Debian: apt-get install postgresql")
+    # Not below pytest's folder, which its user may not enter.
+    with tempfile.TemporaryDirectory(prefix="postgresql-") as folder:
+        server = PostgreSQL(Path(folder), free_port())
+        server.start()
+        yield server
+        server.stop()
 
 
 @pytest.fixture(scope="module")
