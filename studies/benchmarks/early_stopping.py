@@ -485,7 +485,7 @@ def draw(compared: Mapping[str, Mapping[str, Sequence[Race]]], path: Path) -> No
             ylim=(max(0.0, bottom), 1 + 0.03 * (1 - max(0.0, bottom))),
         )
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axis.set_major_formatter(PercentFormatter(1.0))
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("hypervolume, of random search's last")
     figure.axes[-1].legend(frameon=False, loc="lower right")
