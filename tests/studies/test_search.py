@@ -302,7 +302,7 @@ def test_report_that_comes_again_changes_nothing(
 def test_bridge_that_ray_pickles_says_nothing_of_the_storage(make: Make, tmp_path: Path) -> None:
     bridge = make()
     suggest(bridge, "a")
-    pickled = cloudpickle.dumps(bridge)
+    pickled = cloudpickle.dumps(bridge)  # type: ignore[no-untyped-call]
     for word in (b"secret", b"me:", b"postgresql", b"sqlite", bytes(tmp_path)):
         assert word not in pickled
     bridge.save(str(tmp_path / "saved"))
