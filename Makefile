@@ -1,5 +1,6 @@
 # make sweep   a real sweep on the embedded data set, on this machine
 # make test    the tests
+# make faults  the tests that kill and break what a study stands on: minutes more
 # make lint    style, types, and the one-way imports
 # make lock    constraints.txt anew, from the newest versions that pyproject.toml allows
 PYTHON ?= python3
@@ -9,7 +10,7 @@ SWEEP ?=
 
 export WANDB_MODE ?= offline
 
-.PHONY: env sweep test lint lock
+.PHONY: env sweep test faults lint lock
 
 env: $(VENV)/.installed
 
@@ -25,7 +26,11 @@ sweep: env
 	$(BIN)/python studies/bcpl_sweep.py $(SWEEP)
 
 test: env
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/pytest -m "not faults" --numprocesses 2 --dist loadgroup \
+	  --cov --cov-report=term --cov-fail-under=90
+
+faults: env
+	$(BIN)/pytest -m faults
 
 lint: env
 	$(BIN)/ruff check .

@@ -8,7 +8,8 @@ real studies, and the trials without a model that its tests and benchmarks are m
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,13 @@ _DRIVER_ENVIRONMENT = {
     # Its advice to restore from its state.
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
 }
+
+_KEYS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SECURITY_TOKEN",
+    "AWS_SESSION_TOKEN",
+)
 
 # A reused actor is reset only once its last trial's thread has ended, and that thread may have a
 # W&B run to finish.
@@ -124,7 +132,7 @@ def run_search(
     )
     recover(ledger, bridge, scheduler, search.max_epochs)
     ended = sum(trial.state is not None for trial in ledger.trials)
-    with tempfile.TemporaryDirectory(prefix="batchcam-ray-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="batchcam-ray-") as scratch, _hidden_keys():
         tune.Tuner(
             tune.with_resources(
                 trainable, lambda params: resources.enlarged(params[SHARE]).as_ray()
@@ -148,6 +156,19 @@ def run_search(
             ),
         ).fit()
     return ledger
+
+
+@contextmanager
+def _hidden_keys() -> Iterator[None]:
+    """Keep the keys of object stores from Ray, which would write them to the logs of every node.
+
+    Trials have them from the environment that their node was started with.
+    """
+    hidden = {name: os.environ.pop(name) for name in _KEYS if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def trial_id(key: str, number: int) -> str:
