@@ -108,16 +108,7 @@ class OptunaBridge(Searcher):
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """Record the first objective of an epoch as an intermediate value."""
-        value, number = result.get(self._objectives[0]), self._live[trial_id]
-        if value is None or result.get(OUT_OF_MEMORY):
-            return
-        patiently(
-            lambda: self._storage.set_trial_intermediate_value(
-                self._optuna_id(number), int(result["epoch"]), float(value)
-            ),
-            _WHAT,
-            STORAGE_ERRORS,
-        )
+        self._report(self._live[trial_id], result)
 
     def on_trial_complete(
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
@@ -128,16 +119,12 @@ class OptunaBridge(Searcher):
         if result.get(OUT_OF_MEMORY) and self._enlarge(number) is not None:
             self._again.append(number)
             return
-        if not error and "epoch" in result:
-            # Ray does not pass the report at which a trial is stopped.
-            self._live[trial_id] = number
-            self.on_trial_result(trial_id, result)
-            del self._live[trial_id]
         self.tell(number, result, error)
 
     def tell(self, number: int, metrics: Mapping[str, Any], error: bool = False) -> State:
         """Tell Optuna the end of a trial with its last metrics; return how it ended.
 
+        The metrics are recorded as a report: Ray passes none of that at which a trial is stopped.
         Telling it again changes nothing.
         """
         ended = how_ended(metrics, self._objectives, self._max_epochs, error)
@@ -156,8 +143,22 @@ class OptunaBridge(Searcher):
             self._study.tell(trial, values, state=_IN_OPTUNA[ended], skip_if_finished=True)
 
         if not self.is_told(number):
+            if not error:
+                self._report(number, metrics)
             patiently(tell, _WHAT, STORAGE_ERRORS)
         return ended
+
+    def _report(self, number: int, metrics: Mapping[str, Any]) -> None:
+        value = metrics.get(self._objectives[0])
+        if value is None or "epoch" not in metrics or metrics.get(OUT_OF_MEMORY):
+            return
+        patiently(
+            lambda: self._storage.set_trial_intermediate_value(
+                self._optuna_id(number), int(metrics["epoch"]), float(value)
+            ),
+            _WHAT,
+            STORAGE_ERRORS,
+        )
 
     def is_told(self, number: int) -> bool:
         """Return whether a trial has ended, as Optuna knows it."""

@@ -21,7 +21,7 @@ from studies.trial import OUT_OF_MEMORY, SHARE
 MIN_EPOCHS = 2
 EPOCHS = 5
 TRIALS = 6
-OBJECTIVES = ("val_accuracy", "cam_ssim")
+BOTH = ("val_accuracy", "cam_ssim")
 
 IN_OPTUNA = {
     "completed": TrialState.COMPLETE,
@@ -40,27 +40,35 @@ class Driver:
 
     Args:
         folder: of the study.
+        objectives: of the study.
+        num_trials: of the study.
         fails: numbers of trials that fail in their second epoch.
         large: numbers of trials that need twice the memory from their second epoch on.
     """
 
     def __init__(
-        self, folder: Path, fails: frozenset[int] = frozenset(), large: frozenset[int] = frozenset()
+        self,
+        folder: Path,
+        objectives: tuple[str, ...] = BOTH,
+        num_trials: int = TRIALS,
+        fails: frozenset[int] = frozenset(),
+        large: frozenset[int] = frozenset(),
     ) -> None:
         self.ledger = Ledger(folder / "ledger.jsonl")
-        self.study, storage = open_proposals(folder, "s", 2, ReproducibleTPE(0))
+        self.study, storage = open_proposals(folder, "s", len(objectives), ReproducibleTPE(0))
         enqueue(self.study, [{"x": 0.5, "y": 0.5}])
-        self.scheduler = ParetoASHA(objectives=OBJECTIVES, min_epochs=MIN_EPOCHS, max_epochs=EPOCHS)
+        self.scheduler = ParetoASHA(objectives=BOTH, min_epochs=MIN_EPOCHS, max_epochs=EPOCHS)
         self.bridge = OptunaBridge(
             self.study,
             storage,
             self._configure,
-            objectives=OBJECTIVES,
+            objectives=objectives,
             max_epochs=EPOCHS,
-            num_trials=TRIALS,
+            num_trials=num_trials,
             enlarge=self._enlarge,
         )
         self.suggested: list[int] = []
+        self._objectives = objectives
         self._fails = fails
         self._large = large
 
@@ -107,7 +115,7 @@ class Driver:
                 break
             yield
         self.bridge.on_trial_complete(name, result)
-        ledger.end(number, how_ended(result, OBJECTIVES, EPOCHS, error=False))
+        ledger.end(number, how_ended(result, self._objectives, EPOCHS, error=False))
 
     def _judge(self, number: int, result: dict[str, Any]) -> bool:
         trial: Any = SimpleNamespace(config={"number": number})
@@ -150,6 +158,13 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def outcome(driver: Driver) -> list[tuple[Any, ...]]:
     return [(t.number, t.params, t.reports, t.state, t.share) for t in driver.ledger.trials]
+
+
+def in_optuna(driver: Driver) -> list[tuple[Any, ...]]:
+    return [
+        (t.state, t.params, t.values, t.intermediate_values, t.constraints)
+        for t in driver.study.trials
+    ]
 
 
 def check_agreement(driver: Driver) -> list[FrozenTrial]:
@@ -202,21 +217,29 @@ def resume(folder: Path, slots: int, **options: Any) -> Driver:
     return driver
 
 
+@pytest.mark.parametrize(
+    ("objectives", "num_trials"),
+    # The larger study is beyond the ten random trials that TPE starts with.
+    [(BOTH, TRIALS), (BOTH[:1], 13)],
+    ids=["both", "one"],
+)
 def test_study_cut_after_any_write_ends_as_one_that_was_not(
-    tmp_path: Path, writes: SimpleNamespace
+    objectives: tuple[str, ...], num_trials: int, tmp_path: Path, writes: SimpleNamespace
 ) -> None:
+    options: dict[str, Any] = {"slots": 1, "objectives": objectives, "num_trials": num_trials}
     (tmp_path / "whole").mkdir()
-    whole = resume(tmp_path / "whole", slots=1)
+    whole = resume(tmp_path / "whole", **options)
     count = writes.count
     states = Counter(trial.state for trial in whole.ledger.trials)
     assert states["completed"] >= 1
     assert states["stopped"] >= 2
     for after in range(1, count + 1):
         folder = tmp_path / str(after)
-        assert kill(folder, writes, after, slots=1)
-        cut = resume(folder, slots=1)
+        assert kill(folder, writes, after, **options)
+        cut = resume(folder, **options)
         assert outcome(cut) == outcome(whole), after
         assert list(cut.ledger.reports) == list(whole.ledger.reports)
+        assert in_optuna(cut) == in_optuna(whole), after
 
 
 def test_resuming_what_has_ended_does_nothing(tmp_path: Path, writes: SimpleNamespace) -> None:
@@ -300,7 +323,7 @@ def test_trial_that_was_to_be_stopped_when_the_driver_died_is_stopped(
         config = driver.bridge.suggest(name)
         assert isinstance(config, dict)
         driver.ledger.propose({key: value for key, value in config.items() if key != SHARE})
-        report = {"epoch": MIN_EPOCHS, **dict(zip(OBJECTIVES, metrics, strict=True))}
+        report = {"epoch": MIN_EPOCHS, **dict(zip(BOTH, metrics, strict=True))}
         going_on = driver._judge(config["number"], report)
         driver.ledger.report(config["number"], report)
         assert going_on == (name == "a")
@@ -308,7 +331,7 @@ def test_trial_that_was_to_be_stopped_when_the_driver_died_is_stopped(
     again.recover()
     assert [trial.number for trial in check_agreement(again)] == [0]
     assert [trial.state for trial in again.ledger.trials] == [None, "stopped", "stopped"]
-    assert again.study.trials[2].intermediate_values == {}
+    assert again.study.trials[2].intermediate_values == {MIN_EPOCHS: 0.1}
 
 
 def test_trial_whose_last_report_is_there_has_ended(
@@ -326,7 +349,7 @@ def test_trial_whose_last_report_is_there_has_ended(
     assert check_agreement(again) == []
     assert again.ledger.trials[0].state == "completed"
     values = curve(config["x"], config["y"], EPOCHS)
-    assert again.study.trials[0].values == [values[name] for name in OBJECTIVES]
+    assert again.study.trials[0].values == [values[name] for name in BOTH]
 
 
 def test_number_that_was_none_is_a_failure_and_is_tried_once_more(
