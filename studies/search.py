@@ -81,7 +81,7 @@ class OptunaBridge(Searcher):
         self._max_epochs = max_epochs
         self._enlarge = enlarge
         self._live: dict[str, int] = {}
-        known = self._trials()
+        known = patiently(lambda: study.get_trials(deepcopy=False), _WHAT, STORAGE_ERRORS)
         self.num_trials = num_trials + sum(_RETRY_OF in trial.user_attrs for trial in known)
         self._asked = {trial.number for trial in known if trial.state != TrialState.WAITING}
         self._again = deque(t.number for t in known if t.state == TrialState.RUNNING)
@@ -168,14 +168,15 @@ class OptunaBridge(Searcher):
         """Propose a trial that failed once more, as another trial; once, however often told."""
 
         def is_proposed() -> bool:
-            return any(trial.user_attrs.get(_RETRY_OF) == number for trial in self._trials())
+            trials = self._study.get_trials(deepcopy=False)
+            return any(trial.user_attrs.get(_RETRY_OF) == number for trial in trials)
 
         def propose() -> None:
             if not is_proposed():  # A try that seemed to fail may have proposed it all the same.
-                params = self._frozen(number).params
+                params = self._storage.get_trial(self._optuna_id(number)).params
                 self._study.enqueue_trial(params, user_attrs={_RETRY_OF: number})
 
-        if not is_proposed():
+        if not patiently(is_proposed, _WHAT, STORAGE_ERRORS):
             patiently(propose, _WHAT, STORAGE_ERRORS)
             self.num_trials += 1
 
@@ -190,19 +191,13 @@ class OptunaBridge(Searcher):
             nonlocal tries
             tries += 1
             # A try that seemed to fail may have made a trial all the same.
-            for trial in self._trials(TrialState.RUNNING) if tries > 1 else ():
-                if trial.number not in self._asked:
-                    return self._open(trial.number)
+            if tries > 1:
+                for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                    if trial.number not in self._asked:
+                        return self._open(trial.number)
             return self._study.ask()
 
         return patiently(ask, _WHAT, STORAGE_ERRORS)
-
-    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        return patiently(
-            lambda: self._study.get_trials(deepcopy=False, states=states or None),
-            _WHAT,
-            STORAGE_ERRORS,
-        )
 
     def _frozen(self, number: int) -> FrozenTrial:
         return patiently(
