@@ -8,6 +8,7 @@ real studies, and the trials without a model that its tests and benchmarks are m
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from studies.progress import TrialLines
 from studies.proposals import ReproducibleTPE, open_proposals
 from studies.recorder import Recorder
 from studies.recovery import recover
-from studies.resources import TrialResources
+from studies.resources import TrialResources, slots
 from studies.scheduler import ParetoASHA
 from studies.search import OptunaBridge, Space, enqueue
 from studies.trial import RESUMES_AT, SHARE
@@ -34,6 +35,9 @@ _DRIVER_ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
     # Ray's newer output cannot be silenced; `studies.progress` says what there is to say.
     "RAY_AIR_NEW_OUTPUT": "0",
+    # Trials whose processes may start at the same time: as many as the bridge gives. Ray's default
+    # of one would start slot after slot, and never the second where trials are short.
+    "TUNE_MAX_PENDING_TRIALS_PG": "100000",
     # The ledger has the results; Ray would write each of them three times more.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # Its advice to restore from its state.
@@ -90,7 +94,6 @@ def run_search(
         ConfigError: the ledger is damaged, or the storage's address is wrong.
         StorageLostError: the ledger or Optuna's storage could not be written for a long time.
     """
-    os.environ.update(_DRIVER_ENVIRONMENT)
     # It misses the files that Ray was told not to write.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     ledger = Ledger(folder / LEDGER)
@@ -128,11 +131,12 @@ def run_search(
         objectives=search.objectives,
         max_epochs=search.max_epochs,
         num_trials=search.num_trials,
+        max_live=_recent(lambda: slots(resources) + 1, seconds=2),
         enlarge=enlarge,
     )
     recover(ledger, bridge, scheduler, search.max_epochs)
     ended = sum(trial.state is not None for trial in ledger.trials)
-    with tempfile.TemporaryDirectory(prefix="batchcam-ray-") as scratch, _hidden_keys():
+    with tempfile.TemporaryDirectory(prefix="batchcam-ray-") as scratch, _environment():
         tune.Tuner(
             tune.with_resources(
                 trainable, lambda params: resources.enlarged(params[SHARE]).as_ray()
@@ -159,16 +163,34 @@ def run_search(
 
 
 @contextmanager
-def _hidden_keys() -> Iterator[None]:
-    """Keep the keys of object stores from Ray, which would write them to the logs of every node.
+def _environment() -> Iterator[None]:
+    """Set what Ray reads from the environment, and keep the keys of object stores from it.
 
-    Trials have them from the environment that their node was started with.
+    Ray would hand these to trials, and write them to its logs on every node; trials have them from
+    the environment that their node was started with.
     """
-    hidden = {name: os.environ.pop(name) for name in _KEYS if name in os.environ}
+    before = dict(os.environ)
+    os.environ.update(_DRIVER_ENVIRONMENT)
+    for name in _KEYS:
+        os.environ.pop(name, None)
     try:
         yield
     finally:
-        os.environ.update(hidden)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _recent(function: Callable[[], int], seconds: float) -> Callable[[], int]:
+    """Return a function that calls another one at most once in so many seconds."""
+    value, due = 0, 0.0
+
+    def recall() -> int:
+        nonlocal value, due
+        if time.monotonic() >= due:
+            value, due = function(), time.monotonic() + seconds
+        return value
+
+    return recall
 
 
 def trial_id(key: str, number: int) -> str:

@@ -1,6 +1,5 @@
 """What a study will cost, from what its kinds of trials were measured to cost; `--dry-run`."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from rich.table import Table
 from batchcam.config import TrialConfig
 from batchcam.train import Inputs
 from studies.probe import Probe
-from studies.resources import TrialResources, alive_nodes
+from studies.resources import TrialResources
 from studies.settings import StudySettings
 from studies.space import Strides, suggest
 from studies.trial import trial_config
@@ -76,18 +75,6 @@ def forecast(
         hours(fewest),
         max((each.peak_bytes for each in measured), default=0),
     )
-
-
-def slots(resources: TrialResources) -> int:
-    """Return how many trials the joined cluster runs at a time."""
-    nodes = alive_nodes()
-
-    def fit(node: dict[str, float]) -> int:
-        by_cpu = node.get("CPU", 0.0) / resources.cpus
-        by_gpu = node.get("GPU", 0.0) / resources.gpus if resources.gpus else math.inf
-        return int(min(by_cpu, by_gpu) + 1e-9)
-
-    return max(1, sum(fit(node) for node in nodes))
 
 
 def print_forecast(

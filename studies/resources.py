@@ -86,6 +86,17 @@ def choose_resources(
     return TrialResources(cpus, gpus, max(node.get("CPU", 0.0) for node in nodes))
 
 
+def slots(resources: TrialResources) -> int:
+    """Return how many trials the joined cluster runs at a time."""
+
+    def fit(node: dict[str, float]) -> int:
+        by_cpu = node.get("CPU", 0.0) / resources.cpus
+        by_gpu = node.get("GPU", 0.0) / resources.gpus if resources.gpus else math.inf
+        return int(min(by_cpu, by_gpu) + 1e-9)
+
+    return max(1, sum(fit(node) for node in alive_nodes()))
+
+
 def cluster_device() -> str:
     """Return "cuda" where the joined cluster has GPUs, else "cpu"."""
     return "cuda" if any(node.get("GPU", 0.0) for node in alive_nodes()) else "cpu"

@@ -7,6 +7,7 @@ RUNNING is running or is to go on when the study is resumed.
 """
 
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -57,6 +58,8 @@ class OptunaBridge(Searcher):
         max_epochs: epochs of a trial that is not stopped early.
         num_trials: how many to propose in all, those of earlier runs included, but not what was
             proposed again after it failed.
+        max_live: returns how many trials may be proposed and not ended at a time. One more than the
+            cluster runs keeps it busy; further ones would be proposed knowing less.
         enlarge: called with the number of a trial that ran out of memory; returns what it asks for
             next, as a multiple of the usual resources, or None to let it fail.
     """
@@ -70,6 +73,7 @@ class OptunaBridge(Searcher):
         objectives: Sequence[str],
         max_epochs: int,
         num_trials: int,
+        max_live: Callable[[], int] = lambda: sys.maxsize,
         enlarge: Callable[[int], int | None] = lambda _: None,
     ) -> None:
         super().__init__()
@@ -79,6 +83,7 @@ class OptunaBridge(Searcher):
         self._space = space
         self._objectives = tuple(objectives)
         self._max_epochs = max_epochs
+        self._max_live = max_live
         self._enlarge = enlarge
         self._live: dict[str, int] = {}
         known = patiently(lambda: study.get_trials(deepcopy=False), _WHAT, STORAGE_ERRORS)
@@ -98,6 +103,8 @@ class OptunaBridge(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """Return the configuration of the next trial, None for "later", or FINISHED."""
+        if self._live and len(self._live) >= self._max_live():
+            return None
         trial = self._next()
         if trial is None:
             return None if self._live else Searcher.FINISHED

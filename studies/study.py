@@ -21,13 +21,13 @@ from batchcam.train import Inputs, prepare
 from studies import export, summary
 from studies.confirm import Confirmed, best_of_front, confirm
 from studies.engine import WORKER_ENVIRONMENT, Search, run_search
-from studies.forecast import forecast, print_forecast, sample_configs, slots
+from studies.forecast import forecast, print_forecast, sample_configs
 from studies.ledger import Ledger
 from studies.patience import StorageLostError
 from studies.probe import Probe, kinds, probe_all
 from studies.progress import console
 from studies.recorder import ERRORS
-from studies.resources import choose_resources, cluster_device
+from studies.resources import choose_resources, cluster_device, slots
 from studies.settings import SETTINGS_FILE, StudySettings
 from studies.space import Strides, feasible_strides, first_points, point_of, suggest
 from studies.tracking import Tracking, choose_mode

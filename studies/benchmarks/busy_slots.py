@@ -1,0 +1,142 @@
+"""How busy a study keeps its slots, and how many short trials it ends in a minute.
+
+python -m studies.benchmarks.busy_slots --out results/busy_slots
+
+Real trials of SimpleCNN on digits, run by the study engine with checkpoints and W&B (offline), and
+the same training in a plain Ray function trainable with Ray's default settings: one after the other
+in one process, on one local Ray.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+import ray
+import tyro
+from ray import tune
+
+from batchcam.config import TrialConfig
+from batchcam.provenance import command_line, git_commit, package_versions
+from batchcam.train import Inputs, fit, prepare
+from studies.engine import WORKER_ENVIRONMENT, Search, run_search
+from studies.ledger import Ledger
+from studies.resources import TrialResources
+from studies.tracking import Tracking
+from studies.trial import TrialSettings, run_trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class BusySlots:
+    """Measure how busy slots are, and the trials per minute beside plain Ray."""
+
+    out: Path
+    """Folder for measured.json."""
+    trials: int = 32
+    """Trials of each measurement."""
+    seconds: float = 10.0
+    """How long a trial of the first measurement is to train, about."""
+    slots: int = 2
+    """Trials at a time: the CPUs of the local Ray."""
+    seed: int = 0
+    """Of every trial."""
+
+
+def main(settings: BusySlots) -> None:
+    """Measure, and write what was measured."""
+    os.environ["WANDB_MODE"] = "offline"
+    base = TrialConfig(resolution=14, epochs=1, device="cpu", seed=settings.seed)
+    inputs = prepare(base)
+    ray.init(
+        address="local",
+        num_cpus=settings.slots,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": WORKER_ENVIRONMENT},
+    )
+    try:
+        short, short_wall = by_engine(settings, base, inputs)
+        epoch = sum(sum(report["seconds"] for report in t.reports) for t in short.trials)
+        epochs = max(1, round(settings.seconds / (epoch / settings.trials)))
+        plain_wall = by_plain_ray(settings, base)
+        long, wall = by_engine(settings, TrialConfig(**{**vars(base), "epochs": epochs}), inputs)
+    finally:
+        ray.shutdown()
+    trained = sum(sum(report["seconds"] for report in t.reports) for t in long.trials)
+    measured = {
+        "busy": trained / (settings.slots * wall),
+        "trial_seconds": trained / settings.trials,
+        "epochs": epochs,
+        "wall_seconds": wall,
+        "short_trial_seconds": epoch / settings.trials,
+        "trials_per_minute": 60 * settings.trials / short_wall,
+        "plain_trials_per_minute": 60 * settings.trials / plain_wall,
+        "ratio": plain_wall / short_wall,
+        "trials": settings.trials,
+        "slots": settings.slots,
+        "seed": settings.seed,
+        "git_commit": git_commit(),
+        "versions": package_versions("ray", "optuna", "wandb"),
+        "command": command_line(),
+    }
+    settings.out.mkdir(parents=True, exist_ok=True)
+    (settings.out / "measured.json").write_text(json.dumps(measured, indent=2) + "\n")
+    print(json.dumps(measured, indent=2))
+
+
+def by_engine(settings: BusySlots, base: TrialConfig, inputs: Inputs) -> tuple[Ledger, float]:
+    """Run trials as a study does, none stopped early; return the ledger and the wall time."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        resources = TrialResources(1, 0, 1)
+        tracking = Tracking("batchcam", "busy", folder, "offline")
+        trial_settings = TrialSettings(base, resources, str(folder / "checkpoints"), tracking)
+        trainable = tune.with_parameters(run_trial, settings=trial_settings, inputs=inputs)
+        search = Search(
+            name="busy",
+            key=f"busy{base.epochs}",
+            space=space,
+            objectives=("val_accuracy", "cam_ssim"),
+            min_epochs=base.epochs,
+            max_epochs=base.epochs,
+            num_trials=settings.trials,
+            seed=settings.seed,
+        )
+        began = time.perf_counter()
+        ledger = run_search(search, folder, trainable, resources)
+        return ledger, time.perf_counter() - began
+
+
+def by_plain_ray(settings: BusySlots, base: TrialConfig) -> float:
+    """Run the same trials as Ray's manual shows it; return the wall time."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tuner = tune.Tuner(
+            partial(plain_trial, base=base.as_dict()),
+            param_space={"learning_rate": tune.loguniform(1e-3, 5e-3)},
+            tune_config=tune.TuneConfig(num_samples=settings.trials),
+            run_config=tune.RunConfig(storage_path=scratch, verbose=0),
+        )
+        began = time.perf_counter()
+        tuner.fit()
+        return time.perf_counter() - began
+
+
+def plain_trial(params: dict[str, Any], base: Mapping[str, Any]) -> None:
+    """Train, and report each epoch."""
+    config = TrialConfig(**{**base, **params})
+    fit(config, lambda report: tune.report(dict(report.metrics)))
+
+
+def space(trial: optuna.Trial) -> dict[str, Any]:
+    """Draw a learning rate: the cost of a trial is the same for all."""
+    return {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 5e-3, log=True)}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BusySlots))
