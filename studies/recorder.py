@@ -39,10 +39,7 @@ class Recorder(tune.Callback):
     ) -> None:
         """Record what the trial is to be."""
         del iteration, trials, info
-        decided = {
-            name: value for name, value in trial.config.items() if name not in (SHARE, RESUMES_AT)
-        }
-        self._ledger.propose(decided)
+        self._propose(trial)
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -63,7 +60,7 @@ class Recorder(tune.Callback):
             ended = how_ended(last, self._objectives, self._max_epochs, error=False)
             error = None if ended != "failed" else "an objective was not reported as a number"
             self._ledger.end(number, ended, error)
-        elif self._ledger.trials[number].share == trial.config[SHARE]:
+        elif (history := self._ledger.get(number)) and history.share == trial.config[SHARE]:
             self._ledger.end(number, "failed", "out of memory, with all that a node has")
 
     def on_trial_error(
@@ -71,9 +68,16 @@ class Recorder(tune.Callback):
     ) -> None:
         """Record that a trial failed for good, and keep its error."""
         del iteration, trials, info
+        self._propose(trial)  # One whose process did not come up was never started.
         text = Path(trial.error_file).read_text() if trial.error_file else "unknown error\n"
         folder = self._folder / ERRORS
         folder.mkdir(exist_ok=True)
         (folder / f"{trial.config['trial_id']}.txt").write_text(text, encoding="utf-8")
         lines = text.strip().splitlines()
         self._ledger.end(trial.config["number"], "failed", lines[-1] if lines else "unknown error")
+
+    def _propose(self, trial: Trial) -> None:
+        decided = {
+            name: value for name, value in trial.config.items() if name not in (SHARE, RESUMES_AT)
+        }
+        self._ledger.propose(decided)
