@@ -112,7 +112,8 @@ def run_search(
         }
 
     def enlarge(number: int) -> int | None:
-        share = 2 * ledger.trials[number].share
+        history = ledger.get(number)  # Not by its place: a later trial may have started first.
+        share = 2 * (history.share if history else 1)
         if resources.enlarged(share) == resources.enlarged(share // 2):
             return None
         ledger.enlarge(number, share)
