@@ -217,6 +217,15 @@ def test_more_is_to_come_while_trials_run_and_nothing_after(make: Make) -> None:
     assert suggest(make(num_trials=3), "d")["number"] == 2
 
 
+def test_no_more_is_proposed_than_may_live(make: Make) -> None:
+    bridge = make(num_trials=3, max_live=lambda: 2)
+    first = suggest(bridge, "a")
+    suggest(bridge, "b")
+    assert bridge.suggest("c") is None
+    bridge.on_trial_complete("a", curve(first["x"], first["y"], EPOCHS))
+    assert suggest(bridge, "c")["number"] == 2
+
+
 def test_trial_without_enough_memory_is_proposed_again_until_there_is_no_more(
     make: Make, trials: Callable[[], list[FrozenTrial]]
 ) -> None:
