@@ -86,9 +86,15 @@ class Search:
 
 
 def run_search(
-    search: Search, folder: Path, trainable: Trainable, resources: TrialResources
+    search: Search,
+    folder: Path,
+    trainable: Trainable,
+    resources: TrialResources,
+    callbacks: Sequence[tune.Callback] = (),
 ) -> Ledger:
     """Run a search to its end, going on with what `folder` holds of it; return its ledger.
+
+    `callbacks` hear of each event after it is recorded.
 
     Raises:
         ConfigError: the ledger is damaged, or the storage's address is wrong.
@@ -156,6 +162,7 @@ def run_search(
                 callbacks=[
                     Recorder(ledger, folder, search.objectives, search.max_epochs),
                     TrialLines(bridge.num_trials, ended),
+                    *callbacks,
                 ],
                 verbose=0,
             ),
