@@ -218,3 +218,15 @@ def test_draws_of_one_trial_are_independent() -> None:
     drawn = [trial.suggest_float(f"x{index}", 0.0, 1.0) for index in range(20)]
     assert len(set(drawn)) == 20
     assert min(drawn) < 0.3 < 0.7 < max(drawn)
+
+
+def test_sampler_is_told_of_the_best_and_the_latest_and_of_what_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(proposals, "_KNOWN", 4)
+    study = optuna.create_study(directions=["maximize", "maximize"])
+    for value in (9.0, 1.0, 2.0, 8.0, 3.0, 4.0, 5.0):
+        study.tell(study.ask(), [value, value])
+    running = study.ask()
+    known = [trial.number for trial in proposals._worth_knowing(study)]
+    assert known == [0, 3, 5, 6, running.number]
