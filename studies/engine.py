@@ -40,8 +40,9 @@ _DRIVER_ENVIRONMENT = {
     "TUNE_MAX_PENDING_TRIALS_PG": "100000",
     # The ledger has the results; Ray would write each of them three times more.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    # Its advice to restore from its state.
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    # Its handler would end the search as if it were done, and advise to restore from its state.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 
 _KEYS = (

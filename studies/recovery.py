@@ -31,5 +31,5 @@ def recover(ledger: Ledger, bridge: OptunaBridge, scheduler: ParetoASHA, max_epo
             ledger.end(trial.number, "failed", "the driver died as this trial failed")
         elif trial.state is not None:
             bridge.tell(trial.number, last, error=trial.state == "failed")
-        if trial.state == "failed":
-            bridge.retry(trial.number)
+    for number in bridge.failed():
+        bridge.retry(number)

@@ -171,6 +171,15 @@ class OptunaBridge(Searcher):
         """Return whether a trial has ended, as Optuna knows it."""
         return self._frozen(number).state.is_finished()
 
+    def failed(self) -> list[int]:
+        """Return the numbers of the trials that failed, as Optuna knows them."""
+        trials = patiently(
+            lambda: self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,)),
+            _WHAT,
+            STORAGE_ERRORS,
+        )
+        return [trial.number for trial in trials]
+
     def retry(self, number: int) -> None:
         """Propose a trial that failed once more, as another trial; once, however often told."""
 

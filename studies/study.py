@@ -19,6 +19,7 @@ from batchcam.errors import BatchCamError, ConfigError
 from batchcam.models import create_model, feature_grid
 from batchcam.train import Inputs, prepare
 from studies import export, summary
+from studies.checkpoints import check_storage
 from studies.confirm import Confirmed, best_of_front, confirm
 from studies.engine import WORKER_ENVIRONMENT, Search, run_search
 from studies.forecast import forecast, print_forecast, sample_configs
@@ -38,9 +39,14 @@ _REACH_SECONDS = 10
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a study from a command line, and exit with 2 where the user can mend what went wrong."""
+    name = None
     try:
         settings = tyro.cli(StudySettings, args=argv).named()
+        name = settings.study
         run_study(settings)
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with --study {name} --resume", file=sys.stderr)
+        sys.exit(130)
     except (BatchCamError, StorageLostError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -59,6 +65,8 @@ def run_study(settings: StudySettings) -> Path:
         _check_new(settings)
         if not settings.dry_run:
             check_writable(settings.folder)
+            if settings.storage is not None:
+                check_storage(settings.checkpoints)
         settings = settings.begun()
     inputs = prepare(settings.base_config())
     strides = feasible_strides(settings.space, inputs.data.channels)
@@ -66,6 +74,7 @@ def run_study(settings: StudySettings) -> Path:
     if settings.pretrained:  # Better no study than one whose every trial fails.
         for backbone in settings.space.backbones:
             create_model(backbone, pretrained=True)
+    search = _search(settings, strides)
     mode, why = choose_mode()
 
     _connect(settings.address)
@@ -93,7 +102,6 @@ def run_study(settings: StudySettings) -> Path:
         )
         # with_parameters puts the inputs into the object store once; trials map them from there.
         trainable = tune.with_parameters(run_trial, settings=trial_settings, inputs=inputs)
-        search = _search(settings, strides)
         ledger = run_search(search, settings.folder, trainable, resources)
         records, front = _write_tables(settings, ledger)
         chosen = export.choose(records, front, settings.objectives)

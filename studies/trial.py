@@ -5,9 +5,9 @@ it. So it goes on from them however it was cut: by Ray, with its node, or with t
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from ray import tune
@@ -40,6 +40,8 @@ RESUMES_AT = "resumes_at"
 """In a trial's parameters: the last epoch that the ledger has a report of."""
 OUT_OF_MEMORY = "out_of_memory"
 """A trial that reports this is started again with twice the resources."""
+
+T = TypeVar("T")
 
 _FIELDS = {field.name for field in fields(TrialConfig)}
 
@@ -87,16 +89,18 @@ def run_trial(params: dict[str, Any], *, settings: TrialSettings, inputs: Inputs
     """
     torch.set_num_threads(settings.resources.enlarged(params[SHARE]).threads)
     config = trial_config(settings.base, params)
-    checkpoints = Checkpoints(f"{settings.checkpoints}/{params['trial_id']}")
+    folder = f"{settings.checkpoints}/{params['trial_id']}"
+    checkpoints = waiting_for(folder, lambda: Checkpoints(folder))
     last = params[RESUMES_AT]
     with (
+        ExitStack() as stack,
         track(settings.tracking, params["trial_id"], run_name(config), config.as_dict()) as run,
-        checkpoints.newest() as state,
     ):
+        state = waiting_for(folder, lambda: stack.enter_context(checkpoints.newest()))
 
         def on_epoch(report: EpochReport) -> None:
             nonlocal last
-            save(checkpoints, report.epoch, report.save_state)
+            waiting_for(folder, lambda: checkpoints.save(report.epoch, report.save_state))
             run.log(report)
             tune.report(dict(report.metrics))
             last = report.epoch
@@ -111,14 +115,14 @@ def run_trial(params: dict[str, Any], *, settings: TrialSettings, inputs: Inputs
             tune.report({"epoch": last, OUT_OF_MEMORY: True})
 
 
-def save(checkpoints: Checkpoints, epoch: int, write: Callable[[Path], object]) -> None:
-    """Keep a state, waiting for the storage where it is gone for a while.
+def waiting_for(storage: str, action: Callable[[], T]) -> T:
+    """Return what `action` returns, waiting for the storage where it is gone for a while.
 
     Raises:
         OSError: it did not come back.
     """
     try:
-        patiently(lambda: checkpoints.save(epoch, write), checkpoints.folder)
+        return patiently(action, storage)
     except StorageLostError as error:  # The trial fails, not the process that it runs in.
         raise OSError(str(error)) from error
 

@@ -26,7 +26,7 @@ from studies.checkpoints import Checkpoints
 from studies.engine import WORKER_ENVIRONMENT, Search, run_search
 from studies.ledger import Ledger
 from studies.resources import TrialResources
-from studies.trial import RESUMES_AT, report_again, save
+from studies.trial import RESUMES_AT, report_again, waiting_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,8 @@ def run_dummy(params: dict[str, Any], *, checkpoints: str, epochs: int, seconds:
     for epoch in range(len(history) + 1, epochs + 1):
         time.sleep(seconds)
         history.append(curve(params["x"], params["y"], epoch))
-        save(kept, epoch, lambda path: path.write_text(json.dumps(history)))
+        write = partial(Path.write_text, data=json.dumps(history))
+        waiting_for(kept.folder, partial(kept.save, epoch, write))
         tune.report(dict(history[-1]))
 
 

@@ -22,8 +22,9 @@ def test_study_outlives_a_node_and_uses_one_that_comes_later(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "results" / "faults"
-    words = "--study faults --num-trials 4 --max-epochs 4 --min-epochs 4 --resolutions 14".split()
-    command = [sys.executable, str(SCRIPT), *words, "--cpus-per-trial", "1"]
+    command = [sys.executable, str(SCRIPT), "--study", "faults", "--num-trials", "4"]
+    command += ["--max-epochs", "4", "--min-epochs", "4", "--resolutions", "14"]
+    command += ["--cpus-per-trial", "1"]
     log = tmp_path / "log"
     with local_cluster(LocalClusterSettings(workers=2)) as cluster, log.open("w") as file:
         variables = environment | {"RAY_ADDRESS": cluster.address}

@@ -81,6 +81,11 @@ def after(folder: Path, count: int, delay: float = 0.0) -> Callable[[Any], bool]
     return moment
 
 
+def never(_: Any) -> bool:
+    """The moment that does not come: a study runs to its end."""
+    return False
+
+
 def check_whole(folder: Path, num_trials: int, max_epochs: int, study_name: str) -> None:
     """Check what holds for every finished study, however often it was cut."""
     lines = [json.loads(line) for line in (folder / LEDGER).read_text().splitlines()]
@@ -143,7 +148,7 @@ def test_parallel_studies_killed_at_random_moments_lose_nothing(
         moment = after(cut, chance.randint(5, 20), chance.uniform(0, 0.15))
         kills += kill_at(command, cut, environment, moment)
     assert kills >= 3
-    while kill_at(command, cut, environment, lambda _: False):
+    while kill_at(command, cut, environment, never):
         pass
     check_whole(cut, 20, 4, "dummy")
 
@@ -167,7 +172,7 @@ def test_real_study_killed_three_times_ends_as_one_that_was_not(
         moment = after(cut, chance.randint(1, 4), chance.uniform(0, 1))
         how = command("cut", "--resume") if kill else command("cut", *words)
         assert kill_at(how, cut, environment, moment)
-    assert not kill_at(command("cut", "--resume"), cut, environment, lambda _: False)
+    assert not kill_at(command("cut", "--resume"), cut, environment, never)
 
     check_whole(cut, 4, 3, "cut")
     timed = ("images_per_second", "seconds")

@@ -4,6 +4,7 @@ import gzip
 import http.server
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from studies import patience, tracking
 from studies.ledger import LEDGER, Ledger
 from studies.tracking import Tracking, track
 from tests.studies.conftest import ROOT, Command, Recorded
-from tests.studies.test_crash import after, check_whole, events, kill_at, outcome
+from tests.studies.test_crash import after, check_whole, events, kill_at, never, outcome, run
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.faults]
 
@@ -47,14 +48,32 @@ def test_damaged_checkpoint_costs_an_epoch_and_nothing_else(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert not kill_at([*DUMMY, "--out", whole], whole, environment, lambda _: False)
+    assert not kill_at([*DUMMY, "--out", whole], whole, environment, never)
     # In the first trial, four of its epochs done.
     assert kill_at([*DUMMY, "--out", cut], cut, environment, after(cut, 5))
     newest = max((cut / "checkpoints" / "dummy_00000").glob("epoch_*"))
     newest.write_bytes(newest.read_bytes()[:-7] + b"garbage")
-    assert not kill_at([*DUMMY, "--out", cut], cut, environment, lambda _: False)
+    assert not kill_at([*DUMMY, "--out", cut], cut, environment, never)
     check_whole(cut, 6, 6, "dummy")
     assert outcome(Ledger(cut / LEDGER).trials) == outcome(Ledger(whole / LEDGER).trials)
+
+
+def test_interrupted_study_says_how_to_go_on(environment: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    command = [SCRIPT, "--study", "s", "--out", tmp_path, "--num-trials", 3, *SMALL]
+    driver = run(command, tmp_path / "log", environment)
+    moment = after(folder, 3)
+    while not moment(driver):
+        assert driver.poll() is None
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(timeout=60) == 130
+    log = (tmp_path / "log").read_text()
+    assert log.rstrip().endswith("interrupted; go on with --study s --resume")
+    assert "Tuner.restore" not in log
+    assert not (folder / "best").exists()
+    assert not kill_at([*command[:5], "--resume"], folder, environment, never)
+    assert batchcam.load(folder / "best" / "knee").metrics["study"] == "s"
 
 
 @pytest.fixture

@@ -5,7 +5,13 @@ import ray
 from ray import tune
 
 from batchcam.errors import ConfigError
-from studies.resources import TrialResources, choose_resources
+from studies.resources import (
+    TrialResources,
+    choose_resources,
+    cluster_device,
+    packed_gpus,
+    slots,
+)
 
 
 @pytest.fixture(scope="module", params=[0, 2], ids=["no GPU", "2 GPUs"])
@@ -44,6 +50,28 @@ def test_more_than_any_node_has_is_refused(
     message = rf"the largest node has 8 CPUs and {gpus} GPUs; lower --cpus-per-trial or --gpus"
     with pytest.raises(ConfigError, match=message):
         choose_resources(cpus, asked)
+
+
+def test_memory_that_was_measured_decides_the_share(gpus: int) -> None:
+    # A fifth and its reserve: four fit on a device.
+    chosen = choose_resources(None, None, 0.2)
+    assert chosen == (TrialResources(1.0, 0.25, 8.0) if gpus else TrialResources(2.0, 0.0, 8.0))
+    # What was said goes before what was measured.
+    assert choose_resources(1.0, 0.0, 0.2) == TrialResources(1.0, 0.0, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("share", "part"),
+    [(None, 1.0), (0.9, 1.0), (0.5, 1.0), (0.4, 0.5), (0.25, 0.3333), (0.001, 0.125)],
+)
+def test_as_many_trials_share_a_gpu_as_its_memory_holds(share: float | None, part: float) -> None:
+    assert packed_gpus(share) == part
+
+
+def test_slots_are_counted_node_by_node(gpus: int) -> None:
+    assert slots(TrialResources(3.0, 0.0, 8.0)) == 2
+    assert slots(TrialResources(1.0, 0.5, 8.0)) == (4 if gpus else 1)
+    assert cluster_device() == ("cuda" if gpus else "cpu")
 
 
 def test_threads_are_whole_and_at_least_one() -> None:

@@ -16,6 +16,7 @@ import ray
 
 import batchcam
 from batchcam.bundle import FILES
+from batchcam.config import TrialConfig
 from batchcam.errors import BackboneError, BundleError, ConfigError, DataError
 from studies.export import StudyError
 from studies.ledger import LEDGER
@@ -316,6 +317,85 @@ def test_study_of_one_objective_has_one_best(in_process: StudySettings) -> None:
 
 def test_disabled_w_and_b_leaves_nothing(in_process: StudySettings) -> None:
     assert not (in_process.folder / "wandb").exists()
+
+
+def test_study_is_extended_and_its_best_confirmed(
+    in_process: StudySettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read_csv: Callable[[Path], list[dict[str, str]]],
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    shutil.copytree(in_process.folder, tmp_path / "here")
+    before = read_csv(tmp_path / "here" / "trials.csv")
+    words = ["--study", "here", "--out", str(tmp_path)]
+    main([*words, "--extend", "1", "--confirm", "1", "--seeds", "2"])
+
+    rows = read_csv(tmp_path / "here" / "trials.csv")
+    assert rows[:2] == before
+    assert [row["state"] for row in rows] == ["completed"] * 3
+    metrics = batchcam.load(tmp_path / "here" / "best" / "knee").metrics
+    confirmed = metrics["confirmed"]
+    assert confirmed["seeds"] == [1000, 1001]
+    assert confirmed["candidate"] in {row["trial_id"] for row in rows}
+    speed = confirmed["images_per_second"]
+    assert speed["low"] < speed["mean"] < speed["high"]
+    assert metrics["seed"] == 1000
+    page = (tmp_path / "here" / "README.md").read_text()
+    assert "seeds 1000, 1001" in page
+    assert " ± " in page
+
+    # Asked for again it is there already: nothing is trained.
+    ledgers = {path: path.read_bytes() for path in (tmp_path / "here").rglob("ledger.jsonl")}
+    assert len(ledgers) == 2
+    main([*words, "--resume"])
+    assert {path: path.read_bytes() for path in ledgers} == ledgers
+    assert json.loads((tmp_path / "here" / "study.json").read_text())["num_trials"] == 3
+
+
+def test_earlier_winners_are_tried_first(
+    in_process: StudySettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read_csv: Callable[[Path], list[dict[str, str]]],
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    winner = tmp_path / "winner"
+    shutil.copytree(in_process.folder / "best" / "knee", winner)
+    config = TrialConfig.from_yaml(winner / "config.yaml")
+    replace(config, learning_rate=0.00123, lambda_proto=0.5, metric="l2").to_yaml(
+        winner / "config.yaml"
+    )
+    words = ["--study", "warm", "--num-trials", "3", "--max-epochs", "1", *SMALL]
+    main([*words, "--out", str(tmp_path), "--warm-start", str(winner)])
+    rows = read_csv(tmp_path / "warm" / "trials.csv")
+    assert [rows[2][name] for name in ("learning_rate", "lambda_proto", "metric")] == [
+        "0.00123",
+        "0.5",
+        "l2",
+    ]
+
+
+def test_winner_that_the_space_does_not_have_is_refused_before_anything_starts(
+    in_process: StudySettings, tmp_path: Path
+) -> None:
+    settings = StudySettings(
+        study="s", out=tmp_path, warm_start=(in_process.folder / "best" / "knee",)
+    )
+    with pytest.raises(ConfigError, match=r"resolution=14 is not among .* --resolutions"):
+        run_study(settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_says_what_a_study_takes_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["--dry-run", "--resolutions", "14", "--num-trials", "4", "--max-epochs", "2"])
+    out = capsys.readouterr().out
+    assert re.search(r"simple_cnn +14 +own +[\d,]+ +[\d,]+ +\d\.\d GiB +\d+", out)
+    assert re.search(r"4 trials: 8 epochs in \d+\.\d (min|h) if none is stopped", out)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_study_in_which_every_trial_fails_says_why_and_what_to_do(

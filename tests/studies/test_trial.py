@@ -24,8 +24,8 @@ from studies.trial import (
     TrialSettings,
     run_name,
     run_trial,
-    save,
     trial_config,
+    waiting_for,
 )
 from tests.studies.conftest import Recorded
 
@@ -206,5 +206,6 @@ def test_state_that_cannot_be_kept_fails_the_trial_and_not_its_process(
 ) -> None:
     monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.1)
     (tmp_path / "file").touch()
+    kept = Checkpoints(str(tmp_path / "file/trial"))
     with pytest.raises(OSError, match=r"file/trial cannot be used for 0 s"):
-        save(Checkpoints(str(tmp_path / "file/trial")), 1, Path.touch)
+        waiting_for(kept.folder, lambda: kept.save(1, Path.touch))
