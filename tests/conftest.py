@@ -1,6 +1,5 @@
-"""What every test shares: one thread, hypothesis without deadlines, one Ray cluster at a time."""
+"""What every test shares: one thread, and hypothesis without deadlines."""
 
-import pytest
 import torch
 from hypothesis import settings
 
@@ -10,11 +9,3 @@ torch.set_num_threads(1)
 
 settings.register_profile("batchcam", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("batchcam")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give all tests that start Ray to one process, where pytest runs in several."""
-    for item in items:
-        room = item.path.relative_to(item.config.rootpath).parts[1]
-        if room in ("studies", "cluster"):
-            item.add_marker(pytest.mark.xdist_group("ray"))

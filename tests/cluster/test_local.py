@@ -19,7 +19,7 @@ from studies.settings import StudySettings
 from studies.space import SearchSpace
 from studies.study import run_study
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("ray")]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import pyarrow.fs
 import pytest
 from moto.server import ThreadedMotoServer
 
-from studies.checkpoints import Checkpoints, open_storage
+from batchcam.errors import ConfigError
+from studies.checkpoints import Checkpoints, check_storage, open_storage
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +164,21 @@ def test_relative_folder_is_where_the_study_was_started(
     monkeypatch.chdir("/")
     save(kept, 1)
     assert newest(str(tmp_path / "checkpoints")) == "state 1"
+
+
+def test_storage_that_can_be_used_is_left_as_it_was(place: str) -> None:
+    check_storage(place)
+    assert names(place) == []
+
+
+@pytest.mark.parametrize("wrong", ["s3://no-such-bucket/study", "s3://bucket/a name", "gopher://x"])
+def test_storage_that_cannot_be_used_is_refused(s3: str, wrong: str) -> None:
+    assert s3 == "s3://bucket"
+    with pytest.raises(ConfigError, match=rf"cannot be kept in {wrong}: .*Check --storage"):
+        check_storage(wrong)
+
+
+def test_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be kept in"):
+        check_storage(str(tmp_path / "file" / "study"))

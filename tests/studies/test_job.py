@@ -13,7 +13,7 @@ import pytest
 import batchcam
 from tests.studies.conftest import ROOT
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("ray")]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from studies.resources import (
     slots,
 )
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 
 @pytest.fixture(scope="module", params=[0, 2], ids=["no GPU", "2 GPUs"])
 def gpus(request: pytest.FixtureRequest) -> Iterator[int]:

@@ -27,7 +27,7 @@ from studies.space import SearchSpace
 from studies.study import main, run_study
 from tests.studies.conftest import Command, Recorded
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("ray")]
 
 # Fourteen pixels: a quarter of the arithmetic.
 SMALL = ("--resolutions", "14", "--cpus-per-trial", "1", "--min-epochs", "1")
