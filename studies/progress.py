@@ -9,6 +9,13 @@ from ray import tune
 from ray.tune.experiment import Trial
 from rich.console import Console
 
+_SHOWN = {
+    "val_accuracy": "accuracy {val_accuracy:.4f}",
+    "cam_ssim": "SSIM {cam_ssim:.3f}",
+    "cam_ssim_ceiling": "of {cam_ssim_ceiling:.3f}",
+    "images_per_second": "{images_per_second:,.0f} images/s",
+}
+
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -32,15 +39,12 @@ class TrialLines(tune.Callback):
         last: dict[str, Any] = trial.last_result
         if last.get("out_of_memory"):
             console.print(f"          {trial.config['trial_id']}  out of memory")
-        elif "val_accuracy" not in last:
+        elif "epoch" not in last:
             self._print(trial, "ended without a report")
         else:
-            self._print(
-                trial,
-                f"accuracy {last['val_accuracy']:.4f}  SSIM {last['cam_ssim']:.3f} of "
-                f"{last['cam_ssim_ceiling']:.3f}  {last['images_per_second']:,.0f} images/s  "
-                f"after {last['epoch']} epochs",
-            )
+            said = [shown.format(**last) for name, shown in _SHOWN.items() if name in last]
+            said.append(f"after {last['epoch']} epochs")
+            self._print(trial, "  ".join(said).replace("  of ", " of "))
 
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any

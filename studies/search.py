@@ -121,7 +121,9 @@ class OptunaBridge(Searcher):
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
     ) -> None:
         """Tell Optuna how a trial ended, or take it up again where memory was short."""
-        number = self._live.pop(trial_id)
+        number = self._live.pop(trial_id, None)
+        if number is None:  # Ray tells it twice where a callback fails at the end of a trial.
+            return
         result = result or {}
         if result.get(OUT_OF_MEMORY) and self._enlarge(number) is not None:
             self._again.append(number)
