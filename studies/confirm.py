@@ -115,7 +115,7 @@ def confirming_search(
         return {**record.config.as_dict(), "seed": fresh, CANDIDATE: record.trial_id}
 
     return Search(
-        name=f"{settings.study}-confirm-{digest(candidates, seeds)}",
+        name=f"{settings.optuna_name}-confirm-{digest(candidates, seeds)}",
         key=f"{settings.key}c{digest(candidates, seeds)}",
         space=space,
         first_points=[{"run": run} for run in range(len(runs))],

@@ -224,6 +224,12 @@ class StudySettings:
         return replace(saved, **here, num_trials=saved.num_trials + self.extend)
 
     @property
+    def optuna_name(self) -> str:
+        """The name of Optuna's study; in a database, which others share, with the key."""
+        name = self.study or ""
+        return name if self.optuna_storage == "journal" else f"{name}-{self.key}"
+
+    @property
     def checkpoints(self) -> str:
         """The folder, or address, under which each trial has a folder for its checkpoints."""
         root = self.folder if self.storage is None else f"{self.storage.rstrip('/')}/{self.study}"

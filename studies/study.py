@@ -189,7 +189,7 @@ def _search(settings: StudySettings, strides: Strides) -> Search:
         for bundle in settings.warm_start
     ]
     return Search(
-        name=settings.study or "",
+        name=settings.optuna_name,
         key=settings.key,
         space=partial(suggest, space=settings.space, strides=strides),
         first_points=[*first_points(settings.space), *warm],

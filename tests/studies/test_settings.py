@@ -252,3 +252,14 @@ def test_damaged_settings_are_named(begun: StudySettings, content: str) -> None:
     (begun.folder / SETTINGS_FILE).write_text(content)
     with pytest.raises(ConfigError, match=r"study\.json does not hold a study's settings"):
         replace(begun, resume=True).resumed()
+
+
+def test_study_in_a_database_has_a_name_that_no_other_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = StudySettings(study="s")
+    assert settings.begun().optuna_name == "s"
+    monkeypatch.setenv(STORAGE_VARIABLE, "sqlite:///file")
+    names = {settings.begun().optuna_name for _ in range(2)}
+    assert len(names) == 2
+    assert all(name.startswith("s-") for name in names)
