@@ -26,7 +26,7 @@ sweep: env
 	$(BIN)/python studies/bcpl_sweep.py $(SWEEP)
 
 test: env
-	$(BIN)/pytest -m "not faults" --numprocesses 2 --dist loadgroup \
+	$(BIN)/pytest -m "not faults" --numprocesses 2 --dist loadgroup --durations 12 \
 	  --cov --cov-report=term --cov-fail-under=90
 
 faults: env
