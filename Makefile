@@ -30,7 +30,8 @@ test: env
 	  --cov --cov-report=term --cov-fail-under=90
 
 faults: env
-	$(BIN)/pytest -m faults
+	$(BIN)/pytest -m faults tests/cluster
+	$(BIN)/pytest -m faults tests/studies --numprocesses 2 --durations 12
 
 lint: env
 	$(BIN)/ruff check .

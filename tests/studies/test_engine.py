@@ -16,7 +16,7 @@ from studies.proposals import JOURNAL, open_journal
 from studies.resources import TrialResources
 from studies.trial import OUT_OF_MEMORY, SHARE
 
-pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.xdist_group("local ray")]
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.xdist_group("ray")]
 
 OBJECTIVES = ("val_accuracy", "cam_ssim")
 

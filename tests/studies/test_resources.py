@@ -13,7 +13,7 @@ from studies.resources import (
     slots,
 )
 
-pytestmark = pytest.mark.xdist_group("local ray")
+pytestmark = pytest.mark.xdist_group("ray")
 
 
 @pytest.fixture(scope="module", params=[0, 2], ids=["no GPU", "2 GPUs"])

@@ -50,7 +50,7 @@ def judge(scheduler: ParetoASHA, number: int, result: dict[str, Any]) -> str:
     return scheduler.on_trial_result(controller, trial, result)
 
 
-@pytest.mark.xdist_group("local ray")
+@pytest.mark.xdist_group("ray")
 @pytest.mark.usefixtures("local_ray")
 def test_ray_stops_what_is_behind_in_every_objective(tmp_path: Path) -> None:
     # The fifth has the worst accuracy of all, and the best SSIM. The last one is not finite.
@@ -58,7 +58,7 @@ def test_ray_stops_what_is_behind_in_every_objective(tmp_path: Path) -> None:
     assert last_epochs(tmp_path, qualities) == [6, 6, 2, 6, 6, 1]
 
 
-@pytest.mark.xdist_group("local ray")
+@pytest.mark.xdist_group("ray")
 @pytest.mark.usefixtures("local_ray")
 def test_rungs_are_epochs_and_not_reports(tmp_path: Path) -> None:
     # The second trial goes on from epoch 3: its first report is beyond the first rung, and the

@@ -88,7 +88,7 @@ def crash_once(
         run_trial(params, settings=settings, inputs=inputs)
 
 
-@pytest.mark.xdist_group("local ray")
+@pytest.mark.xdist_group("ray")
 @pytest.mark.usefixtures("local_ray")
 def test_trial_that_crashes_goes_on_to_the_end_it_would_have_had(
     config: TrialConfig,
