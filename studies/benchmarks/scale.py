@@ -259,8 +259,8 @@ def draw(ended: Any, per_report: Any, memory: Any) -> Figure:
     left.set(xlabel="trials ended", ylabel="driver's milliseconds per report")
     right.plot(ended, memory, ".-")
     right.set(xlabel="trials ended", ylabel="driver's memory, MiB")
-    for axes in (left, right):
-        axes.set_ylim(bottom=0)
+    for axes, values in ((left, per_report), (right, memory)):
+        axes.set_ylim(0, 1.1 * max(values))
     return figure
 
 
