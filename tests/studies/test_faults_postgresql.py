@@ -11,10 +11,13 @@ from optuna.trial import TrialState
 
 from studies import patience
 from studies.benchmarks.dummy import curve, space
+from studies.ledger import LEDGER, Ledger
 from studies.patience import StorageLostError
 from studies.proposals import STORAGE_VARIABLE, ReproducibleTPE, open_proposals
 from studies.search import OptunaBridge
 from tests.studies.conftest import PostgreSQL
+from tests.studies.test_crash import IN_OPTUNA, after
+from tests.studies.test_crash import run as start
 
 pytestmark = pytest.mark.faults
 
@@ -155,3 +158,40 @@ def test_database_that_comes_back_late_is_opened(
     bridge = make()
     friend.join()
     assert bridge.suggest("a") is not None
+
+
+def test_study_whose_database_is_away_for_20_s_goes_on(
+    postgresql: PostgreSQL, environment: dict[str, str], tmp_path: Path
+) -> None:
+    address, folder = postgresql.new_database(), tmp_path / "study"
+    command = ["-m", "studies.benchmarks.dummy", "--out", folder, "--trials", 6, "--epochs", 6]
+    driver = start(
+        [*command, "--seconds", 0.2], tmp_path / "log", environment | {STORAGE_VARIABLE: address}
+    )
+    moment = after(folder, 8)
+    try:
+        while not moment(driver):
+            assert driver.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        postgresql.stop()
+        try:
+            time.sleep(20)
+            assert driver.poll() is None, (tmp_path / "log").read_text()
+        finally:
+            postgresql.start()
+        assert driver.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    finally:
+        driver.kill()
+    log = (tmp_path / "log").read_text()
+    assert "Optuna's storage cannot be used (" in log
+    assert "Optuna's storage is back after " in log
+
+    trials = Ledger(folder / LEDGER).trials
+    assert [trial.number for trial in trials] == list(range(6))
+    for trial in trials:
+        assert [report["epoch"] for report in trial.reports] == list(range(1, trial.epoch + 1))
+    storage = RDBStorage(address)
+    told = optuna.load_study(study_name="dummy", storage=storage).trials
+    assert [trial.state for trial in told] == [IN_OPTUNA[str(trial.state)] for trial in trials]
+    storage.remove_session()
+    storage.engine.dispose()
