@@ -6,6 +6,7 @@ Then each side is told what it missed of the ends of trials. What remains is RUN
 study, and is proposed again by the bridge.
 """
 
+from batchcam.errors import DivergedError
 from batchcam.train import Metrics
 from studies.ledger import Ledger
 from studies.scheduler import ParetoASHA
@@ -16,7 +17,7 @@ def recover(ledger: Ledger, bridge: OptunaBridge, scheduler: ParetoASHA, max_epo
     """Reconcile the parts of a study that was cut; does nothing where there is nothing to do.
 
     Trials that failed are proposed once more: whoever resumes a study has mended what can be
-    mended.
+    mended. One that diverged is not, for it would diverge again.
     """
     stopped = set()
     for number, metrics in ledger.reports:
@@ -32,4 +33,6 @@ def recover(ledger: Ledger, bridge: OptunaBridge, scheduler: ParetoASHA, max_epo
         elif trial.state is not None:
             bridge.tell(trial.number, last, error=trial.state == "failed")
     for number in bridge.failed():
-        bridge.retry(number)
+        failed = ledger.get(number)
+        if failed is None or DivergedError.__name__ not in (failed.error or ""):
+            bridge.retry(number)

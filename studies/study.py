@@ -214,7 +214,8 @@ def _write_tables(
         reasons = {record.error for record in records if record.error} or {"none was reported"}
         raise export.StudyError(
             f"no trial of study {settings.study!r} succeeded; errors: {'; '.join(reasons)}. "
-            f"See {folder / 'trials.csv'} and {folder / ERRORS}; mend the cause and --resume."
+            f"See {folder / 'trials.csv'} and {folder / ERRORS}; mend the cause and --resume, "
+            "or start another study."
         )
     export.write_pareto(folder / "pareto.json", front, settings.objectives)
     return records, front

@@ -368,3 +368,25 @@ def test_number_that_was_none_is_a_failure_and_is_tried_once_more(
     (failed, retry) = again.study.trials
     assert (failed.state, retry.state) == (TrialState.FAIL, TrialState.WAITING)
     assert again.bridge.num_trials == TRIALS + 1
+
+
+@pytest.mark.parametrize(
+    ("error", "tried_again"),
+    [
+        ("batchcam.errors.DivergedError: training diverged in epoch 1", False),
+        ("OSError: the node was lost", True),
+    ],
+)
+def test_trial_that_diverged_is_not_tried_again(
+    tmp_path: Path, error: str, tried_again: bool
+) -> None:
+    driver = Driver(tmp_path)
+    config = driver.bridge.suggest("a")
+    assert isinstance(config, dict)
+    driver.ledger.propose({key: value for key, value in config.items() if key != SHARE})
+    driver.bridge.on_trial_complete("a", error=True)
+    driver.ledger.end(0, "failed", error)
+    again = Driver(tmp_path)
+    again.recover()
+    retries = [trial for trial in again.study.trials if "retry_of" in trial.user_attrs]
+    assert bool(retries) == tried_again
