@@ -9,14 +9,13 @@ import logging
 import re
 import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.fs
 
-from batchcam.errors import ConfigError
+from studies.storage import open_storage
 
 log = logging.getLogger(__name__)
 
@@ -79,35 +78,6 @@ class Checkpoints:
         found = [_NAME.fullmatch(info.base_name) for info in self._fs.get_file_info(selector)]
         matches = sorted((match for match in found if match), key=lambda match: -int(match[1]))
         return [(match[2], match[0]) for match in matches]
-
-
-def check_storage(place: str) -> None:
-    """Write a file to where checkpoints will go, and delete it.
-
-    Raises:
-        ConfigError: that cannot be done, with what to look at.
-    """
-    name = f".{uuid.uuid4().hex}"
-    try:
-        fs, root = open_storage(place)
-        fs.create_dir(root)
-        with fs.open_output_stream(f"{root}/{name}") as file:
-            file.write(b"written to see whether it can be")
-        fs.delete_file(f"{root}/{name}")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"checkpoints cannot be kept in {place}: {reason}. Check --storage and, for an object "
-            "store, AWS_ENDPOINT_URL and the keys in the environment; its bucket must exist."
-        ) from error
-
-
-def open_storage(place: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """Return the file system of a path or URI, and the path within it."""
-    if "://" not in place:
-        return pyarrow.fs.LocalFileSystem(), str(Path(place).resolve())
-    fs, path = pyarrow.fs.FileSystem.from_uri(place)
-    return fs, path
 
 
 def _digest(path: Path) -> str:

@@ -20,7 +20,7 @@ from studies.engine import Search, Trainable, run_search
 from studies.export import StudyError, TrialRecord, collect
 from studies.recorder import ERRORS
 from studies.resources import TrialResources
-from studies.settings import StudySettings
+from studies.settings import MEMORY, StudySettings
 
 FOLDER = "confirm"
 """Where, in the study's folder, the confirming runs have their ledger."""
@@ -142,7 +142,8 @@ def confirm(
     folder = settings.folder / FOLDER / digest(candidates, settings.seeds)
     folder.mkdir(parents=True, exist_ok=True)
     search = confirming_search(settings, candidates, settings.seeds)
-    ledger = run_search(search, folder, trainable, resources)
+    memory = settings.copy_of(folder / MEMORY)
+    ledger = run_search(search, folder, trainable, resources, copy=memory)
     of = {trial.params["trial_id"]: trial.params[CANDIDATE] for trial in ledger.trials}
     runs = collect(ledger, settings.base_config(), settings.checkpoints)
     confirmed = gather(candidates, [(of[run.trial_id], run) for run in runs])

@@ -19,6 +19,7 @@ import optuna
 from ray import tune
 
 from studies.ledger import LEDGER, Ledger
+from studies.mirror import Mirror
 from studies.progress import TrialLines
 from studies.proposals import ReproducibleTPE, open_proposals
 from studies.recorder import Recorder
@@ -92,10 +93,18 @@ def run_search(
     trainable: Trainable,
     resources: TrialResources,
     callbacks: Sequence[tune.Callback] = (),
+    copy: str | None = None,
 ) -> Ledger:
     """Run a search to its end, going on with what `folder` holds of it; return its ledger.
 
-    `callbacks` hear of each event after it is recorded.
+    Args:
+        search: what is searched, and how.
+        folder: where its memory is kept.
+        trainable: what runs for each trial.
+        resources: what a trial asks for.
+        callbacks: hear of each event after it is recorded.
+        copy: a folder or URI for a copy of the memory, from which `folder` is made where it is
+            lost; see :class:`studies.mirror.Mirror`.
 
     Raises:
         ConfigError: the ledger is damaged, or the storage's address is wrong.
@@ -103,6 +112,7 @@ def run_search(
     """
     # It misses the files that Ray was told not to write.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    mirrors = [] if copy is None else [Mirror(folder, copy)]
     ledger = Ledger(folder / LEDGER)
     study, storage = open_proposals(
         folder, search.name, len(search.objectives), ReproducibleTPE(search.seed)
@@ -162,12 +172,15 @@ def run_search(
                 failure_config=tune.FailureConfig(max_failures=search.max_failures),
                 callbacks=[
                     Recorder(ledger, folder, search.objectives, search.max_epochs),
+                    *mirrors,
                     TrialLines(bridge.num_trials, ended),
                     *callbacks,
                 ],
                 verbose=0,
             ),
         ).fit()
+    for mirror in mirrors:
+        mirror.flush()
     return ledger
 
 

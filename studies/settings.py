@@ -21,6 +21,9 @@ OBJECTIVES = ("val_accuracy", "cam_ssim", "images_per_second")
 SETTINGS_FILE = "study.json"
 """Where, in the study's folder, its settings are kept for `--resume`."""
 
+MEMORY = "memory"
+"""Where, in the storage, the copy of a search's ledger and journal is."""
+
 _OF_THE_END = ("confirm", "seeds")
 """Settings of what comes after the search: where they are named on resuming, they hold."""
 
@@ -50,8 +53,8 @@ class StudySettings:
     extend: int = 0
     """Go on with the study of this name, and try so many configurations more."""
     storage: str | None = None
-    """Where trials keep their checkpoints: a folder or an address such as s3://bucket/folder; by
-    default the study's folder."""
+    """Where trials keep their checkpoints, and the study a copy of its memory: a folder or an
+    address such as s3://bucket/folder; by default the study's folder."""
     confirm: int = 0
     """Train so many of the best again with fresh seeds, and choose by their means."""
     seeds: int = 3
@@ -174,7 +177,13 @@ class StudySettings:
 
     def begun(self) -> "StudySettings":
         """Return the settings of a study that begins now: with a key of its own."""
-        return replace(self, key=secrets.token_hex(4), optuna_storage=storage_kind())
+        return replace(self._anywhere(), key=secrets.token_hex(4), optuna_storage=storage_kind())
+
+    def _anywhere(self) -> "StudySettings":
+        """Return these settings with a storage that is the same one in every folder."""
+        if self.storage is None or "://" in self.storage:
+            return self
+        return replace(self, storage=str(Path(self.storage).resolve()))
 
     def save(self) -> None:
         """Keep these settings in the study's folder."""
@@ -196,11 +205,11 @@ class StudySettings:
         path = self.folder / SETTINGS_FILE
         if not path.is_file():
             raise ConfigError(
-                f"there is no study to resume in {self.folder}; check --study and --out."
+                f"there is no study to resume in {self.folder}; check --study, --out and --storage."
             )
         saved = _load(path)
         for each in fields(self):
-            given, began = getattr(self, each.name), getattr(saved, each.name)
+            given, began = getattr(self._anywhere(), each.name), getattr(saved, each.name)
             free = (*_OF_THE_RUN, *_OF_THE_END)
             if each.name not in free and given not in (began, getattr(_DEFAULTS, each.name)):
                 remedy = (
@@ -232,8 +241,14 @@ class StudySettings:
     @property
     def checkpoints(self) -> str:
         """The folder, or address, under which each trial has a folder for its checkpoints."""
-        root = self.folder if self.storage is None else f"{self.storage.rstrip('/')}/{self.study}"
-        return f"{root}/checkpoints"
+        folder = self.folder / "checkpoints"
+        return self.copy_of(folder) or str(folder)
+
+    def copy_of(self, path: Path) -> str | None:
+        """Return where in the storage a path of the study's folder is; None without a storage."""
+        if self.storage is None:
+            return None
+        return f"{self.storage.rstrip('/')}/{self.study}/{path.relative_to(self.folder)}"
 
     @property
     def folder(self) -> Path:

@@ -19,7 +19,6 @@ from batchcam.errors import BatchCamError, ConfigError
 from batchcam.models import create_model, feature_grid
 from batchcam.train import Inputs, prepare
 from studies import export, summary
-from studies.checkpoints import check_storage
 from studies.confirm import Confirmed, best_of_front, confirm
 from studies.engine import WORKER_ENVIRONMENT, Search, run_search
 from studies.forecast import forecast, print_forecast, sample_configs
@@ -29,8 +28,9 @@ from studies.probe import Probe, kinds, probe_all
 from studies.progress import console
 from studies.recorder import ERRORS
 from studies.resources import choose_resources, cluster_device, slots
-from studies.settings import SETTINGS_FILE, StudySettings
+from studies.settings import MEMORY, SETTINGS_FILE, StudySettings
 from studies.space import Strides, feasible_strides, first_points, point_of, suggest
+from studies.storage import check_storage, copy_file, is_file
 from studies.tracking import Tracking, choose_mode
 from studies.trial import TrialSettings, run_trial
 
@@ -59,7 +59,11 @@ def run_study(settings: StudySettings) -> Path:
         BatchCamError: the settings, the data or the folder cannot be used, or no trial succeeded.
         StorageLostError: what must be written could not be, for a long time.
     """
+    settings_file = settings.folder / SETTINGS_FILE
+    copy = settings.copy_of(settings_file)
     if settings.goes_on:
+        if copy is not None and not settings_file.exists() and is_file(copy):
+            copy_file(copy, str(settings_file))  # The driver's machine is another one.
         settings = settings.resumed()
     else:
         _check_new(settings)
@@ -91,6 +95,8 @@ def run_study(settings: StudySettings) -> Path:
             return settings.folder
         settings.folder.mkdir(parents=True, exist_ok=True)
         settings.save()  # From here on there is something to resume.
+        if copy is not None:
+            copy_file(str(settings_file), copy)
         console.print(
             f"Study {settings.study}: {settings.num_trials} trials of up to "
             f"{settings.max_epochs} epochs on {settings.dataset}, {resources.cpus:g} CPU and "
@@ -102,7 +108,8 @@ def run_study(settings: StudySettings) -> Path:
         )
         # with_parameters puts the inputs into the object store once; trials map them from there.
         trainable = tune.with_parameters(run_trial, settings=trial_settings, inputs=inputs)
-        ledger = run_search(search, settings.folder, trainable, resources)
+        memory = settings.copy_of(settings.folder / MEMORY)
+        ledger = run_search(search, settings.folder, trainable, resources, copy=memory)
         records, front = _write_tables(settings, ledger)
         chosen = export.choose(records, front, settings.objectives)
         confirmed: list[Confirmed] = []
@@ -129,6 +136,12 @@ def _check_new(settings: StudySettings) -> None:
         raise ConfigError(
             f"study {settings.study!r} exists in {settings.folder.parent}; go on with it by "
             "--resume, or choose another name."
+        )
+    copy = settings.copy_of(settings.folder / SETTINGS_FILE)
+    if copy is not None and is_file(copy):
+        raise ConfigError(
+            f"study {settings.study!r} exists in {settings.storage}; go on with it by --resume, or "
+            "choose another name."
         )
 
 
@@ -187,6 +200,8 @@ def _search(settings: StudySettings, strides: Strides) -> Search:
     warm = [
         point_of(TrialConfig.from_yaml(bundle / "config.yaml"), settings.space, strides)
         for bundle in settings.warm_start
+        # On resuming they are in Optuna's study, wherever the bundles are by now.
+        if bundle.exists() or not settings.goes_on
     ]
     return Search(
         name=settings.optuna_name,

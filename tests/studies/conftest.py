@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import shutil
 import socket
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+import pyarrow.fs
 import pytest
 import ray
 import torch
+from moto.server import ThreadedMotoServer
 
 from batchcam.config import TrialConfig
 from batchcam.data import load_data, to_device
@@ -272,3 +275,29 @@ def read_csv() -> Callable[[Path], list[dict[str, str]]]:
             return list(csv.DictReader(file))
 
     return read
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """An object store of a user's own, named by the environment, with a bucket."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_ENDPOINT_URL", address)
+        fs, _ = pyarrow.fs.FileSystem.from_uri("s3://bucket?allow_bucket_creation=true")
+        fs.create_dir("bucket")
+        yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A place in a folder, and one in an object store; nothing is there yet."""
+    if request.param == "folder":
+        return str(tmp_path / "place")
+    bucket: str = request.getfixturevalue("s3")
+    return f"{bucket}/{tmp_path.name}/place"

@@ -1,39 +1,11 @@
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.fs
 import pytest
-from moto.server import ThreadedMotoServer
 
-from batchcam.errors import ConfigError
-from studies.checkpoints import Checkpoints, check_storage, open_storage
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """An object store of a user's own, named by the environment, with a bucket."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    address = "http://{}:{}".format(*server.get_host_and_port())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "key")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_ENDPOINT_URL", address)
-        fs, _ = pyarrow.fs.FileSystem.from_uri("s3://bucket?allow_bucket_creation=true")
-        fs.create_dir("bucket")
-        yield "s3://bucket"
-    server.stop()
-
-
-@pytest.fixture(params=["folder", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Where a trial keeps its states; nothing is there yet."""
-    if request.param == "folder":
-        return str(tmp_path / "checkpoints" / "k_00000")
-    bucket: str = request.getfixturevalue("s3")
-    return f"{bucket}/{tmp_path.name}/checkpoints/k_00000"
+from studies.checkpoints import Checkpoints
+from studies.storage import open_storage
 
 
 def write(text: str) -> Callable[[Path], object]:
@@ -164,21 +136,3 @@ def test_relative_folder_is_where_the_study_was_started(
     monkeypatch.chdir("/")
     save(kept, 1)
     assert newest(str(tmp_path / "checkpoints")) == "state 1"
-
-
-def test_storage_that_can_be_used_is_left_as_it_was(place: str) -> None:
-    check_storage(place)
-    assert names(place) == []
-
-
-@pytest.mark.parametrize("wrong", ["s3://no-such-bucket/study", "s3://bucket/a name", "gopher://x"])
-def test_storage_that_cannot_be_used_is_refused(s3: str, wrong: str) -> None:
-    assert s3 == "s3://bucket"
-    with pytest.raises(ConfigError, match=rf"cannot be kept in {wrong}: .*Check --storage"):
-        check_storage(wrong)
-
-
-def test_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be kept in"):
-        check_storage(str(tmp_path / "file" / "study"))

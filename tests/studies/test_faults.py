@@ -174,17 +174,33 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     server.stop()
 
 
-def test_study_keeps_its_checkpoints_in_an_object_store(
+def first_epoch(folder: Path) -> int:
+    """Return the last epoch that the first trial reported."""
+    reports = [number for number, _ in Ledger(folder / LEDGER).reports]
+    return reports.count(0)
+
+
+def test_study_goes_on_from_an_object_store_when_the_drivers_machine_is_lost(
     s3: dict[str, str], sweep: Command, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    words = ["--study", "far", "--num-trials", 2, "--max-epochs", 2, *SMALL]
+    words = ["--study", "far", "--num-trials", "3", "--max-epochs", "2", *SMALL]
+    storage = ["--storage", "s3://studies/mine"]
     folder = tmp_path / "results" / "far"
-    command = [SCRIPT, "--out", tmp_path / "results", "--storage", "s3://studies/mine", *words]
-    assert kill_at(command, folder, environment | s3, after(folder, 2))
-    done = sweep("--study", "far", "--resume", cwd=tmp_path, **s3)
-    assert done.returncode == 0, done.stdout + done.stderr
-    check_whole(folder, 2, 2, "far")
+    command = [SCRIPT, "--out", tmp_path / "results", *storage, *words]
+    # After two epochs of the first trial, most likely before there is a copy of the second.
+    assert kill_at(command, folder, environment | s3, lambda _: first_epoch(folder) == 2)
+    (lost, *_) = Ledger(folder / LEDGER).trials
     assert not (folder / "checkpoints").exists()
+    shutil.rmtree(folder)
+    again = sweep(*words, *storage, cwd=tmp_path, **s3)
+    assert again.returncode == 2
+    assert "exists in s3://studies/mine" in again.stderr
+    done = sweep("--study", "far", "--resume", *storage, cwd=tmp_path, **s3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_whole(folder, 3, 2, "far")
+    # To the seconds that they took: nothing was trained anew.
+    (first, *_) = Ledger(folder / LEDGER).trials
+    assert (first.params, first.reports) == (lost.params, lost.reports)
     assert batchcam.load(folder / "best" / "knee").metrics["study"] == "far"
 
 

@@ -189,7 +189,7 @@ def test_only_resume_and_extend_go_on_with_a_study() -> None:
 
 
 def test_study_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no study to resume in .*/s; check --study and --out"):
+    with pytest.raises(ConfigError, match=r"no study to resume in .*/s; check --study, --out and"):
         StudySettings(study="s", out=tmp_path, resume=True).resumed()
 
 
