@@ -1,0 +1,1 @@
+"""What Batch-CAM is compared with: other ways to have CAMs in training. Only comparisons use it."""

@@ -1,0 +1,41 @@
+"""pytorch-grad-cam in the loop: what it gives, and what it does not change."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from batchcam.models import SimpleCNN
+from studies.baselines.tapped import Tapped
+
+library = pytest.importorskip(
+    "studies.baselines.library", reason="the extra `benchmarks` is not installed"
+)
+
+
+def test_a_step_is_one_of_cross_entropy_with_cams_beside_it() -> None:
+    torch.manual_seed(0)
+    tapped = Tapped(SimpleCNN())
+    plain = copy.deepcopy(tapped)
+    x, labels = torch.rand(4, 1, 28, 28), torch.tensor([0, 1, 2, 2])
+    loss, maps = library.training_step(
+        tapped, torch.optim.SGD(tapped.parameters(), lr=0.1), x, labels
+    )
+
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    expected = F.cross_entropy(plain(x), labels)
+    torch.autograd.backward(expected)
+    optimizer.step()
+    torch.testing.assert_close(loss, expected.detach())
+    for theirs, ours in zip(tapped.state_dict().values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(theirs, ours)
+    assert tapped.training
+    assert not tapped.tap._forward_hooks
+
+    # Pictures to look at: NumPy, without a graph.
+    assert isinstance(maps, np.ndarray)
+    assert maps.shape == (4, 28, 28)
+    assert maps.min() >= 0
+    assert maps.max() <= 1

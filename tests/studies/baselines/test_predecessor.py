@@ -1,0 +1,117 @@
+"""The predecessor: its loss by hand, its CAMs by ours, and where its gradients go."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from batchcam.cam import grad_cam
+from batchcam.models import SimpleCNN
+from studies.baselines.predecessor import (
+    Hooks,
+    Reach,
+    contrastive_loss,
+    sequential_grad_cam,
+    training_step,
+)
+from studies.baselines.tapped import Tapped
+
+REACHES: tuple[Reach, ...] = ("features", "model")
+
+
+@pytest.fixture
+def tapped() -> Tapped:
+    torch.manual_seed(0)
+    return Tapped(SimpleCNN())
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(5, 1, 28, 28, generator=generator), torch.tensor([3, 1, 4, 1, 5])
+
+
+def test_contrastive_loss_is_what_pencil_and_paper_give() -> None:
+    distance = torch.tensor([3.0, 3.0, 0.5, 0.5, 0.0])
+    similar = torch.tensor([1, 0, 1, 0, 0])
+    # 9 / 2; beyond the margin 0; 0.25 / 2; (2 - 0.5)² / 2; 2² / 2.
+    expected = torch.tensor([4.5, 0.0, 0.125, 1.125, 2.0])
+    torch.testing.assert_close(contrastive_loss(distance, similar, margin=2), expected)
+    torch.testing.assert_close(contrastive_loss(distance, similar.bool(), margin=2), expected)
+
+
+def test_contrastive_loss_has_the_right_gradients() -> None:
+    distance = torch.tensor([0.3, 0.7, 2.5], dtype=torch.float64, requires_grad=True)
+    similar = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda d: contrastive_loss(d, similar, 1.0), (distance,))
+
+
+def test_contrastive_loss_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"got \(3,\) labels and \(2,\) distances"):
+        contrastive_loss(torch.zeros(2), torch.zeros(3), 1.0)
+    with pytest.raises(ValueError, match=r"margin=-1\.0 must be 0 or more"):
+        contrastive_loss(torch.zeros(2), torch.zeros(2), -1.0)
+
+
+@pytest.mark.parametrize("reach", REACHES)
+def test_its_cams_are_ours(tapped: Tapped, batch: tuple[Tensor, Tensor], reach: Reach) -> None:
+    x, labels = batch
+    with Hooks(tapped) as hooks:
+        logits = tapped(x)
+        maps = sequential_grad_cam(logits, labels, hooks, reach)
+    assert maps[0].requires_grad
+    assert not tapped.tap._forward_hooks
+    torch.testing.assert_close(torch.stack(maps), grad_cam(logits, hooks.features_NKHW, labels))
+
+
+def test_its_loss_reaches_the_weights(tapped: Tapped, batch: tuple[Tensor, Tensor]) -> None:
+    x, labels = batch
+    convolution = next(tapped.model.parameters())
+    classifier = list(tapped.model.parameters())[-2]
+    with Hooks(tapped) as hooks:
+        logits = tapped(x)
+        to_features = torch.stack(sequential_grad_cam(logits, labels, hooks, "features")).sum()
+        ours = grad_cam(logits, hooks.features_NKHW, labels).sum()
+        through_model = torch.stack(sequential_grad_cam(logits, labels, hooks, "model")).sum()
+    weights = (convolution, classifier)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, weights, retain_graph=True),
+        torch.autograd.grad(to_features, weights, retain_graph=True),
+        strict=True,
+    ):
+        assert mine.abs().sum() > 0
+        torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-5)
+    # Gradients kept by a hook are constants: the head has no part in the loss.
+    found = torch.autograd.grad(through_model, weights, allow_unused=True)
+    assert found[0] is not None
+    assert found[1] is None
+
+
+@pytest.mark.parametrize("reach", REACHES)
+def test_a_step_lowers_the_loss(tapped: Tapped, batch: tuple[Tensor, Tensor], reach: Reach) -> None:
+    x, labels = batch
+    optimizer = torch.optim.SGD(tapped.parameters(), lr=1e-3)
+    losses = [
+        training_step(tapped, optimizer, x, x[:, 0], labels, reach=reach).item() for _ in range(4)
+    ]
+    assert losses[-1] < losses[0]
+    # Cross-entropy of some 2.3, and a tenth of D² / 2: of 28 x 28 pixels, D² is some hundreds.
+    assert losses[0] > 5
+
+
+def test_what_backward_passes_left_in_the_weights_is_not_trained_on(
+    tapped: Tapped, batch: tuple[Tensor, Tensor]
+) -> None:
+    x, labels = batch
+    before = [parameter.clone() for parameter in tapped.parameters()]
+    optimizer = torch.optim.SGD(tapped.parameters(), lr=1.0)
+    training_step(tapped, optimizer, x, x[:, 0], labels, weight=0.0, reach="model")
+    after = [parameter.clone() for parameter in tapped.parameters()]
+    with torch.no_grad():
+        for parameter, value in zip(tapped.parameters(), before, strict=True):
+            parameter.copy_(value)
+    loss = torch.nn.functional.cross_entropy(tapped(x), labels)
+    optimizer.zero_grad()
+    torch.autograd.backward(loss)
+    optimizer.step()
+    for plain, theirs in zip(tapped.parameters(), after, strict=True):
+        torch.testing.assert_close(theirs, plain)
