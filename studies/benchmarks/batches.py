@@ -1,0 +1,98 @@
+"""Random batches, and a trainer's own step on them: its cost does not depend on the pictures."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from batchcam.config import TrialConfig
+from batchcam.data import ImageData
+from batchcam.objective import Objective
+from batchcam.splits import Split
+from batchcam.train import Inputs, _Trainer
+
+CROSS_ENTROPY = "cross-entropy"
+OBJECTIVES = {CROSS_ENTROPY: Objective("l1", 1.0, 0.0, 0.0)} | {
+    f"{name}, {metric.upper()}": Objective(metric, 1.0, *weights)
+    for name, weights in {"BCPL": (0.0, 0.1), "Prototype Loss": (0.1, 0.0)}.items()
+    for metric in ("l1", "l2", "ssim")
+}
+"""The seven training conditions of the paper (Section 3.5)."""
+
+
+def random_inputs(images: int, num_classes: int, side: int, seed: int = 0) -> Inputs:
+    """Return grey noise of `side` pixels square, its classes equally frequent."""
+    generator = np.random.default_rng(seed)
+
+    def split(count: int) -> Split:
+        pixels = generator.integers(0, 256, (count, 1, side, side), dtype=np.uint8)
+        return Split(pixels, generator.permutation(np.arange(count) % num_classes))
+
+    names = tuple(str(label) for label in range(num_classes))
+    data = ImageData("noise", names, (0.5,), (0.29,), split(images), split(8), split(8), "")
+    prototypes = torch.from_numpy(generator.random((num_classes, side, side), dtype=np.float32))
+    return Inputs(data, prototypes, prototypes)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A trainer and one batch. All objectives train the same model: nothing else differs."""
+
+    trainer: _Trainer
+    images: Tensor
+    labels: Tensor
+    device: torch.device
+
+    @classmethod
+    def build(cls, config: TrialConfig, device: torch.device, num_classes: int = 10) -> "Bench":
+        """Return a bench of `config`'s model, batch size, precision and compilation."""
+        inputs = random_inputs(config.batch_size, num_classes, config.resolution, config.seed)
+        torch.manual_seed(config.seed)
+        trainer = _Trainer(config, inputs, device)
+        trainer.model.train()
+        images, labels = (torch.from_numpy(part) for part in vars(inputs.data.train).values())
+        return cls(trainer, images.to(device), labels.to(device), device)
+
+    def step(self, objective: Objective) -> Callable[[], None]:
+        """Return a function that trains on the batch once, as `batchcam.fit` does."""
+
+        def run() -> None:
+            self.trainer._objective = objective
+            self.trainer._step(self.trainer.preprocess(self.images), self.labels)
+
+        return run
+
+
+def config(
+    backbone: str, batch_size: int, *, compiled: bool = False, precision: str = "fp32"
+) -> TrialConfig:
+    """Return the configuration of a bench at 28x28 pixels; steps that hardly move the weights."""
+    return TrialConfig(
+        backbone=backbone,
+        batch_size=batch_size,
+        compile=compiled,
+        precision=precision,
+        schedule="constant",
+        learning_rate=1e-6,
+    )
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Return the most memory in tensors that `run` held at once, over what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    results = recorded.profiler.kineto_results
+    changes = [event for event in results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    held = np.cumsum([event.nbytes() for event in changes])
+    return int(held.max(initial=0))

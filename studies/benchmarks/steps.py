@@ -1,0 +1,282 @@
+"""What a training step costs, and what the explanation in the loss adds to it.
+
+python -m studies.benchmarks.steps --out results/speed
+
+A step is the trainer's own, on a batch of noise: preprocessing, both passes, the optimiser. The
+seven objectives train one model in turns (see `studies.benchmarks.pairs`). Beside them, BCPL is
+timed against its predecessor, and against cross-entropy with pytorch-grad-cam in the loop.
+
+What is measured is kept in steps.json, condition by condition, as is the table made of it: a run
+that is cut goes on where it was, and one of another commit measures anew.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch._dynamo
+import tyro
+from matplotlib.figure import Figure
+
+from batchcam.devices import resolve_device
+from batchcam.figures import save
+from batchcam.provenance import command_line, git_commit, package_versions
+from studies.baselines.predecessor import Reach
+from studies.baselines.predecessor import training_step as predecessor_step
+from studies.baselines.tapped import Tapped
+from studies.benchmarks.batches import CROSS_ENTROPY, OBJECTIVES, Bench, config, peak_bytes
+from studies.benchmarks.pairs import CLOCKS, Seconds, median_ratio, race
+
+BCPL = "BCPL, L1"
+TARGETS = {"BCPL": 1.02, "Prototype Loss": 1.03, "SSIM": 1.05, "memory": 1.05}
+"""The most that a step is to cost over one of cross-entropy."""
+SPEEDUPS = {
+    ("predecessor", "simple_cnn"): 20.0,
+    ("predecessor", "resnet18"): 3.0,
+    ("pytorch-grad-cam", "simple_cnn"): 1.9,
+    ("pytorch-grad-cam", "resnet18"): 1.9,
+}
+"""The least by which BCPL's step is to be faster, by the first word of the rival and backbone."""
+
+Rivals = Literal["losses", "baselines", "predecessor_model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Measure what a training step costs, and what the explanation in the loss adds to it."""
+
+    out: Path
+    """Folder for steps.json, steps.md and steps.png."""
+    backbones: tuple[str, ...] = ("simple_cnn", "resnet18", "convnextv2_tiny")
+    """Models; convnextv2_tiny has a quarter of the batch."""
+    modes: tuple[Literal["eager", "compiled"], ...] = ("eager", "compiled")
+    """Whether the features are compiled."""
+    precisions: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
+    """Of the passes forwards."""
+    rivals: tuple[Rivals, ...] = ("losses", "baselines")
+    """What is timed: the seven objectives; BCPL beside other ways to CAMs; and (minutes for a step)
+    the predecessor whose pass for each image goes through the whole model."""
+    batch_size: int = 128
+    """Images in a batch."""
+    seconds: float = 60.0
+    """Time for each condition, warm-up excluded."""
+    min_rounds: int = 7
+    """Rounds of each condition, even if they take longer."""
+    threads: int = 1
+    """Of PyTorch. With one, CPU seconds are meaningful, and others on the machine disturb less."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """Which seconds the table and the figure show; both are kept."""
+    device: str = "cpu"
+    """auto, cpu, cuda or cuda:N."""
+    again: bool = False
+    """Measure what is measured already."""
+    seed: int = 0
+    """Of weights, noise and the order in a round."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What is measured together: rivals in turns, on one model."""
+
+    rivals: Rivals
+    backbone: str
+    mode: str
+    precision: str
+    batch_size: int
+    threads: int
+    device: str
+
+    @property
+    def base(self) -> str:
+        """The rival that the others are compared with."""
+        return CROSS_ENTROPY if self.rivals == "losses" else BCPL
+
+
+def conditions(settings: Steps) -> Iterator[Condition]:
+    """Yield what `settings` asks for, cheap ones first; baselines are eager, in fp32, on CNNs."""
+    for rivals, backbone in product(settings.rivals, settings.backbones):
+        large = backbone.startswith("convnext")
+        batch_size = max(1, settings.batch_size // 4) if large else settings.batch_size
+        if rivals != "losses" and large:
+            continue
+        variants = list(product(settings.modes, settings.precisions))
+        for mode, precision in variants if rivals == "losses" else [("eager", "fp32")]:
+            yield Condition(
+                rivals, backbone, mode, precision, batch_size, settings.threads, settings.device
+            )
+
+
+def measure(condition: Condition, settings: Steps) -> dict[str, Any]:
+    """Return a condition's entry in steps.json."""
+    torch._dynamo.reset()  # Else the models of earlier conditions count as recompilations.
+    device = resolve_device(condition.device)
+    bench = Bench.build(
+        config(
+            condition.backbone,
+            condition.batch_size,
+            compiled=condition.mode == "compiled",
+            precision=condition.precision,
+        ),
+        device,
+    )
+    steps = rival_steps(condition, bench)
+    once = condition.rivals == "predecessor_model"
+    seconds = race(
+        steps,
+        seconds=settings.seconds,
+        min_rounds=1 if once else settings.min_rounds,
+        warm_up=0 if once else 3,
+        seed=settings.seed,
+        device=device,
+    )
+    return {
+        **asdict(condition),
+        **summary(seconds, condition.base),
+        "memory_bytes": {} if once else {n: peak_bytes(step, device) for n, step in steps.items()},
+        "load": round(os.getloadavg()[0], 1),
+        "git_commit": git_commit(),
+        "command": command_line(),
+        "versions": package_versions(),
+        "seed": settings.seed,
+    }
+
+
+def rival_steps(condition: Condition, bench: Bench) -> dict[str, Callable[[], object]]:
+    """Return the steps of a condition by name."""
+    if condition.rivals == "losses":
+        return {name: bench.step(objective) for name, objective in OBJECTIVES.items()}
+    trainer, labels = bench.trainer, bench.labels
+    tapped = Tapped(trainer.model)
+    pictures = bench.images[:, 0].float() / 255
+
+    def predecessor(reach: Reach) -> Callable[[], object]:
+        def run() -> object:
+            x = trainer.preprocess(bench.images)
+            return predecessor_step(tapped, trainer._optimizer, x, pictures, labels, reach=reach)
+
+        return run
+
+    def library() -> object:
+        from studies.baselines.library import training_step
+
+        return training_step(tapped, trainer._optimizer, trainer.preprocess(bench.images), labels)
+
+    ours: dict[str, Callable[[], object]] = {BCPL: bench.step(OBJECTIVES[BCPL])}
+    if condition.rivals == "predecessor_model":
+        return ours | {"predecessor, through the model": predecessor("model")}
+    return ours | {
+        "predecessor, to the features": predecessor("features"),
+        "pytorch-grad-cam beside cross-entropy": library,
+    }
+
+
+def summary(seconds: Seconds, base: str) -> dict[str, Any]:
+    """Return medians in milliseconds and paired ratios to `base`, by clock and rival."""
+    return {
+        "rounds": len(seconds["wall"][base]),
+        "milliseconds": {
+            clock: {name: round(float(np.median(t)) * 1e3, 3) for name, t in times.items()}
+            for clock, times in seconds.items()
+        },
+        "ratios": {
+            clock: {
+                name: median_ratio(t, times[base]).as_list()
+                for name, t in times.items()
+                if name != base
+            }
+            for clock, times in seconds.items()
+        },
+    }
+
+
+def target(rival: str) -> float:
+    """Return the most that a step with this objective is to cost over one of cross-entropy."""
+    name, metric = rival.split(", ")
+    return TARGETS["SSIM"] if metric == "SSIM" else TARGETS[name]
+
+
+def main(settings: Steps) -> None:
+    """Measure what is not measured yet; write the table and the figure of all there is."""
+    torch.set_num_threads(settings.threads)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    path = settings.out / "steps.json"
+    kept: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    for condition in conditions(settings):
+        asked = asdict(condition)
+        old = [entry for entry in kept if asked.items() <= entry.items()]
+        if old and old[-1]["git_commit"] == git_commit() and not settings.again:
+            continue
+        entry = measure(condition, settings)
+        kept = [other for other in kept if other not in old] + [entry]
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(kept, indent=1) + "\n")
+        partial.replace(path)
+        print(*table([entry], settings.clock), sep="\n", flush=True)
+    (settings.out / "steps.md").write_text("\n".join(table(kept, settings.clock)) + "\n")
+    save(draw(kept, settings.clock), settings.out / "steps.png")
+
+
+def table(entries: list[dict[str, Any]], clock: str) -> list[str]:
+    """Return the lines of a Markdown table: a row per rival, with targets where there are any."""
+    assert clock in CLOCKS
+    lines = [
+        f"| model | | batch | step | {clock} ms | over its base (95 % interval) | target | met "
+        "| peak memory over its base |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in entries:
+        base = CROSS_ENTROPY if entry["rivals"] == "losses" else BCPL
+        where = f"{entry['mode']}, {entry['precision']}, threads {entry['threads']}"
+        memory = entry["memory_bytes"]
+        for name, milliseconds in entry["milliseconds"][clock].items():
+            lead = f"| {entry['backbone']} | {where} | {entry['batch_size']} | {name} |"
+            if name == base:
+                lines.append(f"{lead} {milliseconds:.1f} | 1 | | | |")
+                continue
+            median, low, high = entry["ratios"][clock][name]
+            if entry["rivals"] == "losses":
+                limit = target(name)
+                wanted, met = f"≤ {limit}", median <= limit
+            else:
+                least = SPEEDUPS.get((name.split(maxsplit=1)[0].rstrip(","), entry["backbone"]))
+                wanted, met = (f"≥ {least:g}", median >= least) if least else ("", False)
+            share = f"{memory[name] / memory[base]:.3f}" if memory else ""
+            lines.append(
+                f"{lead} {milliseconds:.1f} | {median:.3f} ({low:.3f} to {high:.3f}) | {wanted} "
+                f"| {('yes' if met else 'no') if wanted else ''} | {share} |"
+            )
+    return lines
+
+
+def draw(entries: list[dict[str, Any]], clock: str) -> Figure:
+    """Return the figure: each objective's step over one of cross-entropy, with its interval."""
+    shown = [entry for entry in entries if entry["rivals"] == "losses"]
+    names = [name for name in OBJECTIVES if name != CROSS_ENTROPY]
+    figure = Figure(figsize=(9, 1.2 + 0.55 * len(shown)), layout="constrained")
+    axis = figure.subplots()
+    for offset, name in enumerate(names):
+        rows = np.array([entry["ratios"][clock][name] for entry in shown]).reshape(-1, 3)
+        height = np.arange(len(shown)) + (offset - len(names) / 2 + 0.5) * 0.11
+        spread = np.abs(rows[:, 1:].T - rows[:, 0])
+        axis.errorbar(rows[:, 0], height, xerr=spread, fmt="o", ms=4, lw=1, label=name)
+    axis.axvline(1, color="grey", lw=1)
+    axis.axvline(TARGETS["BCPL"], color="grey", lw=1, ls=":")
+    axis.set_yticks(
+        range(len(shown)),
+        [f"{e['backbone']}\n{e['mode']}, {e['precision']}" for e in shown],
+        fontsize=8,
+    )
+    axis.invert_yaxis()
+    axis.set_xlabel(f"{clock} time of a step over one of cross-entropy (median and 95 % interval)")
+    figure.legend(fontsize=8, loc="outside upper center", ncols=3)
+    return figure
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Steps))
