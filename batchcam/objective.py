@@ -1,6 +1,7 @@
 """The training objective: cross-entropy, Prototype Loss and Batch-CAM Prototype Loss in one.
 
-Shapes: N images, C classes, K channels, H and W cells of the feature grid, R pixels.
+Shapes: N images, C classes, S slots for class maps, K channels, H and W cells of the feature grid,
+R pixels.
 """
 
 from collections.abc import Callable
@@ -52,10 +53,11 @@ class Objective:
                     weighted_maps(weights_NK, features_NKHW), labels_N, prototypes_CRR, distance
                 )
             if self.lambda_batch:
-                maps_CHW, present_C = class_maps(
-                    weights_NK, features_NKHW, labels_N, len(prototypes_CRR)
+                slots_N, wanted_SRR = _class_slots(labels_N, prototypes_CRR)
+                maps_SHW, present_S = class_maps(
+                    weights_NK, features_NKHW, slots_N, len(wanted_SRR)
                 )
-                terms["batch"] = batch_cam_loss(maps_CHW, present_C, prototypes_CRR, distance)
+                terms["batch"] = batch_cam_loss(maps_SHW, present_S, wanted_SRR, distance)
         weights = {
             "class": self.lambda_class,
             "proto": self.lambda_proto,
@@ -63,6 +65,19 @@ class Objective:
         }
         total = sum((weights[name] * term for name, term in terms.items()), logits_NC.new_zeros(()))
         return total, {name: term.detach() for name, term in terms.items()}
+
+
+def _class_slots(labels_N: Tensor, prototypes_CRR: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where the map of each image's class is kept, and the prototype of each such slot.
+
+    A slot per class, or, where there are more classes than images, a slot per image, of which a
+    class takes that of its first image: maps that no image has a part in are few at any number of
+    classes, and no shape depends on the labels, for which a GPU would have to be waited for.
+    """
+    if len(prototypes_CRR) <= len(labels_N):
+        return labels_N, prototypes_CRR
+    first_N = (labels_N[:, None] == labels_N).int().argmax(dim=1)
+    return first_N, prototypes_CRR[labels_N]
 
 
 Distance = Callable[[Tensor, Tensor], Tensor]

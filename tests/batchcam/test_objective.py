@@ -195,3 +195,27 @@ def test_a_dead_map_gives_a_finite_gradient(metric: str) -> None:
     gradients = torch.autograd.grad(total, (features, negative))
     assert total.isfinite()
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@metrics
+@given(seed=seeds)
+def test_more_classes_than_images_change_nothing(metric: str, seed: int) -> None:
+    features, weight, labels, prototypes = _problem(seed)
+    generator = torch.Generator().manual_seed(seed)
+    others = torch.rand(9, 18, generator=generator, dtype=torch.float64)
+    objective = Objective(metric, 0.0, 0.0, 1.0)
+
+    few, _ = objective(_head(features, weight), features, labels, prototypes)
+    many, _ = objective(
+        _head(features, torch.cat([others, weight])),
+        features,
+        labels + len(others),
+        torch.cat([torch.zeros(len(others), 8, 8, dtype=torch.float64), prototypes]),
+    )
+    torch.testing.assert_close(many, few)
+    for theirs, ours in zip(
+        torch.autograd.grad(many, (features, weight)),
+        torch.autograd.grad(few, (features, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(theirs, ours)
