@@ -85,7 +85,9 @@ def channel_weights(
     with torch.enable_grad():  # A CAM is also asked for where gradients are off, as in evaluation.
         scores = logits_NC.gather(1, targets_N.unsqueeze(1)).sum()
     (gradients_NKHW,) = torch.autograd.grad(scores, features_NKHW, create_graph=create_graph)
-    return gradients_NKHW.mean(dim=(2, 3), dtype=at_least_float32(gradients_NKHW))
+    # Divided when it is small: going back, a mean would write H x W copies of its gradient.
+    sums_NK = gradients_NKHW.sum(dim=(2, 3), dtype=at_least_float32(gradients_NKHW))
+    return sums_NK / (gradients_NKHW.shape[2] * gradients_NKHW.shape[3])
 
 
 def weighted_maps(weights_NK: Tensor, features_NKHW: Tensor) -> Tensor:
