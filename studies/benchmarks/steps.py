@@ -140,7 +140,6 @@ def measure(condition: Condition, settings: Steps) -> dict[str, Any]:
         **summary(seconds, condition.base),
         "memory_bytes": {} if once else {n: peak_bytes(step, device) for n, step in steps.items()},
         "load": round(os.getloadavg()[0], 1),
-        "git_commit": git_commit(),
         "command": command_line(),
         "versions": package_versions(),
         "seed": settings.seed,
@@ -205,14 +204,15 @@ def main(settings: Steps) -> None:
     """Measure what is not measured yet; write the table and the figure of all there is."""
     torch.set_num_threads(settings.threads)
     settings.out.mkdir(parents=True, exist_ok=True)
+    commit = git_commit()  # Of the code that is loaded, whatever is committed meanwhile.
     path = settings.out / "steps.json"
     kept: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     for condition in conditions(settings):
         asked = asdict(condition)
         old = [entry for entry in kept if asked.items() <= entry.items()]
-        if old and old[-1]["git_commit"] == git_commit() and not settings.again:
+        if old and old[-1]["git_commit"] == commit and not settings.again:
             continue
-        entry = measure(condition, settings)
+        entry = {**measure(condition, settings), "git_commit": commit}
         kept = [other for other in kept if other not in old] + [entry]
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(kept, indent=1) + "\n")
