@@ -1,5 +1,11 @@
-"""What every test shares: one thread, and hypothesis without deadlines."""
+"""What every test shares: one thread, hypothesis without deadlines, an environment of its own."""
 
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import settings
 
@@ -9,3 +15,27 @@ torch.set_num_threads(1)
 
 settings.register_profile("batchcam", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("batchcam")
+
+# Not BATCHCAM_DATA, by which tests find real files.
+_PRIVATE = ("WANDB_", "RAY_", "BATCHCAM_OPTUNA_", "XDG_", "NETRC", "COLUMNS")
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a user who has no W&B account, no Ray cluster and no database."""
+    # One home for all tests of a session: Ray keeps the token it once read from there.
+    home = tmp_path_factory.getbasetemp() / "home"
+    home.mkdir(exist_ok=True)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_PRIVATE)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return kept | {"HOME": str(home), "NETRC": str(home / "netrc"), "PATH": path}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clean_environment(environment: dict[str, str]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ.keys() - environment.keys():
+            patch.delenv(name)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield

@@ -1,4 +1,4 @@
-"""A world without accounts or clusters, a tiny real trial, and commands as a user types them."""
+"""A tiny real trial, what studies stand on, and commands as a user types them."""
 
 import csv
 import json
@@ -30,30 +30,8 @@ from studies.checkpoints import Checkpoints
 from studies.export import TrialRecord
 
 ROOT = Path(__file__).parents[2]
-_PRIVATE = ("WANDB_", "RAY_", "BATCHCAM_", "XDG_", "NETRC", "COLUMNS")
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a user who has no W&B account, no Ray cluster and no data."""
-    # One home for all tests of a session: Ray keeps the token it once read from there.
-    home = tmp_path_factory.getbasetemp() / "home"
-    home.mkdir(exist_ok=True)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_PRIVATE)}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return kept | {"HOME": str(home), "NETRC": str(home / "netrc"), "PATH": path}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _clean_environment(environment: dict[str, str]) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in os.environ.keys() - environment.keys():
-            patch.delenv(name)
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        yield
 
 
 @pytest.fixture(scope="session")
