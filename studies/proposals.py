@@ -66,7 +66,7 @@ def open_proposals(
     Returns the study and the storage that it is kept in.
 
     Raises:
-        ConfigError: the database's driver is missing, or its address is wrong.
+        ConfigError: the database's driver is missing, its address is wrong, or its encoding.
         StorageLostError: it does not answer.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -96,6 +96,14 @@ def _open_storage(folder: Path) -> BaseStorage:
         raise ConfigError(
             f"{STORAGE_VARIABLE} names a {kind} database, whose driver is not installed; "
             "for PostgreSQL: pip install 'psycopg[binary]'."
+        ) from error
+    except TypeError as error:
+        # Where a database says nothing of its encoding, psycopg hands out bytes for texts.
+        if kind != "postgresql":
+            raise
+        raise ConfigError(
+            f"{STORAGE_VARIABLE} names a database whose encoding is SQL_ASCII, which is none; name "
+            "one that was made by createdb --encoding=UTF8 --template=template0."
         ) from error
 
 

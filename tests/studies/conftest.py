@@ -131,13 +131,14 @@ class PostgreSQL:
     def address(self, database: str) -> str:
         return f"postgresql+psycopg://me:secret@127.0.0.1:{self._port}/{database}"
 
-    def new_database(self) -> str:
+    def new_database(self, encoding: str = "UTF8") -> str:
         """Make an empty database, and return its address."""
         self._databases += 1
         name = f"database{self._databases}"
         address = self.address("postgres").replace("+psycopg", "")
         with psycopg.connect(address, autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}".encode())
+            command = f"CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0"
+            connection.execute(command.encode())
         return self.address(name)
 
     def _run(self, tool: str, *words: str) -> None:

@@ -21,6 +21,7 @@ from studies.proposals import (
     open_proposals,
     storage_kind,
 )
+from tests.studies.conftest import PostgreSQL
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,15 @@ def test_database_without_its_driver_is_refused_with_the_remedy(
 ) -> None:
     monkeypatch.setenv(STORAGE_VARIABLE, "postgresql+pg8000://me:secret@host/database")
     with pytest.raises(ConfigError, match=r"driver is not installed.*psycopg\[binary\]") as refused:
+        open_proposals(tmp_path, "s", 2, ReproducibleTPE(0))
+    assert "secret" not in str(refused.value)
+
+
+def test_database_without_an_encoding_is_refused_with_the_remedy(
+    postgresql: PostgreSQL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STORAGE_VARIABLE, postgresql.new_database("SQL_ASCII"))
+    with pytest.raises(ConfigError, match=r"SQL_ASCII.*createdb --encoding=UTF8") as refused:
         open_proposals(tmp_path, "s", 2, ReproducibleTPE(0))
     assert "secret" not in str(refused.value)
 
