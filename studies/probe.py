@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import ray
 import torch
+from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
 from batchcam.config import TrialConfig
 from batchcam.devices import resolve_device
@@ -108,12 +109,23 @@ def probe_all(
 ) -> list[Probe]:
     """Probe configurations one after the other on the Ray cluster that is joined.
 
-    Each probe holds `gpus` whole GPUs and `cpus` CPUs, and so has them for itself.
+    Each probe holds `gpus` whole GPUs and `cpus` CPUs, and so has them for itself. One whose
+    process is killed, by Ray or by the kernel, has found that memory does not suffice.
     """
-    # max_calls: a process of its own for each.
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1)(probe)
+    # max_calls: a process of its own for each. max_retries: what was killed would be again.
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(probe)
     shared = ray.put(inputs)
-    return [ray.get(remote.remote(each, shared, max(1, int(cpus)))) for each in configs]
+    threads = max(1, int(cpus))
+
+    def run(config: TrialConfig) -> Probe:
+        try:
+            found: Probe = ray.get(remote.remote(config, shared, threads))
+        except (OutOfMemoryError, WorkerCrashedError) as error:
+            device = "cuda" if gpus else "cpu"
+            return Probe(config, threads, device=device, error=str(error).splitlines()[0])
+        return found
+
+    return [run(config) for config in configs]
 
 
 def _memory(device: torch.device, inputs: Inputs) -> tuple[int, int]:
