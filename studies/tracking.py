@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -148,5 +148,6 @@ def _init(tracking: Tracking, trial_id: str, name: str, config: dict[str, Any]) 
             )
         except Exception:
             log.warning("W&B could not start a run %s", mode, exc_info=True)
-            wandb.teardown()  # Its service would refuse the id, which it holds to be in use.
+            with suppress(Exception):  # Its service may have died.
+                wandb.teardown()  # It would refuse the id, which it holds to be in use.
     return None

@@ -1,3 +1,5 @@
+import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -153,6 +155,30 @@ def test_run_that_cannot_be_started_costs_the_record_only(
         run.log(reports[0][0])
     assert "W&B could not start a run offline" in caplog.text
     assert list(tracking.folder.glob("wandb/offline-run-*")) == []
+
+
+def kill_service() -> None:
+    """Kill the process that W&B started beside this one."""
+    for name in Path("/proc/self/task").glob("*/children"):
+        for pid in map(int, name.read_text().split()):
+            if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for a process in /proc")
+def test_service_that_dies_costs_records_and_no_trial(
+    tracking: Tracking, reports: Reports, recorded: Read, caplog: pytest.LogCaptureFixture
+) -> None:
+    with track(tracking, "lost", "name", {}) as run:
+        kill_service()
+        for report, _ in reports:
+            run.log(report)
+    # The next run learns of it, the one after that has a service again.
+    for name in ("unheard", "heard"):
+        with track(tracking, name, "name", {}) as run:
+            run.log(reports[0][0])
+    assert "W&B did not finish the run" in caplog.text
+    assert "heard" in [record.run.get("run_id") for record in recorded(tracking.folder)]
 
 
 def test_server_that_is_gone_leaves_an_offline_run(
