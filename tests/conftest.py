@@ -28,7 +28,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     home.mkdir(exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_PRIVATE)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return kept | {"HOME": str(home), "NETRC": str(home / "netrc"), "PATH": path}
+    # Ray's workers would else wait for whatever else the machine does.
+    ray = {"RAY_worker_niceness": "0"}
+    return kept | {"HOME": str(home), "NETRC": str(home / "netrc"), "PATH": path} | ray
 
 
 @pytest.fixture(scope="session", autouse=True)

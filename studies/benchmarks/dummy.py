@@ -43,8 +43,12 @@ class DummyStudy:
     """Epochs before a trial may be stopped early."""
     seconds: float = 0.05
     """How long an epoch takes."""
+    cpus: int = 1
+    """CPUs of a trial."""
     slots: int = 1
-    """CPUs of the local Ray, and so trials at a time; with one, the outcome is reproducible."""
+    """Trials at a time on a local Ray; where it is one, the outcome is reproducible."""
+    address: str | None = None
+    """A Ray that runs, to be joined; by default a local one is started."""
     seed: int = 0
     """Of the search."""
 
@@ -105,17 +109,16 @@ def run_dummy(params: dict[str, Any], *, checkpoints: str, epochs: int, seconds:
 
 
 def main(study: DummyStudy) -> Ledger:
-    """Run the study on a local Ray, and return its ledger."""
+    """Run the study, and return its ledger."""
     study.out.mkdir(parents=True, exist_ok=True)
-    ray.init(
-        address="local",
-        num_cpus=study.slots,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": WORKER_ENVIRONMENT},
-    )
+    options: dict[str, Any] = {"address": study.address}
+    if study.address is None:
+        cpus = study.slots * study.cpus
+        options = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    ray.init(log_to_driver=False, runtime_env={"env_vars": WORKER_ENVIRONMENT}, **options)
+    resources = TrialResources(study.cpus, 0, study.cpus)
     try:
-        return run_search(study.search(), study.out, study.trainable(), TrialResources(1, 0, 1))
+        return run_search(study.search(), study.out, study.trainable(), resources)
     finally:
         ray.shutdown()
 

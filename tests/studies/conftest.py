@@ -26,10 +26,14 @@ from batchcam.data import load_data, to_device
 from batchcam.prototypes import class_prototypes
 from batchcam.splits import Split
 from batchcam.train import EpochReport, Inputs, fit
+from cluster.local import LocalClusterSettings, local_cluster
 from studies.checkpoints import Checkpoints
 from studies.export import TrialRecord
 
 ROOT = Path(__file__).parents[2]
+
+RAY_CPUS = 3
+"""What trials have on the Ray that tests share; who asks for two of them is alone there."""
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -171,6 +175,13 @@ def local_ray() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def shared_ray(_clean_environment: None) -> Iterator[str]:
+    """The address of a Ray of three CPUs, which outlives the drivers that join it."""
+    with local_cluster(LocalClusterSettings(workers=0, head_cpus=RAY_CPUS)) as cluster:
+        yield cluster.address
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 import batchcam
 from studies.ledger import LEDGER, Ledger, TrialHistory
 from studies.proposals import JOURNAL, open_journal
-from tests.studies.conftest import ROOT
+from tests.studies.conftest import RAY_CPUS, ROOT
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.faults]
 
@@ -111,72 +111,71 @@ def outcome(trials: list[TrialHistory]) -> list[tuple[Any, ...]]:
 
 
 def test_studies_killed_at_random_moments_end_as_one_that_was_not(
-    environment: dict[str, str], tmp_path: Path
+    environment: dict[str, str], shared_ray: str, tmp_path: Path
 ) -> None:
-    """Ten kills and more, one as it starts; one slot, so that the order is the same."""
-    chance = random.Random(0)
-    words = ["--trials", 16, "--epochs", 8, "--seconds", 0.1]
-    module = ["-m", "studies.benchmarks.dummy"]
-    whole = tmp_path / "whole"
-    whole_run = run([*module, "--out", whole, *words], tmp_path / "log", environment)
-    assert whole_run.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    """Ten kills, the first as the study starts; one slot, so that the order is the same.
 
-    cut = tmp_path / "cut"
+    With the first two drivers dies the Ray that they started; the others leave theirs behind.
+    """
+    chance = random.Random(0)
+    words = ["--trials", 16, "--epochs", 8, "--seconds", 0.1, "--cpus", RAY_CPUS]
+    shared = ["--address", shared_ray]
+    module = ["-m", "studies.benchmarks.dummy"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert not kill_at([*module, "--out", whole, *words, *shared], whole, environment, never)
+
     command = [*module, "--out", cut, *words]
-    # The first one as the study starts, whatever it is doing then.
+    # The first one whatever it is doing then.
     due = time.monotonic() + chance.uniform(2, 6)
-    kills = int(kill_at(command, cut, environment, lambda _: time.monotonic() > due))
-    while kill_at(
-        command, cut, environment, after(cut, chance.randint(3, 12), chance.uniform(0, 0.15))
-    ):
-        kills += 1
-    assert kills >= 10
+    assert kill_at(command, cut, environment, lambda _: time.monotonic() > due)
+    for kill in range(1, 10):
+        moment = after(cut, chance.randint(3, 10), chance.uniform(0, 0.15))
+        where = shared if kill > 1 else []
+        assert kill_at([*command, *where], cut, environment, moment)
+    assert not kill_at([*command, *shared], cut, environment, never)
     check_whole(cut, 16, 8, "dummy")
     assert outcome(Ledger(cut / LEDGER).trials) == outcome(Ledger(whole / LEDGER).trials)
 
 
 def test_parallel_studies_killed_at_random_moments_lose_nothing(
-    environment: dict[str, str], tmp_path: Path
+    environment: dict[str, str], shared_ray: str, tmp_path: Path
 ) -> None:
     """With three trials at a time the order is chance; nothing may be lost or doubled."""
     chance = random.Random(1)
     cut = tmp_path / "cut"
-    command: list[Any] = ["-m", "studies.benchmarks.dummy", "--out", cut, "--slots", 3]
+    command: list[Any] = ["-m", "studies.benchmarks.dummy", "--out", cut]
     command += ["--trials", 20, "--epochs", 4, "--seconds", 0.1]
-    kills = 0
-    for _ in range(4):
+    alone, shared = ["--slots", RAY_CPUS], ["--address", shared_ray]
+    for where in (alone, shared, shared):
         moment = after(cut, chance.randint(5, 20), chance.uniform(0, 0.15))
-        kills += kill_at(command, cut, environment, moment)
-    assert kills >= 3
-    while kill_at(command, cut, environment, never):
-        pass
+        assert kill_at([*command, *where], cut, environment, moment)
+    assert not kill_at([*command, *shared], cut, environment, never)
     check_whole(cut, 20, 4, "dummy")
 
 
 def test_real_study_killed_three_times_ends_as_one_that_was_not(
-    environment: dict[str, str], tmp_path: Path
+    environment: dict[str, str], shared_ray: str, tmp_path: Path
 ) -> None:
+    """With the first driver dies the Ray that it started; the others leave theirs behind."""
     chance = random.Random(2)
     words = ["--num-trials", 4, "--max-epochs", 3, "--min-epochs", 1, "--resolutions", 14]
     script = ROOT / "studies" / "bcpl_sweep.py"
-    one_at_a_time = ["--cpus-per-trial", 2]
+    shared = ["--address", shared_ray]
 
     def command(study: str, *more: Any) -> list[Any]:
-        return [script, "--out", tmp_path, "--study", study, *one_at_a_time, *more]
+        return [script, "--out", tmp_path, "--study", study, "--cpus-per-trial", 2, *more]
 
-    whole = run(command("whole", *words), tmp_path / "log", environment)
-    assert whole.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert not kill_at(command("whole", *words, *shared), whole, environment, never)
 
-    cut = tmp_path / "cut"
-    for kill in range(3):
+    for how in (words, ["--resume", *shared], ["--resume", *shared]):
         moment = after(cut, chance.randint(1, 4), chance.uniform(0, 1))
-        how = command("cut", "--resume") if kill else command("cut", *words)
-        assert kill_at(how, cut, environment, moment)
-    assert not kill_at(command("cut", "--resume"), cut, environment, never)
+        assert kill_at(command("cut", *how), cut, environment, moment)
+    assert not kill_at(command("cut", "--resume", *shared), cut, environment, never)
 
     check_whole(cut, 4, 3, "cut")
     timed = ("images_per_second", "seconds")
-    both = [Ledger(tmp_path / study / LEDGER).trials for study in ("whole", "cut")]
+    both = [Ledger(folder / LEDGER).trials for folder in (whole, cut)]
     for trial in [trial for trials in both for trial in trials]:
         trial.params.pop("trial_id")
         for report in trial.reports:

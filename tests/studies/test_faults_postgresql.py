@@ -15,7 +15,7 @@ from studies.ledger import LEDGER, Ledger
 from studies.patience import StorageLostError
 from studies.proposals import STORAGE_VARIABLE, ReproducibleTPE, open_proposals
 from studies.search import OptunaBridge
-from tests.studies.conftest import PostgreSQL
+from tests.studies.conftest import RAY_CPUS, PostgreSQL
 from tests.studies.test_crash import IN_OPTUNA, after
 from tests.studies.test_crash import run as start
 
@@ -161,13 +161,12 @@ def test_database_that_comes_back_late_is_opened(
 
 
 def test_study_whose_database_is_away_for_20_s_goes_on(
-    postgresql: PostgreSQL, environment: dict[str, str], tmp_path: Path
+    postgresql: PostgreSQL, environment: dict[str, str], shared_ray: str, tmp_path: Path
 ) -> None:
     address, folder = postgresql.new_database(), tmp_path / "study"
     command = ["-m", "studies.benchmarks.dummy", "--out", folder, "--trials", 6, "--epochs", 6]
-    driver = start(
-        [*command, "--seconds", 0.2], tmp_path / "log", environment | {STORAGE_VARIABLE: address}
-    )
+    command += ["--seconds", 0.2, "--cpus", RAY_CPUS, "--address", shared_ray]
+    driver = start(command, tmp_path / "log", environment | {STORAGE_VARIABLE: address})
     moment = after(folder, 8)
     try:
         while not moment(driver):
