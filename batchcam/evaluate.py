@@ -99,8 +99,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     for batch, batch_labels in batches(images, labels, batch_size):
-        logits, features = _explainable_forward(model, preprocess(batch), precision)
-        weights_NK = channel_weights(logits, features, batch_labels, create_graph=False)
+        logits, features, weights_NK = _explained(model, preprocess(batch), precision, batch_labels)
         with torch.no_grad():
             class_cam.add(weights_NK, features, batch_labels)
             maps_NRR = render(weighted_maps(weights_NK, features), resolution)
@@ -146,9 +145,8 @@ def error_maps(
     was_training = model.training
     model.eval()
     for batch, batch_labels in batches(images, labels, batch_size):
-        logits, features = _explainable_forward(model, preprocess(batch), precision)
+        logits, features, weights_NK = _explained(model, preprocess(batch), precision)
         predicted = logits.argmax(dim=1)
-        weights_NK = channel_weights(logits, features, predicted, create_graph=False)
         wrong = predicted != batch_labels
         class_cam.add(weights_NK[wrong], features[wrong], batch_labels[wrong])
     model.train(was_training)
@@ -174,9 +172,12 @@ def explain(
     model.eval()
     for start in range(0, len(images), batch_size):
         chosen = slice(start, start + batch_size)
-        logits, features = _explainable_forward(model, preprocess(images[chosen]), precision)
-        explained = logits.argmax(dim=1) if targets is None else targets[chosen]
-        weights_NK = channel_weights(logits, features, explained, create_graph=False)
+        logits, features, weights_NK = _explained(
+            model,
+            preprocess(images[chosen]),
+            precision,
+            None if targets is None else targets[chosen],
+        )
         with torch.no_grad():
             maps.append(render(weighted_maps(weights_NK, features), preprocess.resolution).cpu())
             probabilities.append(F.softmax(logits.float(), dim=1).cpu())
@@ -184,13 +185,21 @@ def explain(
     return torch.cat(probabilities), torch.cat(maps)
 
 
-def _explainable_forward(
-    model: ExplainableModel, x_NCHW: Tensor, precision: str
-) -> tuple[Tensor, Tensor]:
-    """Run the backbone without a graph and the head with one: all that a CAM needs."""
+def _explained(
+    model: ExplainableModel, x_NCHW: Tensor, precision: str, targets_N: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits, features, and the channel weights of the targets, or the predicted classes.
+
+    The backbone runs without a graph; the head with one, unless its weights are known without.
+    """
     with autocast(x_NCHW.device, precision):
         with torch.no_grad():
             features = model.features(x_NCHW)
-        with torch.enable_grad():
-            features = features.detach().requires_grad_()
-            return model.head(features), features
+            known_CK = model.class_weights(features.shape[2] * features.shape[3])
+        with torch.set_grad_enabled(known_CK is None):
+            features = features.detach().requires_grad_(known_CK is None)
+            logits = model.head(features)
+    chosen_N = logits.argmax(dim=1) if targets_N is None else targets_N
+    if known_CK is not None:
+        return logits, features, known_CK[chosen_N]
+    return logits, features, channel_weights(logits, features, chosen_N, create_graph=False)

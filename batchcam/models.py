@@ -11,11 +11,10 @@ import copy
 from functools import lru_cache
 from typing import Any
 
-import timm
 import torch
-from timm.models import is_model, list_models
 from torch import Tensor, nn
 
+from batchcam.depthwise import use_matrix_products
 from batchcam.errors import BackboneError, suggest_names
 
 SIMPLE_CNN = "simple_cnn"
@@ -39,6 +38,19 @@ class ExplainableModel(nn.Module):
         """Map images to logits."""
         return self.head(self.features(images))
 
+    def class_weights(self, cells: int) -> Tensor | None:
+        """Return the channel weights (Eq. 6) of each class, `(C, K)`, where the head is linear.
+
+        The gradient of a class score with respect to the features then is the same for every image:
+        it is read off the head's parameters, through which it stays differentiable, and no backward
+        pass is needed. None where the head is not linear.
+
+        Args:
+            cells: H W of the feature grid.
+        """
+        del cells
+        return None
+
 
 class SimpleCNN(ExplainableModel):
     """The paper's baseline: convolutions, flattened features, one linear layer (Section 3.2).
@@ -46,6 +58,8 @@ class SimpleCNN(ExplainableModel):
     Four 3x3 convolutions, batch-normalised, with one pooling step among them, so that the CAM grid
     is half the input: 14x14 at 28x28. Features are pooled to 7x7 before they are flattened,
     whatever the resolution. The paper gives no layer sizes; these are ours.
+
+    Its weights lie in memory channels last, and so do its features: a quarter faster on CPUs.
     """
 
     def __init__(self, num_classes: int = 10, in_chans: int = 1) -> None:
@@ -59,6 +73,7 @@ class SimpleCNN(ExplainableModel):
         )
         self.pool = nn.AdaptiveAvgPool2d(7)
         self.classifier = nn.Linear(64 * 7 * 7, num_classes)
+        self.to(memory_format=torch.channels_last)
 
     def features(self, images: Tensor) -> Tensor:
         """See :class:`ExplainableModel`."""
@@ -70,13 +85,22 @@ class SimpleCNN(ExplainableModel):
         logits: Tensor = self.classifier(self.pool(features_NKHW).flatten(1))
         return logits
 
+    def class_weights(self, cells: int) -> Tensor:
+        """See :class:`ExplainableModel`; a pooled cell is an average, which shares out its gain."""
+        return self.classifier.weight.view(-1, 64, 7 * 7).sum(dim=2) / cells
+
 
 class TimmCNN(ExplainableModel):
-    """Any convolutional timm model, cut between `forward_features` and `forward_head`."""
+    """Any convolutional timm model, cut between `forward_features` and `forward_head`.
+
+    Depthwise convolutions compute the same in another way: see :mod:`batchcam.depthwise`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        use_matrix_products(model)
         self.model = model
+        self._averages: bool | None = None
 
     def features(self, images: Tensor) -> Tensor:
         """See :class:`ExplainableModel`."""
@@ -87,6 +111,40 @@ class TimmCNN(ExplainableModel):
         """See :class:`ExplainableModel`."""
         logits: Tensor = self.model.forward_head(features_NKHW)  # type: ignore[operator]
         return logits
+
+    def class_weights(self, cells: int) -> Tensor | None:
+        """See :class:`ExplainableModel`; known where a linear layer sees the channels' averages."""
+        if self._averages is None:
+            self._averages = _averages_channels(self.model)
+        if not self._averages:
+            return None
+        weight: Tensor = self.model.get_classifier().weight  # type: ignore[operator]
+        return weight / cells
+
+
+def _averages_channels(model: nn.Module) -> bool:
+    """Whether a timm model's head is its classifier on the channels' averages, and nothing more.
+
+    Found by asking it: no name or class says so for all of timm.
+    """
+    classifier = model.get_classifier()  # type: ignore[operator]
+    if not isinstance(classifier, nn.Linear):
+        return False
+    weight = classifier.weight
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.randn(2, classifier.in_features, 3, 2, generator=generator)
+            features = drawn.to(weight.device, weight.dtype)
+            logits = model.forward_head(features)  # type: ignore[operator]
+            averaged = classifier(features.mean(dim=(2, 3)))
+    except RuntimeError:  # Other channels than the classifier's: there is more in between.
+        return False
+    finally:
+        model.train(was_training)
+    return torch.allclose(logits, averaged, rtol=1e-4, atol=1e-5)
 
 
 def create_model(
@@ -118,7 +176,7 @@ def create_model(
         if pretrained:
             raise BackboneError("simple_cnn has no pretrained weights; set pretrained to false.")
         return SimpleCNN(num_classes, in_chans)
-    if not is_model(backbone.split(".")[0]):
+    if not _timm_models().is_model(backbone.split(".")[0]):
         raise BackboneError(
             f"backbone {backbone!r} is unknown." + suggest_names(backbone, backbone_names())
         )
@@ -127,7 +185,14 @@ def create_model(
 
 def backbone_names() -> list[str]:
     """Return every name that :func:`create_model` knows, whether it can be explained or not."""
-    return [SIMPLE_CNN, *list_models()]
+    return [SIMPLE_CNN, *_timm_models().list_models()]
+
+
+def _timm_models() -> Any:
+    """Import timm where it is needed: it takes as long as PyTorch itself."""
+    import timm.models
+
+    return timm.models
 
 
 def _create_timm(
@@ -135,7 +200,7 @@ def _create_timm(
 ) -> nn.Module:
     options: dict[str, Any] = {} if output_stride is None else {"output_stride": output_stride}
     try:
-        return timm.create_model(
+        model: nn.Module = _timm_models().create_model(
             backbone, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **options
         )
     except Exception as error:  # timm lets through what its models and the hub client raise.
@@ -156,6 +221,7 @@ def _create_timm(
             f"num_classes={num_classes} ({type(error).__name__}: {_first_line(error)}); choose "
             "another."
         ) from error
+    return model
 
 
 def _first_line(error: Exception) -> str:

@@ -28,7 +28,12 @@ class Objective:
     lambda_batch: float
 
     def __call__(
-        self, logits_NC: Tensor, features_NKHW: Tensor, labels_N: Tensor, prototypes_CRR: Tensor
+        self,
+        logits_NC: Tensor,
+        features_NKHW: Tensor,
+        labels_N: Tensor,
+        prototypes_CRR: Tensor,
+        weights_CK: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the total loss, and its terms before weighting, detached.
 
@@ -37,6 +42,9 @@ class Objective:
             features_NKHW: the feature maps, part of the graph of `logits_NC`.
             labels_N: int64, the class of each image.
             prototypes_CRR: one prototype per class, square, scaled to [0, 1].
+            weights_CK: the channel weights of each class, where they are the same for all images;
+                see :meth:`batchcam.models.ExplainableModel.class_weights`. Else they are computed
+                for each image.
 
         Returns:
             The scalar total, and `class`, `proto` and `batch` where their weight is not 0.
@@ -46,7 +54,10 @@ class Objective:
             precise_NC = logits_NC.to(at_least_float32(logits_NC))
             terms["class"] = F.cross_entropy(precise_NC, labels_N)
         if self.lambda_proto or self.lambda_batch:
-            weights_NK = channel_weights(logits_NC, features_NKHW, labels_N, create_graph=True)
+            if weights_CK is None:
+                weights_NK = channel_weights(logits_NC, features_NKHW, labels_N, create_graph=True)
+            else:
+                weights_NK = weights_CK.to(at_least_float32(weights_CK))[labels_N]
             distance = METRICS[self.metric]
             if self.lambda_proto:
                 terms["proto"] = prototype_loss(

@@ -284,7 +284,8 @@ class _Trainer:
         with self._autocast():
             features = self._features(x_NCHW)
             logits = self.model.head(features)
-        loss, terms = self._objective(logits, features, labels_N, self._prototypes)
+        weights = self.model.class_weights(features.shape[2] * features.shape[3])
+        loss, terms = self._objective(logits, features, labels_N, self._prototypes, weights)
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self._scaler.scale(loss))
         self._scaler.step(self._optimizer)
@@ -381,9 +382,14 @@ def _make_optimizer(model: ExplainableModel, config: TrialConfig) -> torch.optim
     rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "sgd":
         return torch.optim.SGD(
-            model.parameters(), lr=rate, weight_decay=decay, momentum=0.9, nesterov=True
+            model.parameters(),
+            lr=rate,
+            weight_decay=decay,
+            momentum=0.9,
+            nesterov=True,
+            fused=True,
         )
-    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay)
+    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)
 
 
 def _make_schedule(

@@ -201,6 +201,38 @@ def test_batch_cam_differentiates_twice_as_numbers_say(
     torch.testing.assert_close(exact, numeric, rtol=1e-3, atol=0)
 
 
+LINEAR_HEADS = {"simple_cnn", "resnet18", "resnet10t", "efficientnet_b0", "regnetx_002"}
+
+
+@pytest.mark.parametrize("resolution", [28, 40])
+def test_weights_of_a_linear_head_are_the_pooled_gradients(
+    backbone: Backbone, model: ExplainableModel, resolution: int
+) -> None:
+    """Values, and gradients of what is made of them, with no backward pass through the head."""
+    model = copy.deepcopy(model).double()
+    # Grids of which SimpleCNN's pooling takes equal parts, and those of which it does not.
+    images = torch.randn(backbone.images, 1, resolution, resolution, dtype=torch.float64)
+    labels = torch.arange(backbone.images) % 2 * 7
+    with torch.no_grad():
+        fixed = model.eval().features(images)
+    weights = model.class_weights(fixed.shape[2] * fixed.shape[3])
+    if backbone.name not in LINEAR_HEADS:
+        assert weights is None
+        return
+    assert weights is not None
+    losses = []
+    for known in (None, weights):
+        features = fixed.clone().requires_grad_()
+        objective = Objective("l2", 0.0, 0.7, 0.3)
+        prototypes = torch.rand(10, 14, 14, generator=torch.Generator().manual_seed(0)).double()
+        loss, _ = objective(model.head(features), features, labels, prototypes, known)
+        wanted = [features, *model.parameters()]
+        losses.append((loss, torch.autograd.grad(loss, wanted, materialize_grads=True)))
+    (slow, slow_gradients), (fast, fast_gradients) = losses
+    torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(fast_gradients, slow_gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_maps_are_float32_in_either_precision(
     backbone: Backbone, model: ExplainableModel, dtype: torch.dtype
