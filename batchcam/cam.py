@@ -92,7 +92,7 @@ def channel_weights(
 
 def weighted_maps(weights_NK: Tensor, features_NKHW: Tensor) -> Tensor:
     """Return `ReLU(sum_k weights_k A_k)` per image, `(N, H, W)`."""
-    return F.relu(_weighted_sum(weights_NK, features_NKHW))
+    return F.relu(weighted_sums(weights_NK, features_NKHW))
 
 
 def class_maps(
@@ -104,17 +104,27 @@ def class_maps(
     its features are the mean of those weights applied to each image, so what is averaged is H x W,
     not K x H x W, and absent classes cost nothing.
     """
-    counts_C = torch.zeros(num_classes, dtype=weights_NK.dtype, device=weights_NK.device)
-    counts_C = counts_C.index_add(0, labels_N, torch.ones_like(weights_NK[:, 0]))
-    share_N = 1 / counts_C[labels_N]
+    weights_CK, _ = _class_means(weights_NK, labels_N, num_classes)
+    return mean_maps(weighted_sums(weights_CK[labels_N], features_NKHW), labels_N, num_classes)
 
-    class_weights_CK = weights_NK.new_zeros(num_classes, weights_NK.shape[1])
-    class_weights_CK = class_weights_CK.index_add(0, labels_N, weights_NK * share_N[:, None])
 
-    maps_NHW = _weighted_sum(class_weights_CK[labels_N], features_NKHW)
-    maps_CHW = maps_NHW.new_zeros(num_classes, *maps_NHW.shape[1:])
-    maps_CHW = maps_CHW.index_add(0, labels_N, maps_NHW * share_N[:, None, None])
-    return F.relu(maps_CHW), counts_C > 0
+def mean_maps(sums_NHW: Tensor, labels_N: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return :func:`batch_cam`'s maps from the weighted sums of images, by their classes' weights.
+
+    Returns:
+        `maps_CHW`, >= 0, zero for a class without images; and `present_C`, bool.
+    """
+    means_CHW, present_C = _class_means(sums_NHW, labels_N, num_classes)
+    return F.relu(means_CHW), present_C
+
+
+def _class_means(values_N: Tensor, labels_N: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return the mean of each class, zero for one without images; and which classes have any."""
+    ones_N = values_N.new_ones(len(labels_N))
+    counts_C = values_N.new_zeros(num_classes).index_add(0, labels_N, ones_N)
+    share_N = (1 / counts_C[labels_N]).view(-1, *[1] * (values_N.dim() - 1))
+    means_C = values_N.new_zeros(num_classes, *values_N.shape[1:])
+    return means_C.index_add(0, labels_N, values_N * share_N), counts_C > 0
 
 
 def render(maps_BHW: Tensor, resolution: int) -> Tensor:
@@ -132,9 +142,38 @@ def render(maps_BHW: Tensor, resolution: int) -> Tensor:
     return scaled / (scaled.amax(dim=(1, 2), keepdim=True) + 1e-6)
 
 
-def _weighted_sum(weights_NK: Tensor, features_NKHW: Tensor) -> Tensor:
+def weighted_sums(weights_NK: Tensor, features_NKHW: Tensor) -> Tensor:
+    """Return `sum_k weights_k A_k` per image, negative evidence included, `(N, H, W)`."""
     with torch.autocast(features_NKHW.device.type, enabled=False):
-        return torch.einsum("nk,nkhw->nhw", weights_NK, features_NKHW.to(weights_NK.dtype))
+        precise_NKHW = features_NKHW.to(weights_NK.dtype)
+        if not features_NKHW.is_contiguous(memory_format=torch.channels_last):
+            return torch.einsum("nk,nkhw->nhw", weights_NK, precise_NKHW)
+        # In the order of the features' memory, so that their gradient is in it too: added to that
+        # of the logits, one in another order would slow down every layer that it goes back through.
+        features_NHWK = precise_NKHW.permute(0, 2, 3, 1)
+        sums_NS1 = torch.bmm(features_NHWK.flatten(1, 2), weights_NK.unsqueeze(2))
+        return sums_NS1.view(features_NHWK.shape[:3])
+
+
+def class_weighted_sums(weights_CK: Tensor, features_NKHW: Tensor, targets_N: Tensor) -> Tensor:
+    """Return :func:`weighted_sums` by the weights of each image's target, `(N, H, W)`.
+
+    Where classes are few, all of them are computed in one matrix product, which takes less time
+    than as many products of a matrix and a vector as there are images.
+    """
+    weights_CK = weights_CK.to(at_least_float32(weights_CK))
+    num_classes, channels = weights_CK.shape
+    if num_classes > channels // _FEW:
+        return weighted_sums(weights_CK[targets_N], features_NKHW)
+    with torch.autocast(features_NKHW.device.type, enabled=False):
+        features_NHWK = features_NKHW.to(weights_CK.dtype).permute(0, 2, 3, 1)
+        sums_NHWC = features_NHWK @ weights_CK.T
+    wanted_NHW1 = targets_N.view(-1, 1, 1, 1).expand(*sums_NHWC.shape[:3], 1)
+    return sums_NHWC.gather(3, wanted_NHW1).squeeze(3)
+
+
+_FEW = 4
+"""Classes are few where there are this many channels to each, or more."""
 
 
 def at_least_float32(tensor: Tensor) -> torch.dtype:

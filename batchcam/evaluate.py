@@ -6,12 +6,13 @@ Shapes: N images, C classes, K channels, H and W cells of the feature grid, R pi
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchcam.cam import channel_weights, render, weighted_maps
+from batchcam.cam import channel_weights, class_weighted_sums, render, weighted_maps, weighted_sums
 from batchcam.data import Preprocess, batches
 from batchcam.devices import autocast
 from batchcam.models import ExplainableModel
@@ -42,10 +43,15 @@ class Evaluation:
 
 
 class ClassCam:
-    """Class-level CAMs over any number of batches: running sums of Eqs. 4 and 5."""
+    """Class-level CAMs over any number of batches: running sums of Eqs. 4 and 5.
+
+    Batches are added either by :meth:`add` or, where all images of a class have the same channel
+    weights, by :meth:`add_maps`: the weighted sum of averages is the average of weighted sums.
+    """
 
     def __init__(self, num_classes: int) -> None:
         self._num_classes = num_classes
+        self._maps_CHW: Tensor | None = None
         self._features_CKHW: Tensor | None = None
         self._weights_CK = torch.zeros(0)
         self._counts_C = torch.zeros(0)
@@ -62,8 +68,19 @@ class ClassCam:
         self._weights_CK.index_add_(0, groups_N, weights_NK)
         self._counts_C.index_add_(0, groups_N, torch.ones_like(weights_NK[:, 0]))
 
+    def add_maps(self, sums_NHW: Tensor, groups_N: Tensor) -> None:
+        """Add a batch: :func:`batchcam.cam.weighted_sums`, and the class of each image."""
+        if self._maps_CHW is None:
+            self._maps_CHW = sums_NHW.new_zeros(self._num_classes, *sums_NHW.shape[1:])
+            self._counts_C = sums_NHW.new_zeros(self._num_classes)
+        self._maps_CHW.index_add_(0, groups_N, sums_NHW)
+        self._counts_C.index_add_(0, groups_N, torch.ones_like(sums_NHW[:, 0, 0]))
+
     def maps(self) -> tuple[Tensor, Tensor]:
         """Return `maps_CHW`, zero for classes without images, and `present_C`."""
+        if self._maps_CHW is not None:
+            counts_C = self._counts_C.clamp(min=1)
+            return F.relu(self._maps_CHW / counts_C[:, None, None]), self._counts_C > 0
         if self._features_CKHW is None:
             return torch.zeros(self._num_classes, 1, 1), torch.zeros(self._num_classes).bool()
         counts_C = self._counts_C.clamp(min=1)
@@ -95,16 +112,20 @@ def evaluate(
     """
     num_classes, resolution = len(prototypes_CRR), prototypes_CRR.shape[-1]
     class_cam = ClassCam(num_classes)
+    linear = model.class_weights(1) is not None
     sample_ssim, predictions = [], []
     was_training = model.training
     model.eval()
     for batch, batch_labels in batches(images, labels, batch_size):
-        logits, features, weights_NK = _explained(model, preprocess(batch), precision, batch_labels)
+        seen = _explained(model, preprocess(batch), precision, batch_labels)
         with torch.no_grad():
-            class_cam.add(weights_NK, features, batch_labels)
-            maps_NRR = render(weighted_maps(weights_NK, features), resolution)
+            if linear:
+                class_cam.add_maps(seen.sums_NHW, batch_labels)
+            else:
+                class_cam.add(seen.weights_NK, seen.features_NKHW, batch_labels)
+            maps_NRR = render(F.relu(seen.sums_NHW), resolution)
             sample_ssim.append(ssim(maps_NRR, prototypes_CRR[batch_labels]))
-            predictions.append(logits.argmax(dim=1))
+            predictions.append(seen.logits_NC.argmax(dim=1))
     model.train(was_training)
 
     with torch.no_grad():
@@ -145,10 +166,10 @@ def error_maps(
     was_training = model.training
     model.eval()
     for batch, batch_labels in batches(images, labels, batch_size):
-        logits, features, weights_NK = _explained(model, preprocess(batch), precision)
-        predicted = logits.argmax(dim=1)
+        seen = _explained(model, preprocess(batch), precision)
+        predicted = seen.logits_NC.argmax(dim=1)
         wrong = predicted != batch_labels
-        class_cam.add(weights_NK[wrong], features[wrong], batch_labels[wrong])
+        class_cam.add(seen.weights_NK[wrong], seen.features_NKHW[wrong], batch_labels[wrong])
     model.train(was_training)
     maps_CHW, present_C = class_cam.maps()
     return render(maps_CHW, preprocess.resolution).cpu(), present_C.cpu()
@@ -172,23 +193,34 @@ def explain(
     model.eval()
     for start in range(0, len(images), batch_size):
         chosen = slice(start, start + batch_size)
-        logits, features, weights_NK = _explained(
+        seen = _explained(
             model,
             preprocess(images[chosen]),
             precision,
             None if targets is None else targets[chosen],
         )
         with torch.no_grad():
-            maps.append(render(weighted_maps(weights_NK, features), preprocess.resolution).cpu())
-            probabilities.append(F.softmax(logits.float(), dim=1).cpu())
+            maps.append(render(F.relu(seen.sums_NHW), preprocess.resolution).cpu())
+            probabilities.append(F.softmax(seen.logits_NC.float(), dim=1).cpu())
     model.train(was_training)
     return torch.cat(probabilities), torch.cat(maps)
 
 
+class _Explained(NamedTuple):
+    """A batch, classified and explained."""
+
+    logits_NC: Tensor
+    features_NKHW: Tensor
+    weights_NK: Tensor
+    """The channel weights of each image's target."""
+    sums_NHW: Tensor
+    """The features weighted by them: a CAM before its ReLU."""
+
+
 def _explained(
     model: ExplainableModel, x_NCHW: Tensor, precision: str, targets_N: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits, features, and the channel weights of the targets, or the predicted classes.
+) -> _Explained:
+    """Classify a batch, and explain the targets, or the predicted classes.
 
     The backbone runs without a graph; the head with one, unless its weights are known without.
     """
@@ -201,5 +233,8 @@ def _explained(
             logits = model.head(features)
     chosen_N = logits.argmax(dim=1) if targets_N is None else targets_N
     if known_CK is not None:
-        return logits, features, known_CK[chosen_N]
-    return logits, features, channel_weights(logits, features, chosen_N, create_graph=False)
+        sums_NHW = class_weighted_sums(known_CK, features, chosen_N)
+        return _Explained(logits, features, known_CK[chosen_N], sums_NHW)
+    weights_NK = channel_weights(logits, features, chosen_N, create_graph=False)
+    with torch.no_grad():
+        return _Explained(logits, features, weights_NK, weighted_sums(weights_NK, features))

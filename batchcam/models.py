@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchcam.depthwise import use_matrix_products
@@ -71,7 +72,6 @@ class SimpleCNN(ExplainableModel):
             *_convolution(32, 64),
             *_convolution(64, 64),
         )
-        self.pool = nn.AdaptiveAvgPool2d(7)
         self.classifier = nn.Linear(64 * 7 * 7, num_classes)
         self.to(memory_format=torch.channels_last)
 
@@ -82,8 +82,17 @@ class SimpleCNN(ExplainableModel):
 
     def head(self, features_NKHW: Tensor) -> Tensor:
         """See :class:`ExplainableModel`."""
-        logits: Tensor = self.classifier(self.pool(features_NKHW).flatten(1))
-        return logits
+        rows, columns = (size // 7 for size in features_NKHW.shape[-2:])
+        if features_NKHW.shape[-2:] != (7 * rows, 7 * columns):
+            pooled = F.adaptive_avg_pool2d(features_NKHW, 7)
+            return F.linear(pooled.flatten(1), self.classifier.weight, self.classifier.bias)
+        # Pooling and classifier in one, on the features as they lie in memory: pooling would cost
+        # more than the classifier, and its derivative as much as a convolution.
+        weight_CKHW = self.classifier.weight.view(-1, 64, 7, 1, 7, 1) / (rows * columns)
+        weight_CKHW = weight_CKHW.expand(-1, -1, -1, rows, -1, columns)
+        weight_CHWK = weight_CKHW.permute(0, 2, 3, 4, 5, 1).flatten(1)
+        features_NS = features_NKHW.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(features_NS, weight_CHWK, self.classifier.bias)
 
     def class_weights(self, cells: int) -> Tensor:
         """See :class:`ExplainableModel`; a pooled cell is an average, which shares out its gain."""

@@ -6,11 +6,20 @@ R pixels.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchcam.cam import at_least_float32, channel_weights, class_maps, render, weighted_maps
+from batchcam.cam import (
+    at_least_float32,
+    channel_weights,
+    class_maps,
+    class_weighted_sums,
+    mean_maps,
+    render,
+    weighted_maps,
+)
 from batchcam.similarity import METRICS
 
 
@@ -54,21 +63,20 @@ class Objective:
             precise_NC = logits_NC.to(at_least_float32(logits_NC))
             terms["class"] = F.cross_entropy(precise_NC, labels_N)
         if self.lambda_proto or self.lambda_batch:
+            distance = METRICS[self.metric]
+            slots_N, wanted_SRR = _class_slots(labels_N, prototypes_CRR)
             if weights_CK is None:
                 weights_NK = channel_weights(logits_NC, features_NKHW, labels_N, create_graph=True)
+                proto = partial(weighted_maps, weights_NK, features_NKHW)
+                batch = partial(class_maps, weights_NK, features_NKHW, slots_N, len(wanted_SRR))
             else:
-                weights_NK = weights_CK.to(at_least_float32(weights_CK))[labels_N]
-            distance = METRICS[self.metric]
+                sums_NHW = class_weighted_sums(weights_CK, features_NKHW, labels_N)
+                proto = partial(F.relu, sums_NHW)
+                batch = partial(mean_maps, sums_NHW, slots_N, len(wanted_SRR))
             if self.lambda_proto:
-                terms["proto"] = prototype_loss(
-                    weighted_maps(weights_NK, features_NKHW), labels_N, prototypes_CRR, distance
-                )
+                terms["proto"] = prototype_loss(proto(), labels_N, prototypes_CRR, distance)
             if self.lambda_batch:
-                slots_N, wanted_SRR = _class_slots(labels_N, prototypes_CRR)
-                maps_SHW, present_S = class_maps(
-                    weights_NK, features_NKHW, slots_N, len(wanted_SRR)
-                )
-                terms["batch"] = batch_cam_loss(maps_SHW, present_S, wanted_SRR, distance)
+                terms["batch"] = batch_cam_loss(*batch(), wanted_SRR, distance)
         weights = {
             "class": self.lambda_class,
             "proto": self.lambda_proto,

@@ -272,7 +272,7 @@ class _Trainer:
         for step, (batch, targets) in enumerate(
             batches(images, labels, self.config.batch_size, order), start=1
         ):
-            for name, value in self._step(self.preprocess(batch), targets).items():
+            for name, value in self.step_on(self.preprocess(batch), targets).items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(targets)
             if on_step is not None:
                 on_step(step, self._steps)
@@ -280,7 +280,8 @@ class _Trainer:
             torch.cuda.synchronize(self._device)
         return {name: (value / len(labels)).cpu() for name, value in sums.items()}
 
-    def _step(self, x_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
+    def step_on(self, x_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
+        """Take one step on a batch; return the loss and its terms, detached."""
         with self._autocast():
             features = self._features(x_NCHW)
             logits = self.model.head(features)

@@ -61,7 +61,7 @@ class Bench:
 
         def run() -> None:
             self.trainer._objective = objective
-            self.trainer._step(self.trainer.preprocess(self.images), self.labels)
+            self.trainer.step_on(self.trainer.preprocess(self.images), self.labels)
 
         return run
 

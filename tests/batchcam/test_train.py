@@ -262,7 +262,7 @@ def test_every_epoch_of_every_seed_has_an_order_of_its_own(
             seen.extend(labels.tolist())
             return {"loss": torch.zeros(())}
 
-        monkeypatch.setattr(trainer, "_step", record)
+        monkeypatch.setattr(trainer, "step_on", record)
         for epoch in range(3):
             seen.clear()
             trainer.epoch = epoch

@@ -1,6 +1,8 @@
+import gc
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -155,6 +157,15 @@ def test_run_that_cannot_be_started_costs_the_record_only(
         run.log(reports[0][0])
     assert "W&B could not start a run offline" in caplog.text
     assert list(tracking.folder.glob("wandb/offline-run-*")) == []
+
+
+@pytest.fixture(autouse=True)
+def _services_are_waited_for() -> Iterator[None]:
+    """W&B drops its services without a look at how they ended, of which Python warns some day."""
+    yield
+    for found in gc.get_objects():
+        if type(found) is subprocess.Popen:
+            found.poll()
 
 
 def kill_service() -> None:

@@ -1,0 +1,88 @@
+"""Training as most scripts write it: torchvision's transforms, a DataLoader with workers, a loop.
+
+The model, the objective and the optimiser are those of `batchcam.fit`; what differs is how images
+come to the model, in which layout and precision it computes, and how it is evaluated.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from batchcam.models import ExplainableModel
+from batchcam.objective import Objective
+from batchcam.splits import Split
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """Grey images one by one, as `torchvision.datasets.MNIST` hands them out."""
+
+    def __init__(self, split: Split, mean: float, std: float) -> None:
+        self._split = split
+        self._transform = transforms.Compose(
+            [transforms.ToTensor(), transforms.Normalize((mean,), (std,))]
+        )
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return an image `(1, H, W)`, scaled and normalised, and its class."""
+        picture = Image.fromarray(self._split.images[index, 0])
+        return self._transform(picture), int(self._split.labels[index])
+
+
+def loader(
+    split: Split, mean: float, std: float, batch_size: int, *, shuffle: bool, workers: int = 2
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Return batches of `(images, labels)`; the workers live as long as the loader."""
+    return DataLoader(
+        Pictures(split, mean, std),  # type: ignore[arg-type]
+        batch_size=batch_size,
+        shuffle=shuffle,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+
+
+def plain_model(model: ExplainableModel) -> ExplainableModel:
+    """Return the model with its weights laid out as PyTorch does by default."""
+    return model.to(memory_format=torch.contiguous_format)
+
+
+def train_epoch(
+    model: ExplainableModel,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    objective: Objective,
+    prototypes_CRR: Tensor,
+) -> float:
+    """Train for an epoch in float32; return the mean loss, read off after each step."""
+    model.train()
+    total, images = 0.0, 0
+    for x_N1RR, labels_N in batches:
+        optimizer.zero_grad()
+        features = model.features(x_N1RR)
+        loss, _ = objective(model.head(features), features, labels_N, prototypes_CRR)
+        torch.autograd.backward(loss)
+        optimizer.step()
+        schedule.step()
+        total += loss.item() * len(labels_N)
+        images += len(labels_N)
+    return total / images
+
+
+def accuracy(model: ExplainableModel, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Return the share of images classified correctly, in [0, 1]."""
+    model.eval()
+    correct, images = 0, 0
+    with torch.no_grad():
+        for x_N1RR, labels_N in batches:
+            correct += int((model(x_N1RR).argmax(dim=1) == labels_N).sum())
+            images += len(labels_N)
+    return correct / images

@@ -1,0 +1,258 @@
+"""How near the trainer comes to what the model allows, how far from a plain script it is.
+
+python -m studies.benchmarks.throughput --out results/speed
+
+In each round, in one process: the bare step of cross-entropy (both passes and the optimiser on one
+batch that lies there, normalised); an epoch of `batchcam.fit` with BCPL, and its evaluation; an
+epoch of a plain script (`studies.baselines.plain`) with the same loss; a forward pass over the
+images, and their evaluation. What is reported are medians of ratios within a round.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+
+from batchcam.config import TrialConfig
+from batchcam.data import batches
+from batchcam.devices import autocast
+from batchcam.evaluate import evaluate
+from batchcam.models import create_model
+from batchcam.objective import Objective
+from batchcam.provenance import command_line, git_commit, package_versions
+from batchcam.splits import Split
+from batchcam.train import Inputs, fit
+from studies.baselines import plain
+from studies.benchmarks.batches import Bench, random_inputs
+from studies.benchmarks.pairs import median_ratio
+
+_EVALUATION_BATCH = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """Measure images per second of the trainer beside the bare step and a plain script."""
+
+    out: Path
+    """Folder for throughput.json and throughput.md."""
+    backbones: tuple[str, ...] = ("simple_cnn", "resnet18", "convnextv2_tiny")
+    """Models at 28x28; the larger ones have fewer images, ConvNeXt a quarter of the batch."""
+    precisions: tuple[str, ...] = ("fp32", "bf16")
+    """Of the passes forwards; the plain script is in fp32."""
+    batch_size: int = 128
+    """Images in a batch."""
+    steps: int = 40
+    """Steps in an epoch of SimpleCNN; a tenth of it for the others."""
+    rounds: int = 7
+    """Rounds of each condition."""
+    threads: int = 2
+    """Of PyTorch, and workers of the plain script's loader."""
+    plain: bool = True
+    """Whether to run the plain script too, for SimpleCNN."""
+    seed: int = 0
+    """Of weights and noise."""
+
+
+def main(settings: Throughput) -> None:
+    """Measure each condition; write what was measured, and a table of it."""
+    torch.set_num_threads(settings.threads)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    path = settings.out / "throughput.json"
+    kept: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    for backbone in settings.backbones:
+        for precision in settings.precisions:
+            entry = measure(settings, backbone, precision)
+            same = ("backbone", "precision", "threads")
+            kept = [old for old in kept if any(old[name] != entry[name] for name in same)]
+            kept.append(entry)
+            path.write_text(json.dumps(kept, indent=1) + "\n")
+            print(*table([entry]), sep="\n", flush=True)
+    (settings.out / "throughput.md").write_text("\n".join(table(kept)) + "\n")
+
+
+def measure(settings: Throughput, backbone: str, precision: str) -> dict[str, Any]:
+    """Return the entry of one model in one precision."""
+    large = backbone.startswith("convnext")
+    config = TrialConfig(
+        backbone=backbone,
+        batch_size=settings.batch_size // 4 if large else settings.batch_size,
+        precision=precision,
+        epochs=1,
+        lambda_batch=0.1,
+        device="cpu",
+        seed=settings.seed,
+    )
+    steps = settings.steps if backbone == "simple_cnn" else max(2, settings.steps // 10)
+    inputs = _inputs(steps * config.batch_size)
+    fit(config, inputs=_inputs(config.batch_size))  # Warms up allocator and kernels.
+    bare = _bare_step(config)
+    with_plain = settings.plain and backbone == "simple_cnn"
+    run_plain = _plain_epoch(config, inputs, settings.threads) if with_plain else None
+    forward, evaluation = _evaluations(config, inputs)
+    seconds: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        seconds.setdefault(name, []).append(value)
+
+    for _ in range(settings.rounds):
+        note("bare", _timed(lambda: [bare() for _ in range(steps)]))
+        metrics = fit(config, inputs=inputs).metrics
+        note("training", steps * config.batch_size / metrics["images_per_second"])
+        note("epoch", metrics["seconds"])
+        if run_plain is not None:
+            note("plain", _timed(run_plain))
+        note("forward", _timed(forward))
+        note("evaluation", _timed(evaluation))
+    times = {name: np.array(values) for name, values in seconds.items()}
+    pairs = {
+        "training_of_bare": ("bare", "training"),
+        "epoch_of_bare": ("bare", "epoch"),
+        "over_plain": ("plain", "training"),
+        "evaluation_over_forward": ("evaluation", "forward"),
+    }
+    return {
+        "backbone": backbone,
+        "precision": precision,
+        "threads": settings.threads,
+        "batch_size": config.batch_size,
+        "steps": steps,
+        "validation_images": len(inputs.data.validation),
+        "images_per_second": {
+            name: round(steps * config.batch_size / float(np.median(times[name])), 1)
+            for name in ("bare", "training", "epoch", "plain")
+            if name in times
+        },
+        "ratios": {
+            name: median_ratio(times[over], times[under]).as_list()
+            for name, (over, under) in pairs.items()
+            if over in times
+        },
+        "rounds": settings.rounds,
+        "load": round(os.getloadavg()[0], 1),
+        "seed": settings.seed,
+        "config": asdict(config),
+        "git_commit": git_commit(),
+        "versions": package_versions(),
+        "command": command_line(),
+    }
+
+
+def _inputs(images: int) -> Inputs:
+    """Return noise to train on, and a ninth of it to validate, as splits are cut."""
+    inputs = random_inputs(images, num_classes=10, side=28)
+    count = max(16, images // 9)
+    generator = np.random.default_rng(1)
+    pixels = generator.integers(0, 256, (count, 1, 28, 28), dtype=np.uint8)
+    validation = Split(pixels, np.arange(count) % 10)
+    return replace(inputs, data=replace(inputs.data, validation=validation))
+
+
+def _bare_step(config: TrialConfig) -> Callable[[], object]:
+    """Return both passes and the optimiser's step of cross-entropy, on a batch that lies there."""
+    device = torch.device("cpu")
+    bench = Bench.build(config, device)
+    model, x_NCHW = bench.trainer.model, bench.trainer.preprocess(bench.images)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(device, config.precision):
+            logits = model(x_NCHW)
+        torch.autograd.backward(F.cross_entropy(logits.float(), bench.labels))
+        optimizer.step()
+
+    return step
+
+
+def _plain_epoch(config: TrialConfig, inputs: Inputs, workers: int) -> Callable[[], object]:
+    data = inputs.data
+    torch.manual_seed(config.seed)
+    model = plain.plain_model(create_model(config.backbone, data.num_classes, data.channels))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    objective = Objective(config.metric, 1.0, config.lambda_proto, config.lambda_batch)
+    loader = plain.loader(
+        data.train, data.mean[0], data.std[0], config.batch_size, shuffle=True, workers=workers
+    )
+    prototypes = inputs.prototypes("train", config.resolution)
+    for _ in loader:  # Starts the workers.
+        pass
+    return lambda: plain.train_epoch(model, loader, optimizer, schedule, objective, prototypes)
+
+
+def _evaluations(
+    config: TrialConfig, inputs: Inputs
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return a forward pass over the training images, and their evaluation."""
+    result = fit(config, lambda _: True, inputs=_inputs(config.batch_size))
+    model, preprocess = result.model, result.preprocess
+    images, labels = map(torch.from_numpy, vars(inputs.data.train).values())
+    prototypes = inputs.prototypes("validation", config.resolution)
+
+    def forward() -> None:
+        with torch.no_grad(), autocast(torch.device("cpu"), config.precision):
+            for batch, _ in batches(images, labels, _EVALUATION_BATCH):
+                model(preprocess(batch)).argmax(dim=1)
+
+    def evaluation() -> None:
+        evaluate(
+            model,
+            images,
+            labels,
+            prototypes,
+            preprocess,
+            batch_size=_EVALUATION_BATCH,
+            precision=config.precision,
+        )
+
+    return forward, evaluation
+
+
+def _timed(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+TARGETS = {
+    "training_of_bare": "≥ 0.95",
+    "epoch_of_bare": "≥ 0.95",
+    "over_plain": "≥ 2",
+    "evaluation_over_forward": "≤ 1.3",
+}
+
+
+def table(entries: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of a Markdown table, a row for each model and precision."""
+    words = {
+        "training_of_bare": "training, of bare steps",
+        "epoch_of_bare": "with evaluation, of bare steps",
+        "over_plain": "training, over a plain script",
+        "evaluation_over_forward": "evaluation, over a forward pass",
+    }
+    heads = [f"{words[name]} ({wanted})" for name, wanted in TARGETS.items()]
+    lines = [
+        "| model | precision | batch | images/s | " + " | ".join(heads) + " |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in entries:
+        cells = []
+        for name in TARGETS:
+            found = entry["ratios"].get(name)
+            cells.append("{:.2f} ({:.2f} to {:.2f})".format(*found) if found else "")
+        speed = entry["images_per_second"]["training"]
+        lead = f"| {entry['backbone']} | {entry['precision']} | {entry['batch_size']} | {speed:.0f}"
+        lines.append(f"{lead} | {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Throughput))
