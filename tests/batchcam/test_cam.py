@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from batchcam.cam import batch_cam, class_maps, grad_cam, render, weighted_maps
+from batchcam.cam import (
+    batch_cam,
+    class_maps,
+    class_weighted_sums,
+    grad_cam,
+    render,
+    weighted_maps,
+    weighted_sums,
+)
 
 seeds = st.integers(0, 2**16)
 
@@ -258,6 +266,29 @@ def test_class_maps_average_weights_and_features_separately(images: int) -> None
     maps, _ = class_maps(weights, features, torch.zeros(images, dtype=torch.int64), num_classes=1)
     expected = weighted_maps(weights.mean(dim=0, keepdim=True), features.mean(dim=0, keepdim=True))
     torch.testing.assert_close(maps, expected)
+
+
+@pytest.mark.parametrize("classes", [2, 40])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_weighted_sums_are_the_same_in_any_layout_for_few_classes_and_many(
+    classes: int, layout: torch.memory_format
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(5, 8, 3, 2, generator=generator).to(memory_format=layout)
+    features.requires_grad_()
+    weights = torch.randn(classes, 8, generator=generator, requires_grad=True)
+    targets = torch.tensor([0, 1, 1, 0, classes - 1])
+    expected = (weights[targets][:, :, None, None] * features).sum(dim=1)
+    wanted = torch.autograd.grad(expected.square().sum(), (features, weights))
+    for found in (
+        weighted_sums(weights[targets], features),
+        class_weighted_sums(weights, features, targets),
+    ):
+        torch.testing.assert_close(found, expected)
+        gradients = torch.autograd.grad(found.square().sum(), (features, weights))
+        torch.testing.assert_close(gradients, wanted)
+        # In another layout it would slow down all that it goes back through.
+        assert layout == torch.contiguous_format or gradients[0].is_contiguous(memory_format=layout)
 
 
 def test_misshapen_inputs_are_refused_with_their_shapes() -> None:

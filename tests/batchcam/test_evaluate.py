@@ -59,6 +59,24 @@ def test_the_sample_level_is_the_mean_over_grad_cams_of_the_true_class(
     assert found.cam_ssim_sample == pytest.approx(expected, abs=1e-5)
 
 
+def test_weights_read_off_a_linear_head_give_what_gradients_give(
+    trained: TrialResult,
+    model: ExplainableModel,
+    split: tuple[Tensor, Tensor],
+    prototypes: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = evaluate(model, *split, prototypes, trained.preprocess, batch_size=7)
+    explained = explain(model, split[0], trained.preprocess)
+    monkeypatch.setattr(model, "class_weights", lambda _: None)
+    found = evaluate(model, *split, prototypes, trained.preprocess, batch_size=7)
+    assert found.accuracy == known.accuracy
+    torch.testing.assert_close(found.maps_CRR, known.maps_CRR, atol=1e-5, rtol=1e-5)
+    assert found.cam_ssim_sample == pytest.approx(known.cam_ssim_sample, abs=1e-5)
+    again = explain(model, split[0], trained.preprocess)
+    torch.testing.assert_close(again, explained, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 49, 50])
 def test_the_batch_size_does_not_change_the_result(
     trained: TrialResult,
