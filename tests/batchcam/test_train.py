@@ -542,3 +542,58 @@ def _learning_rates(config: TrialConfig, steps: int = 50) -> list[float]:
 def test_images_reach_the_trainer_without_a_copy(tiny_inputs: Inputs) -> None:
     images, _ = to_device(tiny_inputs.data.train, torch.device("cpu"))
     assert images.data_ptr() == tiny_inputs.data.train.images.ctypes.data
+
+
+SYNCHRONISING = {
+    "aten::item",
+    "aten::_local_scalar_dense",
+    "aten::is_nonzero",
+    "aten::nonzero",
+    "aten::equal",
+    "aten::unique_dim",
+    "aten::_unique2",
+}
+"""Operators for whose result, or whose shape, a host has to wait for a GPU."""
+
+
+@pytest.mark.parametrize("backbone", ["simple_cnn", "convnextv2_atto"])
+@pytest.mark.parametrize("metric", ["l1", "ssim"])
+def test_a_step_waits_for_nothing(
+    tiny_inputs: Inputs, tiny_config: TrialConfig, backbone: str, metric: str
+) -> None:
+    """Linear heads and others; on a GPU the host would stand still at each of these operators."""
+    config = replace(
+        tiny_config,
+        backbone=backbone,
+        metric=metric,
+        optimizer="sgd",  # The CPU's AdamW reads its counter of steps, which a GPU keeps to itself.
+        resolution=28,
+        lambda_proto=0.1,
+        lambda_batch=0.1,
+    )
+    trainer = _Trainer(config, tiny_inputs, torch.device("cpu"))
+    images, labels = to_device(tiny_inputs.data.train, torch.device("cpu"))
+    trainer.step_on(trainer.preprocess(images[:32]), labels[:32])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        trainer.step_on(trainer.preprocess(images[:32]), labels[:32])
+    ran = {event.key for event in recorded.key_averages()}
+    assert "aten::convolution" in ran
+    assert not ran & SYNCHRONISING
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_waits_for_nothing_on_a_gpu(
+    tiny_inputs: Inputs, tiny_config: TrialConfig, precision: str
+) -> None:
+    device = torch.device("cuda")
+    config = replace(tiny_config, precision=precision, lambda_proto=0.1, lambda_batch=0.1)
+    trainer = _Trainer(config, tiny_inputs, device)
+    images, labels = to_device(tiny_inputs.data.train, device)
+    x, y = trainer.preprocess(images[:32]), labels[:32]
+    trainer.step_on(x, y)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.step_on(x, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
