@@ -8,10 +8,11 @@ from collections.abc import Iterable
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from batchcam.depthwise import DepthwiseConv2d
 from batchcam.models import ExplainableModel
 from batchcam.objective import Objective
 from batchcam.splits import Split
@@ -50,7 +51,10 @@ def loader(
 
 
 def plain_model(model: ExplainableModel) -> ExplainableModel:
-    """Return the model with its weights laid out as PyTorch does by default."""
+    """Return the model with weights laid out, and depthwise convolutions done, as PyTorch does."""
+    for module in model.modules():
+        if type(module) is DepthwiseConv2d:
+            module.__class__ = nn.Conv2d
     return model.to(memory_format=torch.contiguous_format)
 
 
