@@ -54,7 +54,7 @@ def plain_model(model: ExplainableModel) -> ExplainableModel:
     """Return the model with weights laid out, and depthwise convolutions done, as PyTorch does."""
     for module in model.modules():
         if type(module) is DepthwiseConv2d:
-            module.__class__ = nn.Conv2d
+            module.__class__ = nn.Conv2d  # type: ignore[assignment]
     return model.to(memory_format=torch.contiguous_format)
 
 

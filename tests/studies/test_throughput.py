@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from batchcam.depthwise import DepthwiseConv2d
 from batchcam.models import create_model
 from batchcam.objective import Objective
 from batchcam.train import Inputs
@@ -26,6 +27,15 @@ def test_plain_script_sees_the_pictures_as_the_trainer_does(inputs: Inputs) -> N
     expected = (torch.from_numpy(split.images).float() / 255 - mean) / std
     torch.testing.assert_close(images, expected)
     assert labels.tolist() == split.labels.tolist()
+
+
+def test_plain_model_computes_the_same_with_pytorchs_own_convolutions() -> None:
+    model = create_model("convnextv2_atto", in_chans=1, output_stride=8).eval()
+    images = torch.randn(2, 1, 28, 28)
+    expected = model(images)
+    ours = plain.plain_model(model)
+    assert not any(type(module) is DepthwiseConv2d for module in ours.modules())
+    torch.testing.assert_close(ours(images), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_plain_script_learns(inputs: Inputs) -> None:
