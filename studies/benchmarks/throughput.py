@@ -5,8 +5,8 @@ python -m studies.benchmarks.throughput --out results/speed
 In each round, in one process: the bare step of cross-entropy (both passes and the optimiser on one
 batch that lies there, normalised), and the same untuned, as PyTorch and timm have it by default; an
 epoch of `batchcam.fit` with BCPL, and its evaluation; an epoch of a plain script
-(`studies.baselines.plain`) with the same loss; a forward pass over the images, and their evaluation.
-What is reported are medians of ratios within a round.
+(`studies.baselines.plain`) with the same loss; a forward pass over the images, and their
+evaluation. What is reported are medians of ratios within a round.
 """
 
 import json
