@@ -269,7 +269,7 @@ def draw(entries: list[dict[str, Any]], clock: str) -> Figure:
     axis.axvline(TARGETS["BCPL"], color="grey", lw=1, ls=":")
     axis.set_yticks(
         range(len(shown)),
-        [f"{e['backbone']}\n{e['mode']}, {e['precision']}" for e in shown],
+        [f"{e['backbone']}, threads {e['threads']}\n{e['mode']}, {e['precision']}" for e in shown],
         fontsize=8,
     )
     axis.invert_yaxis()
