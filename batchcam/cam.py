@@ -159,17 +159,21 @@ def class_weighted_sums(weights_CK: Tensor, features_NKHW: Tensor, targets_N: Te
     """Return :func:`weighted_sums` by the weights of each image's target, `(N, H, W)`.
 
     Where classes are few, all of them are computed in one matrix product, which takes less time
-    than as many products of a matrix and a vector as there are images.
+    than as many products of a matrix and a vector as there are images. Of bfloat16 features they
+    are computed in bfloat16, as logits are: terms are added in float32, sums rounded to 8 bits.
     """
-    weights_CK = weights_CK.to(at_least_float32(weights_CK))
+    precise_CK = weights_CK.to(at_least_float32(weights_CK))
     num_classes, channels = weights_CK.shape
     if num_classes > channels // _FEW:
-        return weighted_sums(weights_CK[targets_N], features_NKHW)
+        return weighted_sums(precise_CK[targets_N], features_NKHW)
+    # bfloat16 has the range of float32: as exact as the logits, and no copy of the features.
+    kept = features_NKHW.dtype == torch.bfloat16
+    dtype = features_NKHW.dtype if kept else precise_CK.dtype
     with torch.autocast(features_NKHW.device.type, enabled=False):
-        features_NHWK = features_NKHW.to(weights_CK.dtype).permute(0, 2, 3, 1)
-        sums_NHWC = features_NHWK @ weights_CK.T
+        features_NHWK = features_NKHW.to(dtype).permute(0, 2, 3, 1)
+        sums_NHWC = features_NHWK @ precise_CK.T.to(dtype)
     wanted_NHW1 = targets_N.view(-1, 1, 1, 1).expand(*sums_NHWC.shape[:3], 1)
-    return sums_NHWC.gather(3, wanted_NHW1).squeeze(3)
+    return sums_NHWC.gather(3, wanted_NHW1).squeeze(3).to(precise_CK.dtype)
 
 
 _FEW = 4

@@ -11,6 +11,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -100,9 +101,15 @@ class Preprocess:
         Resizing is bilinear, with anti-aliasing where it shrinks.
         """
         x_NCHW = resize(images_NCHW.float().div_(255), self.resolution)
-        offset = torch.tensor(self.mean, device=x_NCHW.device).view(1, -1, 1, 1)
-        scale = torch.tensor(self.std, device=x_NCHW.device).view(1, -1, 1, 1)
-        return (x_NCHW - offset) / scale
+        return (x_NCHW - _per_channel(self.mean, x_NCHW.device)) / _per_channel(
+            self.std, x_NCHW.device
+        )
+
+
+@lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return constants as `(1, C, 1, 1)`; copied to the device once, for copying would wait."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 def resize(x_NCHW: Tensor, resolution: int) -> Tensor:

@@ -47,3 +47,17 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
         raise ConfigError(f"precision='fp16' needs CUDA, not {device.type}; use bf16 or fp32.")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
     return torch.autocast(device.type, dtype=dtype)
+
+
+def compile_mode(device: torch.device) -> str | None:
+    """Return the mode of `torch.compile`: with CUDA graphs where there is CUDA, else its default.
+
+    Graphs hold the features' two passes, the many small kernels of a step. The head and the CAMs,
+    which are differentiated twice, stay outside.
+    """
+    return "reduce-overhead" if device.type == "cuda" else None
+
+
+def prefers_channels_last(device: torch.device, precision: str) -> bool:
+    """Whether convolutions run faster channels last: on CUDA's tensor cores, in half precision."""
+    return device.type == "cuda" and precision != "fp32"

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from batchcam.config import TrialConfig
 from batchcam.data import ImageData, Preprocess, batches, load_data, to_device
-from batchcam.devices import autocast, resolve_device
+from batchcam.devices import resolve_device
 from batchcam.errors import ConfigError, DivergedError
 from batchcam.evaluate import Evaluation, evaluate
 from batchcam.models import (
@@ -28,8 +27,8 @@ from batchcam.models import (
     feature_grid,
     resolve_output_stride,
 )
-from batchcam.objective import Objective
 from batchcam.prototypes import class_prototypes, resize_prototypes, ssim_ceiling
+from batchcam.step import TrainingStep
 
 Metrics = dict[str, float]
 
@@ -145,7 +144,7 @@ def fit(
     device = resolve_device(config.device)
     with _own_random_state(device):
         torch.manual_seed(config.seed)
-        trainer = _Trainer(config, inputs, device)
+        trainer = Trainer(config, inputs, device)
         evaluation: Evaluation | None = None
         if state is not None:
             trainer.load_state(state)
@@ -175,7 +174,7 @@ def restore(config: TrialConfig, state: Path, *, inputs: Inputs | None = None) -
     inputs = inputs or prepare(config)
     device = resolve_device(config.device)
     with _own_random_state(device):
-        trainer = _Trainer(config, inputs, device)
+        trainer = Trainer(config, inputs, device)
         trainer.load_state(state)
         return trainer.result(trainer.validate())
 
@@ -185,8 +184,8 @@ def _own_random_state(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-class _Trainer:
-    """The state of a run between its epochs."""
+class Trainer:
+    """The state of a run between its epochs: what :func:`fit` goes through them with."""
 
     def __init__(self, config: TrialConfig, inputs: Inputs, device: torch.device) -> None:
         data = inputs.data
@@ -195,37 +194,24 @@ class _Trainer:
         self.epoch = 0
         self.history: list[Metrics] = []
         self._device = device
-        self._autocast = partial(autocast, device, config.precision)
-        self._autocast()  # Refuses a precision that the device does not have.
-
         self.preprocess = Preprocess(config.resolution, data.mean, data.std)
         self._train = to_device(data.train, device)
         self._validation = to_device(data.validation, device)
-        self._prototypes = inputs.prototypes("train", config.resolution).to(device)
         self.validation_prototypes = inputs.prototypes("validation", config.resolution).to(device)
 
         stride = resolve_output_stride(
             config.backbone, config.resolution, data.channels, config.output_stride
         )
         self.grid = feature_grid(config.backbone, config.resolution, data.channels, stride)
-        self.model = create_model(
+        model = create_model(
             config.backbone, data.num_classes, data.channels, stride, config.pretrained
         )
-        check_explainable(self.model, config.resolution, data.channels)
-        self.model.to(device)
-        # Only the features: torch.compile cannot differentiate the head twice.
-        self._features = (
-            torch.compile(self.model.features) if config.compile else self.model.features
-        )
-        self._ceiling = inputs.ceiling(config.resolution, self.grid).mean().item()
-
-        self._objective = Objective(
-            config.metric, config.lambda_class, config.lambda_proto, config.lambda_batch
-        )
+        check_explainable(model, config.resolution, data.channels)
         self._steps = -(-len(data.train) // config.batch_size)
-        self._optimizer = _make_optimizer(self.model, config)
-        self._schedule = _make_schedule(self._optimizer, config, self._steps)
-        self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        prototypes = inputs.prototypes("train", config.resolution).to(device)
+        self.step = TrainingStep(model, prototypes, config, config.epochs * self._steps, device)
+        self.model = self.step.model
+        self._ceiling = inputs.ceiling(config.resolution, self.grid).mean().item()
 
     def run_epoch(self, on_step: Callable[[int, int], None] | None) -> Evaluation:
         """Train for one epoch, validate, and append the metrics to the history."""
@@ -269,30 +255,16 @@ class _Trainer:
         order = torch.randperm(len(labels), generator=generator).to(self._device)
         sums: dict[str, Tensor] = {}
         self.model.train()
-        for step, (batch, targets) in enumerate(
+        for number, (batch, targets) in enumerate(
             batches(images, labels, self.config.batch_size, order), start=1
         ):
-            for name, value in self.step_on(self.preprocess(batch), targets).items():
+            for name, value in self.step(self.preprocess(batch), targets).items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(targets)
             if on_step is not None:
-                on_step(step, self._steps)
+                on_step(number, self._steps)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return {name: (value / len(labels)).cpu() for name, value in sums.items()}
-
-    def step_on(self, x_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
-        """Take one step on a batch; return the loss and its terms, detached."""
-        with self._autocast():
-            features = self._features(x_NCHW)
-            logits = self.model.head(features)
-        weights = self.model.class_weights(features.shape[2] * features.shape[3])
-        loss, terms = self._objective(logits, features, labels_N, self._prototypes, weights)
-        self._optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(self._scaler.scale(loss))
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        self._schedule.step()
-        return {"loss": loss.detach(), **{f"loss_{name}": term for name, term in terms.items()}}
 
     def validate(self) -> Evaluation:
         """Evaluate on the validation split; CAMs take gradients, weights take no step."""
@@ -322,10 +294,7 @@ class _Trainer:
             "config": self.config.as_dict(),
             "epoch": self.epoch,
             "history": self.history,
-            "model": self.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
-            "scaler": self._scaler.state_dict(),
+            **self.step.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": (
                 torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
@@ -352,10 +321,7 @@ class _Trainer:
             )
         self.epoch = state["epoch"]
         self.history = state["history"]
-        self.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
-        self._scaler.load_state_dict(state["scaler"])
+        self.step.load_state_dict(state)
         torch.set_rng_state(state["rng"].cpu())
         if self._device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self._device)
@@ -377,28 +343,3 @@ def load_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "optimizer" not in state:
         raise ConfigError(f"{path} is no saved state of a run; start anew without it.")
     return state
-
-
-def _make_optimizer(model: ExplainableModel, config: TrialConfig) -> torch.optim.Optimizer:
-    rate, decay = config.learning_rate, config.weight_decay
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(),
-            lr=rate,
-            weight_decay=decay,
-            momentum=0.9,
-            nesterov=True,
-            fused=True,
-        )
-    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)
-
-
-def _make_schedule(
-    optimizer: torch.optim.Optimizer, config: TrialConfig, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    if config.schedule == "constant":
-        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    # One spare step: the schedule steps after the last batch too.
-    return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=config.learning_rate, total_steps=config.epochs * steps + 1
-    )

@@ -12,7 +12,7 @@ from batchcam.config import TrialConfig
 from batchcam.data import ImageData
 from batchcam.objective import Objective
 from batchcam.splits import Split
-from batchcam.train import Inputs, _Trainer
+from batchcam.train import Inputs, Trainer
 
 CROSS_ENTROPY = "cross-entropy"
 OBJECTIVES = {CROSS_ENTROPY: Objective("l1", 1.0, 0.0, 0.0)} | {
@@ -41,7 +41,7 @@ def random_inputs(images: int, num_classes: int, side: int, seed: int = 0) -> In
 class Bench:
     """A trainer and one batch. All objectives train the same model: nothing else differs."""
 
-    trainer: _Trainer
+    trainer: Trainer
     images: Tensor
     labels: Tensor
     device: torch.device
@@ -51,7 +51,7 @@ class Bench:
         """Return a bench of `config`'s model, batch size, precision and compilation."""
         inputs = random_inputs(config.batch_size, num_classes, config.resolution, config.seed)
         torch.manual_seed(config.seed)
-        trainer = _Trainer(config, inputs, device)
+        trainer = Trainer(config, inputs, device)
         trainer.model.train()
         images, labels = (torch.from_numpy(part) for part in vars(inputs.data.train).values())
         return cls(trainer, images.to(device), labels.to(device), device)
@@ -60,8 +60,8 @@ class Bench:
         """Return a function that trains on the batch once, as `batchcam.fit` does."""
 
         def run() -> None:
-            self.trainer._objective = objective
-            self.trainer.step_on(self.trainer.preprocess(self.images), self.labels)
+            self.trainer.step.objective = objective
+            self.trainer.step(self.trainer.preprocess(self.images), self.labels)
 
         return run
 

@@ -157,14 +157,18 @@ def rival_steps(condition: Condition, bench: Bench) -> dict[str, Callable[[], ob
     def predecessor(reach: Reach) -> Callable[[], object]:
         def run() -> object:
             x = trainer.preprocess(bench.images)
-            return predecessor_step(tapped, trainer._optimizer, x, pictures, labels, reach=reach)
+            return predecessor_step(
+                tapped, trainer.step.optimizer, x, pictures, labels, reach=reach
+            )
 
         return run
 
     def library() -> object:
         from studies.baselines.library import training_step
 
-        return training_step(tapped, trainer._optimizer, trainer.preprocess(bench.images), labels)
+        return training_step(
+            tapped, trainer.step.optimizer, trainer.preprocess(bench.images), labels
+        )
 
     ours: dict[str, Callable[[], object]] = {BCPL: bench.step(OBJECTIVES[BCPL])}
     if condition.rivals == "predecessor_model":

@@ -291,6 +291,17 @@ def test_weighted_sums_are_the_same_in_any_layout_for_few_classes_and_many(
         assert layout == torch.contiguous_format or gradients[0].is_contiguous(memory_format=layout)
 
 
+def test_sums_of_bfloat16_features_are_rounded_once_and_have_no_copy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(6, 64, 5, 5, generator=generator).bfloat16()
+    weights = torch.randn(4, 64, generator=generator).bfloat16().float()
+    targets = torch.arange(6) % 4
+    found = class_weighted_sums(weights, features, targets)
+    assert found.dtype == torch.float32
+    exact = torch.einsum("nk,nkhw->nhw", weights[targets].double(), features.double())
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=0)
+
+
 def test_misshapen_inputs_are_refused_with_their_shapes() -> None:
     features, labels, weight = _random_batch(0)
     logits = _flat_head(features, weight)

@@ -13,15 +13,12 @@ from torch import Tensor
 from batchcam.config import TrialConfig
 from batchcam.data import to_device
 from batchcam.errors import BackboneError, ConfigError, DivergedError
-from batchcam.models import create_model
 from batchcam.train import (
     EpochReport,
     Inputs,
     Metrics,
+    Trainer,
     TrialResult,
-    _make_optimizer,
-    _make_schedule,
-    _Trainer,
     fit,
     load_state,
     prepare,
@@ -255,14 +252,14 @@ def test_every_epoch_of_every_seed_has_an_order_of_its_own(
 ) -> None:
     orders = set()
     for seed in (0, 1):
-        trainer = _Trainer(replace(tiny_config, seed=seed), tiny_inputs, torch.device("cpu"))
+        trainer = Trainer(replace(tiny_config, seed=seed), tiny_inputs, torch.device("cpu"))
         seen: list[int] = []
 
         def record(_: Tensor, labels: Tensor, seen: list[int] = seen) -> dict[str, Tensor]:
             seen.extend(labels.tolist())
             return {"loss": torch.zeros(())}
 
-        monkeypatch.setattr(trainer, "step_on", record)
+        monkeypatch.setattr(trainer, "step", record)
         for epoch in range(3):
             seen.clear()
             trainer.epoch = epoch
@@ -407,7 +404,7 @@ def test_a_state_that_would_run_code_is_refused(
 def test_validation_moves_no_weight_and_no_statistic(
     tiny_inputs: Inputs, tiny_config: TrialConfig
 ) -> None:
-    trainer = _Trainer(tiny_config, tiny_inputs, torch.device("cpu"))
+    trainer = Trainer(tiny_config, tiny_inputs, torch.device("cpu"))
     trainer.run_epoch(None)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
@@ -509,91 +506,6 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(
     assert set(compiled.model.state_dict()) == set(eager.model.state_dict())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_one_cycle_rises_to_the_rate_and_falls_to_nothing(
-    tiny_config: TrialConfig, optimizer: str
-) -> None:
-    rates = _learning_rates(replace(tiny_config, optimizer=optimizer, schedule="one_cycle"))
-    peak = rates.index(max(rates))
-    assert max(rates) == pytest.approx(tiny_config.learning_rate, rel=0.02)
-    assert rates[: peak + 1] == sorted(rates[: peak + 1])
-    assert rates[peak:] == sorted(rates[peak:], reverse=True)
-    assert rates[-1] < 0.01 * max(rates)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_constant_rate_stays(tiny_config: TrialConfig, optimizer: str) -> None:
-    config = replace(tiny_config, optimizer=optimizer, schedule="constant")
-    assert set(_learning_rates(config)) == {config.learning_rate}
-
-
-def _learning_rates(config: TrialConfig, steps: int = 50) -> list[float]:
-    """Return the rate of every step of a run."""
-    optimizer = _make_optimizer(create_model("simple_cnn"), config)
-    schedule = _make_schedule(optimizer, config, steps)
-    rates = []
-    for _ in range(config.epochs * steps):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return rates
-
-
 def test_images_reach_the_trainer_without_a_copy(tiny_inputs: Inputs) -> None:
     images, _ = to_device(tiny_inputs.data.train, torch.device("cpu"))
     assert images.data_ptr() == tiny_inputs.data.train.images.ctypes.data
-
-
-SYNCHRONISING = {
-    "aten::item",
-    "aten::_local_scalar_dense",
-    "aten::is_nonzero",
-    "aten::nonzero",
-    "aten::equal",
-    "aten::unique_dim",
-    "aten::_unique2",
-}
-"""Operators for whose result, or whose shape, a host has to wait for a GPU."""
-
-
-@pytest.mark.parametrize("backbone", ["simple_cnn", "convnextv2_atto"])
-@pytest.mark.parametrize("metric", ["l1", "ssim"])
-def test_a_step_waits_for_nothing(
-    tiny_inputs: Inputs, tiny_config: TrialConfig, backbone: str, metric: str
-) -> None:
-    """Linear heads and others; on a GPU the host would stand still at each of these operators."""
-    config = replace(
-        tiny_config,
-        backbone=backbone,
-        metric=metric,
-        optimizer="sgd",  # The CPU's AdamW reads its counter of steps, which a GPU keeps to itself.
-        resolution=28,
-        lambda_proto=0.1,
-        lambda_batch=0.1,
-    )
-    trainer = _Trainer(config, tiny_inputs, torch.device("cpu"))
-    images, labels = to_device(tiny_inputs.data.train, torch.device("cpu"))
-    trainer.step_on(trainer.preprocess(images[:32]), labels[:32])
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
-        trainer.step_on(trainer.preprocess(images[:32]), labels[:32])
-    ran = {event.key for event in recorded.key_averages()}
-    assert "aten::convolution" in ran
-    assert not ran & SYNCHRONISING
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_waits_for_nothing_on_a_gpu(
-    tiny_inputs: Inputs, tiny_config: TrialConfig, precision: str
-) -> None:
-    device = torch.device("cuda")
-    config = replace(tiny_config, precision=precision, lambda_proto=0.1, lambda_batch=0.1)
-    trainer = _Trainer(config, tiny_inputs, device)
-    images, labels = to_device(tiny_inputs.data.train, device)
-    x, y = trainer.preprocess(images[:32]), labels[:32]
-    trainer.step_on(x, y)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        trainer.step_on(x, y)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

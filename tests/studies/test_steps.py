@@ -70,7 +70,7 @@ def test_a_bench_trains_as_its_objective_says() -> None:
     for objective in OBJECTIVES.values():
         before = weights.detach().clone()
         bench.step(objective)()
-        assert bench.trainer._objective == objective
+        assert bench.trainer.step.objective == objective
         assert (weights != before).any()
     assert len(OBJECTIVES) == 7
 

@@ -1,0 +1,116 @@
+"""One training step: both passes, the objective and the optimiser, without waiting for anything."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchcam.config import TrialConfig
+from batchcam.devices import autocast, compile_mode, prefers_channels_last
+from batchcam.models import ExplainableModel
+from batchcam.objective import Objective
+
+
+class TrainingStep:
+    """A model, and all that moves its weights.
+
+    On a GPU nothing in a step makes the host wait: no value is read, no shape depends on the data.
+    """
+
+    def __init__(
+        self,
+        model: ExplainableModel,
+        prototypes_CRR: Tensor,
+        config: TrialConfig,
+        total_steps: int,
+        device: torch.device,
+    ) -> None:
+        """Move the model to the device, and make optimiser and schedule for `total_steps`.
+
+        Raises:
+            ConfigError: the device does not have the precision asked for.
+        """
+        self._autocast = partial(autocast, device, config.precision)
+        self._autocast()
+        self.model = model.to(device)
+        if prefers_channels_last(device, config.precision):
+            self.model.to(memory_format=torch.channels_last)
+        self.objective = Objective(
+            config.metric, config.lambda_class, config.lambda_proto, config.lambda_batch
+        )
+        self.optimizer = make_optimizer(model, config)
+        self._prototypes_CRR = prototypes_CRR
+        self._schedule = make_schedule(self.optimizer, config, total_steps)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        # Only the features: torch.compile cannot differentiate the head twice.
+        mode = compile_mode(device)
+        self._features = (
+            torch.compile(model.features, mode=mode) if config.compile else model.features
+        )
+        self._has_graphs = config.compile and mode == "reduce-overhead"
+
+    def __call__(self, x_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
+        """Train on a batch; return `loss` and its terms, `loss_class` and so on, detached.
+
+        Args:
+            x_NCHW: preprocessed images on the device.
+            labels_N: int64, on the device.
+        """
+        if self._has_graphs:  # Features live in memory that the next step uses again.
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        with self._autocast():
+            features = self._features(x_NCHW)
+            logits = self.model.head(features)
+        weights = self.model.class_weights(features.shape[2] * features.shape[3])
+        loss, terms = self.objective(logits, features, labels_N, self._prototypes_CRR, weights)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(self._scaler.scale(loss))
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self._schedule.step()
+        return {"loss": loss.detach(), **{f"loss_{name}": term for name, term in terms.items()}}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of model, optimiser, schedule and scaler."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned; other entries are not looked at."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "schedule": self._schedule,
+            "scaler": self._scaler,
+        }
+
+
+def make_optimizer(model: ExplainableModel, config: TrialConfig) -> torch.optim.Optimizer:
+    """Return the optimiser that `config` names, over all parameters, fused."""
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(),
+            lr=rate,
+            weight_decay=decay,
+            momentum=0.9,
+            nesterov=True,
+            fused=True,
+        )
+    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: TrialConfig, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return the schedule that `config` names, over so many steps."""
+    if config.schedule == "constant":
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    # One spare step: the schedule steps after the last batch too.
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=config.learning_rate, total_steps=total_steps + 1
+    )
