@@ -1,16 +1,19 @@
 # make sweep   a real sweep on the embedded data set, on this machine
 # make test    the tests
 # make faults  the tests that kill and break what a study stands on: minutes more
+# make speed   what a step, an epoch and the explanation cost here; make speed DEVICE=cuda on a GPU
 # make lint    style, types, and the one-way imports
 # make lock    constraints.txt anew, from the newest versions that pyproject.toml allows
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SWEEP ?=
+DEVICE ?= cpu
+SPEED = $(BIN)/python -m studies.benchmarks
 
 export WANDB_MODE ?= offline
 
-.PHONY: env sweep test faults lint lock
+.PHONY: env sweep test faults speed lint lock
 
 env: $(VENV)/.installed
 
@@ -32,6 +35,11 @@ test: env
 faults: env
 	$(BIN)/pytest -m faults tests/cluster
 	$(BIN)/pytest -m faults tests/studies --numprocesses 2 --durations 12
+
+speed: env
+	$(SPEED).steps --device $(DEVICE) --threads 2 --out results/speed/$(DEVICE)
+	$(SPEED).throughput --device $(DEVICE) --out results/speed/$(DEVICE)
+	$(SPEED).growth --device $(DEVICE) --out results/speed/$(DEVICE)
 
 lint: env
 	$(BIN)/ruff check .

@@ -77,10 +77,10 @@ def race(
     while rounds < min_rounds or time.perf_counter() < end:
         shuffle(order)
         for name in order:
-            _wait(device)
+            wait_for(device)
             began = {clock: now() for clock, now in CLOCKS.items()}
             rivals[name]()
-            _wait(device)
+            wait_for(device)
             for clock, now in CLOCKS.items():
                 found[clock][name].append(now() - began[clock])
         rounds += 1
@@ -106,6 +106,7 @@ def median_ratio(
     return Interval(float(np.median(ratios)), float(low), float(high))
 
 
-def _wait(device: torch.device | None) -> None:
+def wait_for(device: torch.device | None) -> None:
+    """Wait until a device that works asynchronously has done what it was given."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)

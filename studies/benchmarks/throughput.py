@@ -23,8 +23,8 @@ import torch.nn.functional as F
 import tyro
 
 from batchcam.config import TrialConfig
-from batchcam.data import batches
-from batchcam.devices import autocast
+from batchcam.data import batches, to_device
+from batchcam.devices import autocast, resolve_device
 from batchcam.evaluate import evaluate
 from batchcam.models import create_model
 from batchcam.objective import Objective
@@ -33,7 +33,7 @@ from batchcam.splits import Split
 from batchcam.train import Inputs, fit
 from studies.baselines import plain
 from studies.benchmarks.batches import Bench, random_inputs
-from studies.benchmarks.pairs import median_ratio
+from studies.benchmarks.pairs import median_ratio, wait_for
 
 _EVALUATION_BATCH = 512
 
@@ -57,7 +57,9 @@ class Throughput:
     threads: int = 2
     """Of PyTorch, and workers of the plain script's loader."""
     plain: bool = True
-    """Whether to run the plain script too, for SimpleCNN."""
+    """Whether to run the plain script too, for SimpleCNN on a CPU."""
+    device: str = "cpu"
+    """auto, cpu, cuda or cuda:N."""
     seed: int = 0
     """Of weights and noise."""
 
@@ -71,7 +73,7 @@ def main(settings: Throughput) -> None:
     for backbone in settings.backbones:
         for precision in settings.precisions:
             entry = measure(settings, backbone, precision)
-            same = ("backbone", "precision", "threads")
+            same = ("backbone", "precision", "threads", "device")
             kept = [old for old in kept if any(old[name] != entry[name] for name in same)]
             kept.append(entry)
             path.write_text(json.dumps(kept, indent=1) + "\n")
@@ -82,13 +84,14 @@ def main(settings: Throughput) -> None:
 def measure(settings: Throughput, backbone: str, precision: str) -> dict[str, Any]:
     """Return the entry of one model in one precision."""
     large = backbone.startswith("convnext")
+    device = resolve_device(settings.device)
     config = TrialConfig(
         backbone=backbone,
         batch_size=settings.batch_size // 4 if large else settings.batch_size,
         precision=precision,
         epochs=1,
         lambda_batch=0.1,
-        device="cpu",
+        device=str(device),
         seed=settings.seed,
     )
     steps = settings.steps if backbone == "simple_cnn" else max(2, settings.steps // 10)
@@ -96,7 +99,7 @@ def measure(settings: Throughput, backbone: str, precision: str) -> dict[str, An
     fit(config, inputs=_inputs(config.batch_size))  # Warms up allocator and kernels.
     bare = _bare_step(config)
     untuned = _bare_step(replace(config, precision="fp32"), tuned=False)
-    with_plain = settings.plain and backbone == "simple_cnn"
+    with_plain = settings.plain and backbone == "simple_cnn" and device.type == "cpu"
     run_plain = _plain_epoch(config, inputs, settings.threads) if with_plain else None
     forward, evaluation = _evaluations(config, inputs)
     seconds: dict[str, list[float]] = {}
@@ -105,15 +108,15 @@ def measure(settings: Throughput, backbone: str, precision: str) -> dict[str, An
         seconds.setdefault(name, []).append(value)
 
     for _ in range(settings.rounds):
-        note("bare", _timed(lambda: [bare() for _ in range(steps)]))
-        note("untuned", _timed(lambda: [untuned() for _ in range(steps)]))
+        note("bare", _timed(lambda: [bare() for _ in range(steps)], device))
+        note("untuned", _timed(lambda: [untuned() for _ in range(steps)], device))
         metrics = fit(config, inputs=inputs).metrics
         note("training", steps * config.batch_size / metrics["images_per_second"])
         note("epoch", metrics["seconds"])
         if run_plain is not None:
-            note("plain", _timed(run_plain))
-        note("forward", _timed(forward))
-        note("evaluation", _timed(evaluation))
+            note("plain", _timed(run_plain, device))
+        note("forward", _timed(forward, device))
+        note("evaluation", _timed(evaluation, device))
     times = {name: np.array(values) for name, values in seconds.items()}
     pairs = {
         "training_of_bare": ("bare", "training"),
@@ -126,6 +129,7 @@ def measure(settings: Throughput, backbone: str, precision: str) -> dict[str, An
         "backbone": backbone,
         "precision": precision,
         "threads": settings.threads,
+        "device": str(device),
         "batch_size": config.batch_size,
         "steps": steps,
         "validation_images": len(inputs.data.validation),
@@ -164,7 +168,7 @@ def _bare_step(config: TrialConfig, *, tuned: bool = True) -> Callable[[], objec
 
     Not `tuned`: with layouts, convolutions and the optimiser as PyTorch has them by default.
     """
-    device = torch.device("cpu")
+    device = resolve_device(config.device)
     bench = Bench.build(config, device)
     model, x_NCHW = bench.trainer.model, bench.trainer.preprocess(bench.images)
     if not tuned:
@@ -203,11 +207,12 @@ def _evaluations(
     """Return a forward pass over the training images, and their evaluation."""
     result = fit(config, lambda _: True, inputs=_inputs(config.batch_size))
     model, preprocess = result.model, result.preprocess
-    images, labels = map(torch.from_numpy, vars(inputs.data.train).values())
-    prototypes = inputs.prototypes("validation", config.resolution)
+    device = resolve_device(config.device)
+    images, labels = to_device(inputs.data.train, device)
+    prototypes = inputs.prototypes("validation", config.resolution).to(device)
 
     def forward() -> None:
-        with torch.no_grad(), autocast(torch.device("cpu"), config.precision):
+        with torch.no_grad(), autocast(device, config.precision):
             for batch, _ in batches(images, labels, _EVALUATION_BATCH):
                 model(preprocess(batch)).argmax(dim=1)
 
@@ -225,9 +230,11 @@ def _evaluations(
     return forward, evaluation
 
 
-def _timed(run: Callable[[], object]) -> float:
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    wait_for(device)
     began = time.perf_counter()
     run()
+    wait_for(device)
     return time.perf_counter() - began
 
 
