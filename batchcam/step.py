@@ -32,7 +32,7 @@ class TrainingStep:
             ConfigError: the device does not have the precision asked for.
         """
         self._autocast = partial(autocast, device, config.precision)
-        self._autocast()
+        self._autocast()  # Refuses a precision that the device does not have.
         self.model = model.to(device)
         if prefers_channels_last(device, config.precision):
             self.model.to(memory_format=torch.channels_last)

@@ -224,10 +224,10 @@ def test_a_step_waits_for_nothing_on_a_gpu(
     config = replace(tiny_config, precision=precision, lambda_proto=0.1, lambda_batch=0.1)
     trainer = Trainer(config, tiny_inputs, device)
     images, labels = to_device(tiny_inputs.data.train, device)
-    x, y = trainer.preprocess(images[:32]), labels[:32]
-    trainer.step(x, y)
+    images, labels = images[:32], labels[:32]
+    trainer.step(trainer.preprocess(images), labels)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer.step(x, y)
+        trainer.step(trainer.preprocess(images), labels)
     finally:
         torch.cuda.set_sync_debug_mode("default")
