@@ -15,7 +15,14 @@ import yaml
 
 from batchcam.errors import ConfigError, suggest_names
 
-DATASETS = ("digits", "mnist", "fashion_mnist", "imagefolder")
+DATASETS = (
+    "digits",
+    "mnist",
+    "fashion_mnist",
+    "decoy_mnist",
+    "decoy_fashion_mnist",
+    "imagefolder",
+)
 METRICS = ("l1", "l2", "ssim")
 PROTOTYPES = ("mean", "median")
 OPTIMIZERS = ("adamw", "sgd")
@@ -43,7 +50,7 @@ class TrialConfig:
     """
 
     dataset: str = "digits"
-    """digits, mnist, fashion_mnist or imagefolder."""
+    """digits, mnist, fashion_mnist, decoy_mnist, decoy_fashion_mnist or imagefolder."""
     data_root: str | None = None
     """Where the data set's files are; searched before $BATCHCAM_DATA and ./data."""
     val_fraction: float = 0.1

@@ -70,7 +70,7 @@ def load_data(config: TrialConfig) -> ImageData:
     train, test, class_names = LOADERS[config.dataset](config.data_root)
     digest = _digest(train, test)
     fit_index, val_index = stratified_split(train.labels, config.val_fraction, config.split_seed)
-    fit = Split(train.images[fit_index], train.labels[fit_index])
+    fit = train.take(fit_index)
     mean, std = _NORMALISATION.get(config.dataset) or _channel_statistics(fit.images)
     return ImageData(
         name=config.dataset,
@@ -78,7 +78,7 @@ def load_data(config: TrialConfig) -> ImageData:
         mean=mean,
         std=std,
         train=fit,
-        validation=Split(train.images[val_index], train.labels[val_index]),
+        validation=train.take(val_index),
         test=test,
         sha256=digest,
     )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from batchcam.decoy import paint_decoys, paint_random_decoys
 from batchcam.errors import DataError
 from batchcam.splits import Pixels, Split, stratified_split
 
@@ -88,7 +89,8 @@ def _load_digits(data_root: str | None) -> Loaded:
     labels = bunch.target.astype(np.int64)
     kept, held = stratified_split(labels, fraction=0.2, seed=0)
     names = tuple(str(digit) for digit in range(10))
-    return Split(images[kept], labels[kept]), Split(images[held], labels[held]), names
+    digits = Split(images, labels)
+    return digits.take(kept), digits.take(held), names
 
 
 def _load_mnist(data_root: str | None) -> Loaded:
@@ -99,6 +101,22 @@ def _load_mnist(data_root: str | None) -> Loaded:
 def _load_fashion_mnist(data_root: str | None) -> Loaded:
     train, test = _load_idx("FashionMNIST", data_root)
     return train, test, _FASHION_CLASSES
+
+
+def _load_decoy_mnist(data_root: str | None) -> Loaded:
+    return _with_decoys(_load_mnist(data_root))
+
+
+def _load_decoy_fashion_mnist(data_root: str | None) -> Loaded:
+    return _with_decoys(_load_fashion_mnist(data_root))
+
+
+def _with_decoys(loaded: Loaded) -> Loaded:
+    """Paint decoys, the same ones at every call, that tell the class in training alone."""
+    train, test, class_names = loaded
+    generator = np.random.default_rng(0)
+    truthful = paint_decoys(train, train.labels, generator)
+    return truthful, paint_random_decoys(test, len(class_names), generator), class_names
 
 
 def _load_idx(folder: str, data_root: str | None) -> tuple[Split, Split]:
@@ -224,8 +242,7 @@ def _load_imagefolder(data_root: str | None) -> Loaded:
     if test_files is not None:
         return train, _read_pictures(test_files, side, grey), class_names
     kept, held = stratified_split(train.labels, fraction=0.2, seed=0)
-    test = Split(train.images[held], train.labels[held])
-    return Split(train.images[kept], train.labels[kept]), test, class_names
+    return train.take(kept), train.take(held), class_names
 
 
 def _list_pictures(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
@@ -289,5 +306,7 @@ LOADERS: Mapping[str, Callable[[str | None], Loaded]] = {
     "digits": _load_digits,
     "mnist": _load_mnist,
     "fashion_mnist": _load_fashion_mnist,
+    "decoy_mnist": _load_decoy_mnist,
+    "decoy_fashion_mnist": _load_decoy_fashion_mnist,
     "imagefolder": _load_imagefolder,
 }

@@ -3,7 +3,8 @@
 Shapes: N images, C channels, H and W pixels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -12,17 +13,28 @@ from batchcam.errors import DataError
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
+Masks = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images `(N, C, H, W)` uint8 and their labels `(N,)` int64."""
+    """Images `(N, C, H, W)` uint8 and their labels `(N,)` int64.
+
+    `masks`, `(N, H, W)`, is where something was painted that no model should look at, if it was:
+    for judging models, and for methods that are told.
+    """
 
     images: Pixels
     labels: Labels
+    masks: Masks | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take(self, index: Labels) -> Self:
+        """Return the part of the split that `index` chooses, in its order."""
+        masks = None if self.masks is None else self.masks[index]
+        return replace(self, images=self.images[index], labels=self.labels[index], masks=masks)
 
 
 def stratified_split(labels: Labels, fraction: float, seed: int) -> tuple[Labels, Labels]:

@@ -63,7 +63,7 @@ class StudySettings:
     """Bundles of earlier studies, whose configurations are tried first."""
 
     dataset: str = TrialConfig.dataset
-    """digits, mnist, fashion_mnist or imagefolder."""
+    """digits, mnist, fashion_mnist, decoy_mnist, decoy_fashion_mnist or imagefolder."""
     data_root: str | None = None
     """Where the data set's files are; searched before $BATCHCAM_DATA and ./data."""
     num_trials: int = 8
