@@ -3,7 +3,8 @@
 from batchcam.bundle import LoadedModel, load
 from batchcam.config import TrialConfig
 from batchcam.errors import BatchCamError
-from batchcam.train import EpochReport, Inputs, TrialResult, fit, prepare
+from batchcam.inputs import Inputs, prepare
+from batchcam.train import EpochReport, TrialResult, fit
 
 __all__ = [
     "BatchCamError",

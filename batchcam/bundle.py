@@ -94,15 +94,22 @@ class LoadedModel:
         self.model.to(resolve_device(device))
         return self
 
-    def evaluate(self, images: Tensor, labels: Tensor, prototypes_CRR: Tensor) -> Evaluation:
+    def evaluate(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        prototypes_PRR: Tensor,
+        groups: Tensor | None = None,
+    ) -> Evaluation:
         """Evaluate on a labelled split; see :func:`batchcam.evaluate.evaluate`."""
         device = self._device
         return evaluate(
             self.model,
             images.to(device),
             labels.to(device),
-            prototypes_CRR.to(device),
+            prototypes_PRR.to(device),
             self.preprocess,
+            groups=None if groups is None else groups.to(device),
         )
 
     def _run(
@@ -272,18 +279,24 @@ def _describe(result: TrialResult, command: str) -> dict[str, Any]:
     images, labels = to_device(data.test, device)
     prototypes = result.inputs.prototypes("test", config.resolution).to(device)
     test = evaluate(
-        result.model, images, labels, prototypes, result.preprocess, precision=config.precision
+        result.model,
+        images,
+        labels,
+        prototypes,
+        result.preprocess,
+        groups=result.inputs.groups("test").to(device),
+        precision=config.precision,
     )
-    last = result.metrics
+    last, names = result.metrics, result.inputs.group_names
     return {
         "val_accuracy": last["val_accuracy"],
         "test_accuracy": test.accuracy,
         "cam_ssim": last["cam_ssim"],
         "cam_ssim_ceiling": last["cam_ssim_ceiling"],
         "cam_ssim_sample": last["cam_ssim_sample"],
-        "cam_ssim_per_class": _by_class(data.class_names, result.evaluation.cam_ssim_C),
-        "cam_ssim_ceiling_per_class": _by_class(
-            data.class_names, result.inputs.ceiling(config.resolution, result.grid)
+        "cam_ssim_per_class": _by_name(names, result.evaluation.cam_ssim_P),
+        "cam_ssim_ceiling_per_class": _by_name(
+            names, result.inputs.ceiling(config.resolution, result.grid)
         ),
         "test_cam_ssim": test.cam_ssim,
         "grid": list(result.grid),
@@ -302,8 +315,8 @@ def _describe(result: TrialResult, command: str) -> dict[str, Any]:
     }
 
 
-def _by_class(names: tuple[str, ...], values_C: Tensor) -> dict[str, float]:
-    return dict(zip(names, values_C.tolist(), strict=True))
+def _by_name(names: tuple[str, ...], values_P: Tensor) -> dict[str, float]:
+    return dict(zip(names, values_P.tolist(), strict=True))
 
 
 def _save_weights(path: Path, result: TrialResult) -> None:
@@ -324,10 +337,10 @@ def _save_weights(path: Path, result: TrialResult) -> None:
 def _draw_cams(path: Path, result: TrialResult) -> None:
     config, last = result.config, result.metrics
     figure = figures.class_cams(
-        result.evaluation.maps_CRR,
+        result.evaluation.maps_PRR,
         result.inputs.prototypes("validation", config.resolution),
-        result.inputs.data.class_names,
-        result.evaluation.cam_ssim_C,
+        result.inputs.group_names,
+        result.evaluation.cam_ssim_P,
         result.inputs.ceiling(config.resolution, result.grid),
         f"{title(config)}: validation accuracy {last['val_accuracy']:.2%}, "
         f"CAM-prototype SSIM {last['cam_ssim']:.2f} of {last['cam_ssim_ceiling']:.2f}",

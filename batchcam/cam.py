@@ -72,6 +72,13 @@ def channel_weights(
     logits_NC: Tensor, features_NKHW: Tensor, targets_N: Tensor, *, create_graph: bool
 ) -> Tensor:
     """Return each channel's importance: the gradient of the target score (3), pooled (6)."""
+    return pooled(score_gradients(logits_NC, features_NKHW, targets_N, create_graph=create_graph))
+
+
+def score_gradients(
+    logits_NC: Tensor, features_NKHW: Tensor, targets_N: Tensor, *, create_graph: bool
+) -> Tensor:
+    """Return the gradient of each image's target score with respect to its features (3)."""
     if features_NKHW.dim() != 4 or logits_NC.dim() != 2 or targets_N.dim() != 1:
         raise ValueError(
             "expected logits (N, C), features (N, K, H, W) and targets (N,), got "
@@ -85,9 +92,24 @@ def channel_weights(
     with torch.enable_grad():  # A CAM is also asked for where gradients are off, as in evaluation.
         scores = logits_NC.gather(1, targets_N.unsqueeze(1)).sum()
     (gradients_NKHW,) = torch.autograd.grad(scores, features_NKHW, create_graph=create_graph)
+    return gradients_NKHW
+
+
+def pooled(gradients_NKHW: Tensor) -> Tensor:
+    """Return the mean over the cells of a grid (6), `(N, K)`, at least float32."""
     # Divided when it is small: going back, a mean would write H x W copies of its gradient.
     sums_NK = gradients_NKHW.sum(dim=(2, 3), dtype=at_least_float32(gradients_NKHW))
     return sums_NK / (gradients_NKHW.shape[2] * gradients_NKHW.shape[3])
+
+
+def attribution(gradients_NKHW: Tensor, features_NKHW: Tensor) -> Tensor:
+    """Return what each cell adds to a score: `sum_k A_k dS/dA_k`, signed, `(N, H, W)`.
+
+    HiResCAM before its ReLU (Draelos and Carin 2020). Where the head is linear, the cells sum to
+    the score but for its bias: a faithful map, which Grad-CAM's pooled gradients do not give.
+    """
+    with torch.autocast(features_NKHW.device.type, enabled=False):
+        return (gradients_NKHW * features_NKHW).sum(dim=1, dtype=at_least_float32(features_NKHW))
 
 
 def weighted_maps(weights_NK: Tensor, features_NKHW: Tensor) -> Tensor:

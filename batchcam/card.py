@@ -16,10 +16,12 @@ def loss_name(config: TrialConfig) -> str:
     """Return the name of a run's loss, with its weights."""
     terms = []
     if config.lambda_proto:
-        terms.append(f"Prototype Loss {config.lambda_proto:.3g}")
+        terms.append(f"Prototype Loss {config.lambda_proto:.3g} ({config.metric.upper()})")
     if config.lambda_batch:
-        terms.append(f"BCPL {config.lambda_batch:.3g}")
-    return " + ".join(terms) + f" ({config.metric.upper()})" if terms else "cross-entropy"
+        terms.append(f"BCPL {config.lambda_batch:.3g} ({config.metric.upper()})")
+    if config.lambda_energy:
+        terms.append(f"prototype energy {config.lambda_energy:.3g}")
+    return " + ".join(terms) or "cross-entropy"
 
 
 def model_card(result: TrialResult, metrics: Mapping[str, Any]) -> str:

@@ -22,8 +22,9 @@ from batchcam.config import TrialConfig
 from batchcam.data import to_device
 from batchcam.errors import BundleError, ConfigError
 from batchcam.evaluate import error_maps
+from batchcam.inputs import Inputs, prepare
 from batchcam.sources import read_picture
-from batchcam.train import EpochReport, Inputs, TrialResult, fit, prepare
+from batchcam.train import EpochReport, TrialResult, fit
 
 console = Console(highlight=False, soft_wrap=True)
 STATE_FILE = "state.pt"
@@ -85,7 +86,7 @@ class Evaluate:
         _check_same_data(model, inputs.data.sha256)
         images, labels = to_device(inputs.data.split(self.split), torch.device("cpu"))
         prototypes = inputs.prototypes(self.split, config.resolution)
-        evaluation = model.evaluate(images, labels, prototypes)
+        evaluation = model.evaluate(images, labels, prototypes, inputs.groups(self.split))
         grid = model.metrics["grid"]
         ceiling = inputs.ceiling(config.resolution, (grid[0], grid[1]))
 
@@ -96,7 +97,7 @@ class Evaluate:
             f"{evaluation.cam_ssim_sample:.4f} (per image)"
         )
         for name, value, limit in zip(
-            model.class_names, evaluation.cam_ssim_C.tolist(), ceiling.tolist(), strict=True
+            inputs.group_names, evaluation.cam_ssim_P.tolist(), ceiling.tolist(), strict=True
         ):
             console.print(f"  {name:<14}{value:8.4f} of {limit:.4f}")
         if self.out is None:
@@ -111,7 +112,7 @@ class Evaluate:
             "cam_ssim_sample": evaluation.cam_ssim_sample,
             "cam_ssim_ceiling": ceiling.mean().item(),
             "cam_ssim_per_class": dict(
-                zip(model.class_names, evaluation.cam_ssim_C.tolist(), strict=True)
+                zip(inputs.group_names, evaluation.cam_ssim_P.tolist(), strict=True)
             ),
             "confusion": evaluation.confusion_CC.tolist(),
         }
@@ -119,10 +120,10 @@ class Evaluate:
         heading = f"{title(config)}, {self.split} split: accuracy {evaluation.accuracy:.2%}"
         figures.save(
             figures.class_cams(
-                evaluation.maps_CRR,
+                evaluation.maps_PRR,
                 prototypes,
-                model.class_names,
-                evaluation.cam_ssim_C,
+                inputs.group_names,
+                evaluation.cam_ssim_P,
                 ceiling,
                 heading,
             ),
@@ -139,7 +140,7 @@ class Evaluate:
         figures.save(
             figures.misclassified(
                 wrong_maps,
-                evaluation.maps_CRR,
+                evaluation.maps_PRR[:: len(prototypes) // len(model.class_names)],
                 evaluation.confusion_CC,
                 model.class_names,
                 heading,
@@ -169,17 +170,17 @@ class Compare:
         models = [load(bundle) for bundle in self.bundles]
         inputs = prepare(_with_data_root(models[0].config, self.data_root))
         images, labels = to_device(inputs.data.validation, torch.device("cpu"))
-        names = inputs.data.class_names
+        groups, names = inputs.groups("validation"), inputs.group_names
         rows: list[figures.Row] = []
         for model in models:
             _check_same_data(model, inputs.data.sha256)
             prototypes = inputs.prototypes("validation", model.config.resolution)
-            evaluation = model.evaluate(images, labels, prototypes)
+            evaluation = model.evaluate(images, labels, prototypes, groups)
             if not rows:
                 rows.append(("prototype", prototypes, None))
             summary = f"{loss_name(model.config)}\n{evaluation.accuracy:.2%}"
-            notes = [f"SSIM {value:.2f}" for value in evaluation.cam_ssim_C.tolist()]
-            rows.append((summary, evaluation.maps_CRR, notes))
+            notes = [f"SSIM {value:.2f}" for value in evaluation.cam_ssim_P.tolist()]
+            rows.append((summary, evaluation.maps_PRR, notes))
             console.print(
                 f"{title(model.config)}: accuracy {evaluation.accuracy:.4f}, SSIM "
                 f"{evaluation.cam_ssim:.3f} of {model.metrics['cam_ssim_ceiling']:.3f}"

@@ -24,10 +24,11 @@ DATASETS = (
     "imagefolder",
 )
 METRICS = ("l1", "l2", "ssim")
-PROTOTYPES = ("mean", "median")
+PROTOTYPES = ("mean", "median", "kmeans")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("one_cycle", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
+LAMBDAS = ("lambda_class", "lambda_proto", "lambda_batch", "lambda_energy")
 MIN_RESOLUTION = 8
 """Pixels. The SSIM window is 7 pixels wide; a smaller image leaves it nothing to compare."""
 
@@ -74,8 +75,14 @@ class TrialConfig:
     """Weight of the Prototype Loss (per image); 0 turns it off."""
     lambda_batch: float = 0.1
     """Weight of the Batch-CAM Prototype Loss (per class in the batch); 0 turns it off."""
+    lambda_energy: float = 0.0
+    """Weight of the prototype energy loss (attribution outside the class's support); 0 turns it
+    off."""
     prototype: str = "mean"
-    """How a class prototype is made from its images: mean (the paper's) or pixelwise median."""
+    """How a class prototype is made from its images: mean (the paper's), pixelwise median, or
+    kmeans: several per class, each the mean of a cluster."""
+    clusters: int = 2
+    """Prototypes per class where they are made by kmeans; each image goes with the nearest."""
     epochs: int = 5
     """Passes over the training split; the length of the learning-rate schedule."""
     batch_size: int = 128
@@ -105,16 +112,16 @@ class TrialConfig:
                     f"{name}={value!r} is unknown; choose one of {', '.join(known)}."
                     + suggest_names(value, known)
                 )
-        for name in ("lambda_class", "lambda_proto", "lambda_batch", "weight_decay"):
+        for name in (*LAMBDAS, "weight_decay"):
             _require(self, name, lambda v: math.isfinite(v) and v >= 0, "a finite number >= 0")
-        if self.lambda_class == self.lambda_proto == self.lambda_batch == 0:
+        if not any(getattr(self, name) for name in LAMBDAS):
             raise ConfigError(
-                "lambda_class, lambda_proto and lambda_batch are all 0, so there is no loss to "
-                "train on; set at least one of them above 0."
+                f"{', '.join(LAMBDAS)} are all 0, so there is no loss to train on; set at least "
+                "one of them above 0."
             )
         _require(self, "learning_rate", lambda v: math.isfinite(v) and v > 0, "a finite number > 0")
         _require(self, "val_fraction", lambda v: 0 < v < 1, "between 0 and 1, both excluded")
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "clusters"):
             _require(self, name, lambda v: v >= 1, "at least 1")
         for name in ("seed", "split_seed"):
             _require(self, name, lambda v: 0 <= v < 2**32, "between 0 and 2**32 - 1")
@@ -132,7 +139,7 @@ class TrialConfig:
 
     @property
     def uses_cam(self) -> bool:
-        """Whether the loss contains a CAM term (Eqs. 11, 12) and not cross-entropy alone."""
+        """Whether the loss compares CAMs with prototypes (Eqs. 11, 12), by `metric`."""
         return self.lambda_proto > 0 or self.lambda_batch > 0
 
     def as_dict(self) -> dict[str, Any]:

@@ -131,15 +131,12 @@ def to_device(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def batches(
-    images: Tensor, labels: Tensor, batch_size: int, order: Tensor | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield `(images, labels)` batches in the given order of indices, the last one as it falls."""
-    for start in range(0, len(labels), batch_size):
-        if order is None:
-            yield images[start : start + batch_size], labels[start : start + batch_size]
-        else:
-            chosen = order[start : start + batch_size]
-            yield images[chosen], labels[chosen]
+    tensors: tuple[Tensor, ...], batch_size: int, order: Tensor | None = None
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield batches of tensors that go together, in the given order, the last one as it falls."""
+    for start in range(0, len(tensors[0]), batch_size):
+        chosen = slice(start, start + batch_size) if order is None else order[start:][:batch_size]
+        yield tuple(tensor[chosen] for tensor in tensors)
 
 
 _NORMALISATION: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {

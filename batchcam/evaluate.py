@@ -2,7 +2,8 @@
 
 A CAM needs gradients of the head, so gradients are taken here too; nothing is ever updated.
 
-Shapes: N images, C classes, K channels, H and W cells of the feature grid, R pixels.
+Shapes: N images, C classes, P prototypes (as many as classes where each has one), K channels, H and
+W cells of the feature grid, R pixels.
 """
 
 from dataclasses import dataclass
@@ -25,20 +26,20 @@ class Evaluation:
 
     Attributes:
         accuracy: share of images classified correctly, in [0, 1].
-        cam_ssim: class level; the mean over classes of `cam_ssim_C`.
-        cam_ssim_sample: the mean over images of the SSIM between an image's Grad-CAM and the
-            prototype of its class.
-        cam_ssim_C: SSIM between each class's CAM (Eqs. 4-6 over the whole split) and its prototype;
-            NaN for a class without images.
-        maps_CRR: those CAMs, rendered: the reconstructed prototypes of the paper's Figs. 2-5.
+        cam_ssim: class level; the mean over prototypes of `cam_ssim_P`.
+        cam_ssim_sample: the mean over images of the SSIM between an image's Grad-CAM and its
+            prototype.
+        cam_ssim_P: SSIM between each prototype and the CAM of the images that go with it (Eqs. 4-6
+            over the whole split), which are those of a class; NaN where there are none.
+        maps_PRR: those CAMs, rendered: the reconstructed prototypes of the paper's Figs. 2-5.
         confusion_CC: int64, images by true class (row) and predicted class (column).
     """
 
     accuracy: float
     cam_ssim: float
     cam_ssim_sample: float
-    cam_ssim_C: Tensor
-    maps_CRR: Tensor
+    cam_ssim_P: Tensor
+    maps_PRR: Tensor
     confusion_CC: Tensor
 
 
@@ -93,9 +94,10 @@ def evaluate(
     model: ExplainableModel,
     images: Tensor,
     labels: Tensor,
-    prototypes_CRR: Tensor,
+    prototypes_PRR: Tensor,
     preprocess: Preprocess,
     *,
+    groups: Tensor | None = None,
     batch_size: int = 512,
     precision: str = "fp32",
 ) -> Evaluation:
@@ -105,41 +107,44 @@ def evaluate(
         model: evaluated in `eval` mode, and left in the mode it was in.
         images: uint8 `(N, channels, H, W)` on the model's device.
         labels: int64 `(N,)` on the same device.
-        prototypes_CRR: scaled to [0, 1], R the input's resolution, on the same device.
+        prototypes_PRR: scaled to [0, 1], R the input's resolution, on the same device.
         preprocess: turns images into the model's input.
+        groups: int64 `(N,)`, the prototype that each image goes with; None: that of its class.
         batch_size: images at a time; it does not change the result.
         precision: fp32, bf16 or fp16, of the forward pass.
     """
-    num_classes, resolution = len(prototypes_CRR), prototypes_CRR.shape[-1]
-    class_cam = ClassCam(num_classes)
+    resolution = prototypes_PRR.shape[-1]
+    class_cam = ClassCam(len(prototypes_PRR))
     linear = model.class_weights(1) is not None
-    sample_ssim, predictions = [], []
+    sample_ssim, predictions, num_classes = [], [], 0
     was_training = model.training
     model.eval()
-    for batch, batch_labels in batches(images, labels, batch_size):
+    together = (images, labels, labels if groups is None else groups)
+    for batch, batch_labels, batch_groups in batches(together, batch_size):
         seen = _explained(model, preprocess(batch), precision, batch_labels)
         with torch.no_grad():
             if linear:
-                class_cam.add_maps(seen.sums_NHW, batch_labels)
+                class_cam.add_maps(seen.sums_NHW, batch_groups)
             else:
-                class_cam.add(seen.weights_NK, seen.features_NKHW, batch_labels)
+                class_cam.add(seen.weights_NK, seen.features_NKHW, batch_groups)
             maps_NRR = render(F.relu(seen.sums_NHW), resolution)
-            sample_ssim.append(ssim(maps_NRR, prototypes_CRR[batch_labels]))
+            sample_ssim.append(ssim(maps_NRR, prototypes_PRR[batch_groups]))
             predictions.append(seen.logits_NC.argmax(dim=1))
+            num_classes = seen.logits_NC.shape[1]
     model.train(was_training)
 
     with torch.no_grad():
         predicted = torch.cat(predictions)
         confusion = (labels * num_classes + predicted).bincount(minlength=num_classes**2)
-        maps_CHW, present_C = class_cam.maps()
-        maps_CRR = render(maps_CHW, resolution)
-        ssim_C = ssim(maps_CRR, prototypes_CRR).where(present_C, torch.nan)
+        maps_PHW, present_P = class_cam.maps()
+        maps_PRR = render(maps_PHW, resolution)
+        ssim_P = ssim(maps_PRR, prototypes_PRR).where(present_P, torch.nan)
         return Evaluation(
             accuracy=int((predicted == labels).sum()) / len(labels),
-            cam_ssim=ssim_C.nanmean().item(),
+            cam_ssim=ssim_P.nanmean().item(),
             cam_ssim_sample=torch.cat(sample_ssim).mean().item(),
-            cam_ssim_C=ssim_C.cpu(),
-            maps_CRR=maps_CRR.cpu(),
+            cam_ssim_P=ssim_P.cpu(),
+            maps_PRR=maps_PRR.cpu(),
             confusion_CC=confusion.view(num_classes, num_classes).cpu(),
         )
 
@@ -165,7 +170,7 @@ def error_maps(
     class_cam = ClassCam(num_classes)
     was_training = model.training
     model.eval()
-    for batch, batch_labels in batches(images, labels, batch_size):
+    for batch, batch_labels in batches((images, labels), batch_size):
         seen = _explained(model, preprocess(batch), precision)
         predicted = seen.logits_NC.argmax(dim=1)
         wrong = predicted != batch_labels

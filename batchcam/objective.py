@@ -1,7 +1,7 @@
-"""The training objective: cross-entropy, Prototype Loss and Batch-CAM Prototype Loss in one.
+"""The training objective: cross-entropy, Prototype Loss, BCPL and prototype energy in one.
 
-Shapes: N images, C classes, S slots for class maps, K channels, H and W cells of the feature grid,
-R pixels.
+Shapes: N images, C classes, P prototypes (one or several per class), S slots for class maps, K
+channels, H and W cells of the feature grid, R pixels.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from batchcam.cam import (
     at_least_float32,
-    channel_weights,
+    attribution,
     class_maps,
     class_weighted_sums,
     mean_maps,
+    pooled,
     render,
+    score_gradients,
     weighted_maps,
 )
 from batchcam.similarity import METRICS
@@ -25,48 +27,62 @@ from batchcam.similarity import METRICS
 
 @dataclass(frozen=True)
 class Objective:
-    """The sum of Eqs. 11 and 12 with all three weights free.
+    """The sum of Eqs. 11 and 12 with all weights free, and the prototype energy loss.
 
-    `lambda_proto = lambda_batch = 0` is the cross-entropy baseline, and costs what it costs: no CAM
-    is computed. One of them above 0 is Eq. 11 or Eq. 12, both are their sum.
+    `lambda_class` alone is the cross-entropy baseline, and costs what it costs: no CAM is computed.
+    With `lambda_proto` it is Eq. 11, with `lambda_batch` Eq. 12, with both their sum.
+    `lambda_energy` is ours; see :func:`energy_loss`.
     """
 
     metric: str
     lambda_class: float
     lambda_proto: float
     lambda_batch: float
+    lambda_energy: float = 0.0
 
     def __call__(
         self,
         logits_NC: Tensor,
         features_NKHW: Tensor,
         labels_N: Tensor,
-        prototypes_CRR: Tensor,
+        prototypes_PRR: Tensor,
         weights_CK: Tensor | None = None,
+        groups_N: Tensor | None = None,
+        outside_CHW: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the total loss, and its terms before weighting, detached.
 
         Args:
             logits_NC: class scores before softmax, computed from `features_NKHW`.
             features_NKHW: the feature maps, part of the graph of `logits_NC`.
-            labels_N: int64, the class of each image.
-            prototypes_CRR: one prototype per class, square, scaled to [0, 1].
+            labels_N: int64, the class of each image, whose score is explained.
+            prototypes_PRR: square, scaled to [0, 1].
             weights_CK: the channel weights of each class, where they are the same for all images;
                 see :meth:`batchcam.models.ExplainableModel.class_weights`. Else they are computed
                 for each image.
+            groups_N: int64, the prototype that each image goes with; None: that of its class.
+            outside_CHW: 1 where a class has no support, else 0; needed for the energy loss.
 
         Returns:
-            The scalar total, and `class`, `proto` and `batch` where their weight is not 0.
+            The scalar total; and `class`, `proto`, `batch`, `energy`, where their weight is not 0.
+
+        Raises:
+            ValueError: `lambda_energy` is not 0, and `outside_CHW` is not given.
         """
         terms: dict[str, Tensor] = {}
         if self.lambda_class:
             precise_NC = logits_NC.to(at_least_float32(logits_NC))
             terms["class"] = F.cross_entropy(precise_NC, labels_N)
-        if self.lambda_proto or self.lambda_batch:
+        gradients_NKHW = None
+        if self.lambda_energy or (self._compares and weights_CK is None):
+            gradients_NKHW = score_gradients(logits_NC, features_NKHW, labels_N, create_graph=True)
+        if self._compares:
             distance = METRICS[self.metric]
-            slots_N, wanted_SRR = _class_slots(labels_N, prototypes_CRR)
+            groups_N = labels_N if groups_N is None else groups_N
+            slots_N, wanted_SRR = _slots(groups_N, prototypes_PRR)
             if weights_CK is None:
-                weights_NK = channel_weights(logits_NC, features_NKHW, labels_N, create_graph=True)
+                assert gradients_NKHW is not None
+                weights_NK = pooled(gradients_NKHW)
                 proto = partial(weighted_maps, weights_NK, features_NKHW)
                 batch = partial(class_maps, weights_NK, features_NKHW, slots_N, len(wanted_SRR))
             else:
@@ -74,40 +90,51 @@ class Objective:
                 proto = partial(F.relu, sums_NHW)
                 batch = partial(mean_maps, sums_NHW, slots_N, len(wanted_SRR))
             if self.lambda_proto:
-                terms["proto"] = prototype_loss(proto(), labels_N, prototypes_CRR, distance)
+                terms["proto"] = prototype_loss(proto(), groups_N, prototypes_PRR, distance)
             if self.lambda_batch:
                 terms["batch"] = batch_cam_loss(*batch(), wanted_SRR, distance)
-        weights = {
-            "class": self.lambda_class,
-            "proto": self.lambda_proto,
-            "batch": self.lambda_batch,
-        }
-        total = sum((weights[name] * term for name, term in terms.items()), logits_NC.new_zeros(()))
+        if self.lambda_energy:
+            if outside_CHW is None:
+                raise ValueError(
+                    "the energy loss needs outside_CHW, where classes have no support."
+                )
+            assert gradients_NKHW is not None
+            evidence_NHW = attribution(gradients_NKHW, features_NKHW)
+            terms["energy"] = energy_loss(evidence_NHW, outside_CHW[labels_N])
+        total = sum(
+            (getattr(self, f"lambda_{name}") * term for name, term in terms.items()),
+            logits_NC.new_zeros(()),
+        )
         return total, {name: term.detach() for name, term in terms.items()}
 
+    @property
+    def _compares(self) -> bool:
+        """Whether CAMs are compared with prototypes."""
+        return self.lambda_proto > 0 or self.lambda_batch > 0
 
-def _class_slots(labels_N: Tensor, prototypes_CRR: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where the map of each image's class is kept, and the prototype of each such slot.
 
-    A slot per class, or, where there are more classes than images, a slot per image, of which a
-    class takes that of its first image: maps that no image has a part in are few at any number of
-    classes, and no shape depends on the labels, for which a GPU would have to be waited for.
+def _slots(groups_N: Tensor, prototypes_PRR: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where the map of each image's group is kept, and the prototype of each such slot.
+
+    A slot per prototype, or, where there are more of them than images, a slot per image, of which
+    a group takes that of its first image: maps that no image has a part in are few at any number
+    of classes, and no shape depends on the labels, for which a GPU would have to be waited for.
     """
-    if len(prototypes_CRR) <= len(labels_N):
-        return labels_N, prototypes_CRR
-    first_N = (labels_N[:, None] == labels_N).int().argmax(dim=1)
-    return first_N, prototypes_CRR[labels_N]
+    if len(prototypes_PRR) <= len(groups_N):
+        return groups_N, prototypes_PRR
+    first_N = (groups_N[:, None] == groups_N).int().argmax(dim=1)
+    return first_N, prototypes_PRR[groups_N]
 
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 def prototype_loss(
-    maps_NHW: Tensor, labels_N: Tensor, prototypes_CRR: Tensor, distance: Distance
+    maps_NHW: Tensor, groups_N: Tensor, prototypes_PRR: Tensor, distance: Distance
 ) -> Tensor:
     """Return the Prototype Loss: the mean over images of `φ(M_i, P_y)` (Eq. 11)."""
-    rendered_NRR = render(maps_NHW, prototypes_CRR.shape[-1])
-    return distance(rendered_NRR, prototypes_CRR[labels_N]).mean()
+    rendered_NRR = render(maps_NHW, prototypes_PRR.shape[-1])
+    return distance(rendered_NRR, prototypes_PRR[groups_N]).mean()
 
 
 def batch_cam_loss(
@@ -120,3 +147,22 @@ def batch_cam_loss(
     rendered_CRR = render(maps_CHW, prototypes_CRR.shape[-1])
     per_class_C = distance(rendered_CRR, prototypes_CRR)
     return per_class_C.where(present_C, per_class_C.new_zeros(())).sum()
+
+
+def energy_loss(evidence_NHW: Tensor, outside_NHW: Tensor) -> Tensor:
+    """Return the prototype energy loss: the mean over images of the evidence outside the support.
+
+    A prototype says where a class is, and so where it is not. The score of the true class is made
+    of what each cell adds to it, `a = sum_k A_k dS_y/dA_k`; what cells add, or take, where the
+    class has no support in the training images is summed in absolute value:
+
+        E = 1/N sum_i sum_hw o_y(h, w) |a_i(h, w)|,   o_c = 1 outside the support of class c, or 0.
+
+    It is in the units of a score. Nothing is asked of what lies inside: a constant score, all of
+    whose evidence is nil, costs nothing.
+
+    Args:
+        evidence_NHW: :func:`batchcam.cam.attribution` of the true class.
+        outside_NHW: 1 outside the support of the image's class, 0 inside.
+    """
+    return (evidence_NHW.abs() * outside_NHW).sum(dim=(1, 2)).mean()

@@ -1,6 +1,8 @@
 """Class prototypes: the picture of a class that its CAMs are asked to resemble.
 
-Shapes: N images, C classes, R pixels of the model's input.
+One per class, a mean or a median; or several, the means of k-means clusters.
+
+Shapes: N images, C classes, P prototypes, R pixels of the model's input.
 """
 
 import torch
@@ -8,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchcam.cam import render
-from batchcam.config import PROTOTYPES
 from batchcam.data import resize
 from batchcam.errors import DataError
 from batchcam.similarity import ssim
 
-KINDS = PROTOTYPES
+KINDS = ("mean", "median")
+SUPPORT_THRESHOLD = 0.02
+"""Of a median prototype, which spans [0, 1]: what is brighter belongs to the class."""
 
 
 def class_prototypes(
@@ -45,15 +48,100 @@ def class_prototypes(
         )
     prototypes = []
     for label in range(num_classes):
-        members = images[labels == label].float()
-        if len(members) == 0:
-            raise DataError(
-                f"class {label} has no image, so it has no prototype; add images of it or remove "
-                "the class."
-            )
-        grey = members if members.dim() == 3 else members.mean(dim=1)
+        grey = _grey_members(images, labels, label)
         prototypes.append(grey.mean(dim=0) if kind == "mean" else grey.quantile(0.5, dim=0))
     return min_max(torch.stack(prototypes))
+
+
+def _grey_members(images: Tensor, labels: Tensor, label: int) -> Tensor:
+    members = images[labels == label].float()
+    if len(members) == 0:
+        raise DataError(
+            f"class {label} has no image, so it has no prototype; add images of it or remove the "
+            "class."
+        )
+    return members if members.dim() == 3 else members.mean(dim=1)
+
+
+def cluster_centres(
+    images: Tensor, labels: Tensor, num_classes: int, clusters: int, seed: int = 0
+) -> Tensor:
+    """Return the centres of k-means clusters of each class's images, in grey levels.
+
+    Args:
+        images: `(N, H, W)` or `(N, channels, H, W)`, uint8 or float.
+        labels: int64 `(N,)`.
+        num_classes: the number of classes C.
+        clusters: the number of clusters of each class.
+        seed: of k-means' first centres, the best of four drawn by k-means++.
+
+    Returns:
+        `(C * clusters, H, W)` float32: those of class c from row `c * clusters` on, the one with
+        the most images first.
+
+    Raises:
+        DataError: a class has fewer images than clusters.
+    """
+    from sklearn.cluster import KMeans
+
+    centres = []
+    for label in range(num_classes):
+        grey = _grey_members(images, labels, label)
+        rows = grey.flatten(1).numpy()
+        if len(rows) < clusters:
+            raise DataError(
+                f"class {label} has {len(rows)} images, too few for {clusters} clusters; set "
+                "clusters lower or add images."
+            )
+        found = KMeans(clusters, n_init=4, random_state=seed).fit(rows)
+        by_size = torch.from_numpy(found.labels_).long().bincount(minlength=clusters).argsort()
+        ordered = torch.from_numpy(found.cluster_centers_).float()[by_size.flip(0)]
+        centres.append(ordered.view(clusters, *grey.shape[1:]))
+    return torch.cat(centres)
+
+
+def nearest_groups(images: Tensor, labels: Tensor, centres_PHW: Tensor, num_classes: int) -> Tensor:
+    """Return for each image which centre of its own class is nearest, int64 `(N,)`.
+
+    By Euclidean distance of grey levels, as k-means has it.
+    """
+    clusters = len(centres_PHW) // num_classes
+    groups = torch.empty_like(labels)
+    for label, own in enumerate(torch.split(centres_PHW, clusters)):
+        members = labels == label
+        if members.any():
+            grey = _grey_members(images, labels, label)
+            distance = torch.cdist(grey.flatten(1), own.flatten(1).to(grey))
+            groups[members] = label * clusters + distance.argmin(dim=1)
+    return groups
+
+
+def group_prototypes(images: Tensor, groups: Tensor, centres_PHW: Tensor) -> Tensor:
+    """Return the mean image of each group, min-max scaled; its centre where it has no image."""
+    means = [
+        _grey_members(images, groups, group).mean(dim=0) if (groups == group).any() else centre
+        for group, centre in enumerate(centres_PHW)
+    ]
+    return min_max(torch.stack(means))
+
+
+def class_supports(
+    images: Tensor, labels: Tensor, num_classes: int, threshold: float = SUPPORT_THRESHOLD
+) -> Tensor:
+    """Return where each class is: the pixels at which its median prototype exceeds a threshold.
+
+    The median, since a mean has a part of all that was ever seen at a pixel: a patch in a quarter
+    of the images, too.
+
+    Returns:
+        `(C, H, W)` bool.
+    """
+    return class_prototypes(images, labels, num_classes, "median") > threshold
+
+
+def supported_cells(supports_CHW: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return which cells of a grid have a part in each class's support, `(C, *grid)` bool."""
+    return F.adaptive_max_pool2d(supports_CHW.float().unsqueeze(1), grid).squeeze(1) > 0
 
 
 def resize_prototypes(prototypes_CHW: Tensor, resolution: int) -> Tensor:

@@ -21,12 +21,22 @@ class TrainingStep:
     def __init__(
         self,
         model: ExplainableModel,
-        prototypes_CRR: Tensor,
+        prototypes_PRR: Tensor,
         config: TrialConfig,
         total_steps: int,
         device: torch.device,
+        outside_CHW: Tensor | None = None,
     ) -> None:
         """Move the model to the device, and make optimiser and schedule for `total_steps`.
+
+        Args:
+            model: trained in place.
+            prototypes_PRR: what CAMs are compared with, on the device.
+            config: weights of the losses, optimiser, schedule, precision.
+            total_steps: length of the schedule.
+            device: where to train.
+            outside_CHW: on the device; see :meth:`batchcam.inputs.Inputs.outside`. Needed where
+                `config.lambda_energy` is not 0.
 
         Raises:
             ConfigError: the device does not have the precision asked for.
@@ -37,10 +47,15 @@ class TrainingStep:
         if prefers_channels_last(device, config.precision):
             self.model.to(memory_format=torch.channels_last)
         self.objective = Objective(
-            config.metric, config.lambda_class, config.lambda_proto, config.lambda_batch
+            config.metric,
+            config.lambda_class,
+            config.lambda_proto,
+            config.lambda_batch,
+            config.lambda_energy,
         )
         self.optimizer = make_optimizer(model, config)
-        self._prototypes_CRR = prototypes_CRR
+        self._prototypes_PRR = prototypes_PRR
+        self._outside_CHW = outside_CHW
         self._schedule = make_schedule(self.optimizer, config, total_steps)
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         # Only the features: torch.compile cannot differentiate the head twice.
@@ -50,12 +65,15 @@ class TrainingStep:
         )
         self._has_graphs = config.compile and mode == "reduce-overhead"
 
-    def __call__(self, x_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
+    def __call__(
+        self, x_NCHW: Tensor, labels_N: Tensor, groups_N: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Train on a batch; return `loss` and its terms, `loss_class` and so on, detached.
 
         Args:
             x_NCHW: preprocessed images on the device.
             labels_N: int64, on the device.
+            groups_N: the prototype of each image, if not that of its class.
         """
         if self._has_graphs:  # Features live in memory that the next step uses again.
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
@@ -63,7 +81,9 @@ class TrainingStep:
             features = self._features(x_NCHW)
             logits = self.model.head(features)
         weights = self.model.class_weights(features.shape[2] * features.shape[3])
-        loss, terms = self.objective(logits, features, labels_N, self._prototypes_CRR, weights)
+        loss, terms = self.objective(
+            logits, features, labels_N, self._prototypes_PRR, weights, groups_N, self._outside_CHW
+        )
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self._scaler.scale(loss))
         self._scaler.step(self.optimizer)

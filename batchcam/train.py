@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from batchcam.config import TrialConfig
-from batchcam.data import ImageData, Preprocess, batches, load_data, to_device
+from batchcam.data import Preprocess, batches, to_device
 from batchcam.devices import resolve_device
 from batchcam.errors import ConfigError, DivergedError
 from batchcam.evaluate import Evaluation, evaluate
+from batchcam.inputs import Inputs, prepare
 from batchcam.models import (
     ExplainableModel,
     check_explainable,
@@ -27,52 +28,9 @@ from batchcam.models import (
     feature_grid,
     resolve_output_stride,
 )
-from batchcam.prototypes import class_prototypes, resize_prototypes, ssim_ceiling
 from batchcam.step import TrainingStep
 
 Metrics = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What trials on one data set share: the data, and the prototypes of its splits.
-
-    Training and validation have prototypes of their own, as in the paper (Section 3.1); the test
-    split is compared with the training prototypes, so that nothing is derived from it.
-    """
-
-    data: ImageData
-    train_prototypes: Tensor
-    """`(C, H, W)` at the stored image size."""
-    validation_prototypes: Tensor
-    _ceilings: dict[tuple[int, tuple[int, int]], Tensor] = field(default_factory=dict)
-
-    def prototypes(self, split: str, resolution: int) -> Tensor:
-        """Return the prototypes that CAMs of `split` are compared with, `(C, R, R)`."""
-        chosen = self.validation_prototypes if split == "validation" else self.train_prototypes
-        return resize_prototypes(chosen, resolution)
-
-    def ceiling(self, resolution: int, grid: tuple[int, int]) -> Tensor:
-        """Return :func:`ssim_ceiling` of the validation prototypes, `(C,)`; computed once."""
-        key = (resolution, grid)
-        if key not in self._ceilings:
-            self._ceilings[key] = ssim_ceiling(self.prototypes("validation", resolution), grid)
-        return self._ceilings[key]
-
-
-def prepare(config: TrialConfig) -> Inputs:
-    """Load the data that `config` names and make the prototypes of its splits.
-
-    Raises:
-        DataError: see :func:`batchcam.data.load_data`.
-    """
-    data = load_data(config)
-    cpu = torch.device("cpu")
-    train, validation = (
-        class_prototypes(*to_device(split, cpu), data.num_classes, kind=config.prototype)
-        for split in (data.train, data.validation)
-    )
-    return Inputs(data, train, validation)
 
 
 @dataclass(frozen=True)
@@ -82,18 +40,18 @@ class EpochReport:
     Attributes:
         epoch: epochs finished, counted from 1.
         metrics: flat and numeric; `epoch`, `loss` and its terms `loss_class`, `loss_proto`,
-            `loss_batch` (means over the epoch, before weighting), `val_accuracy`, `cam_ssim`,
-            `cam_ssim_sample`, `cam_ssim_ceiling`, `images_per_second` (training proper, evaluation
-            excluded) and `seconds` (the whole epoch).
+            `loss_batch`, `loss_energy` (means over the epoch, before weighting), `val_accuracy`,
+            `cam_ssim`, `cam_ssim_sample`, `cam_ssim_ceiling`, `images_per_second` (training proper,
+            evaluation excluded) and `seconds` (the whole epoch).
         evaluation: of the validation split.
-        prototypes_CRR: the validation prototypes it was compared with.
+        prototypes_PRR: the validation prototypes it was compared with.
         save_state: writes the state that `fit(..., state=path)` goes on from.
     """
 
     epoch: int
     metrics: Metrics
     evaluation: Evaluation
-    prototypes_CRR: Tensor
+    prototypes_PRR: Tensor
     save_state: Callable[[Path], None]
 
 
@@ -132,7 +90,8 @@ def fit(
     Args:
         config: the run.
         on_epoch: called after each epoch; returning True ends training there.
-        inputs: data and prototypes, if they are loaded already; see :func:`prepare`.
+        inputs: data and prototypes, if they are loaded already; see
+            :func:`batchcam.inputs.prepare`.
         state: a file that `EpochReport.save_state` wrote, to go on from.
         on_step: called after each step with the steps done in this epoch and its total.
 
@@ -195,8 +154,9 @@ class Trainer:
         self.history: list[Metrics] = []
         self._device = device
         self.preprocess = Preprocess(config.resolution, data.mean, data.std)
-        self._train = to_device(data.train, device)
+        self._train = (*to_device(data.train, device), inputs.groups("train").to(device))
         self._validation = to_device(data.validation, device)
+        self._validation_groups = inputs.groups("validation").to(device)
         self.validation_prototypes = inputs.prototypes("validation", config.resolution).to(device)
 
         stride = resolve_output_stride(
@@ -209,7 +169,10 @@ class Trainer:
         check_explainable(model, config.resolution, data.channels)
         self._steps = -(-len(data.train) // config.batch_size)
         prototypes = inputs.prototypes("train", config.resolution).to(device)
-        self.step = TrainingStep(model, prototypes, config, config.epochs * self._steps, device)
+        outside = inputs.outside(self.grid).to(device) if config.lambda_energy else None
+        self.step = TrainingStep(
+            model, prototypes, config, config.epochs * self._steps, device, outside
+        )
         self.model = self.step.model
         self._ceiling = inputs.ceiling(config.resolution, self.grid).mean().item()
 
@@ -247,24 +210,24 @@ class Trainer:
             )
 
     def _train_epoch(self, on_step: Callable[[int, int], None] | None) -> dict[str, Tensor]:
-        images, labels = self._train
+        count = len(self._train[0])
         # Of the epoch alone, so that a resumed run sees the batches that it would have seen.
         generator = torch.Generator().manual_seed(
             (self.config.seed * 1_000_003 + self.epoch) % 2**63
         )
-        order = torch.randperm(len(labels), generator=generator).to(self._device)
+        order = torch.randperm(count, generator=generator).to(self._device)
         sums: dict[str, Tensor] = {}
         self.model.train()
-        for number, (batch, targets) in enumerate(
-            batches(images, labels, self.config.batch_size, order), start=1
+        for number, (images, labels, groups) in enumerate(
+            batches(self._train, self.config.batch_size, order), start=1
         ):
-            for name, value in self.step(self.preprocess(batch), targets).items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(targets)
+            for name, value in self.step(self.preprocess(images), labels, groups).items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(labels)
             if on_step is not None:
                 on_step(number, self._steps)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return {name: (value / len(labels)).cpu() for name, value in sums.items()}
+        return {name: (value / count).cpu() for name, value in sums.items()}
 
     def validate(self) -> Evaluation:
         """Evaluate on the validation split; CAMs take gradients, weights take no step."""
@@ -273,6 +236,7 @@ class Trainer:
             *self._validation,
             self.validation_prototypes,
             self.preprocess,
+            groups=self._validation_groups,
             precision=self.config.precision,
         )
 

@@ -18,7 +18,8 @@ import numpy as np
 from batchcam.bundle import save_bundle
 from batchcam.config import TrialConfig
 from batchcam.errors import BatchCamError
-from batchcam.train import Inputs, restore
+from batchcam.inputs import Inputs
+from batchcam.train import restore
 from studies.checkpoints import Checkpoints
 from studies.ledger import Ledger
 from studies.trial import METRICS, trial_config

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from batchcam.config import TrialConfig
-from batchcam.train import Inputs
+from batchcam.inputs import Inputs
 from studies.probe import Probe
 from studies.resources import TrialResources
 from studies.settings import StudySettings

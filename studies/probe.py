@@ -12,8 +12,9 @@ from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
 from batchcam.config import TrialConfig
 from batchcam.devices import resolve_device
+from batchcam.inputs import Inputs
 from batchcam.splits import Split
-from batchcam.train import Inputs, fit
+from batchcam.train import fit
 from studies.space import SearchSpace, Strides
 
 _BATCHES = 3

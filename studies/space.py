@@ -166,7 +166,7 @@ def point_of(config: TrialConfig, space: SearchSpace, strides: Strides) -> dict[
         "backbone": space.backbones,
         "resolution": space.resolutions,
     }
-    if config.lambda_proto > 0 or config.lambda_batch > 0:
+    if config.uses_cam:
         point["metric"] = config.metric
         allowed["metric"] = space.metrics
     for name, choices in allowed.items():

@@ -16,8 +16,8 @@ from ray import tune
 from batchcam.bundle import check_writable
 from batchcam.config import TrialConfig
 from batchcam.errors import BatchCamError, ConfigError
+from batchcam.inputs import Inputs, prepare
 from batchcam.models import create_model, feature_grid
-from batchcam.train import Inputs, prepare
 from studies import export, summary
 from studies.confirm import Confirmed, best_of_front, confirm
 from studies.engine import WORKER_ENVIRONMENT, Search, run_search

@@ -87,7 +87,7 @@ class Run:
         if self._run is None:
             return
         try:
-            picture = figures.tile(report.evaluation.maps_CRR, report.prototypes_CRR)
+            picture = figures.tile(report.evaluation.maps_PRR, report.prototypes_PRR)
             image = wandb.Image(picture, caption="class prototypes above, CAMs below")
             self._run.log({**report.metrics, "cams": image}, step=report.epoch)
         except Exception:  # Losing a record must not lose the trial.

@@ -13,7 +13,8 @@ import torch
 from ray import tune
 
 from batchcam.config import TrialConfig
-from batchcam.train import EpochReport, Inputs, Metrics, fit, load_state
+from batchcam.inputs import Inputs
+from batchcam.train import EpochReport, Metrics, fit, load_state
 from studies.checkpoints import Checkpoints
 from studies.patience import StorageLostError, patiently
 from studies.resources import TrialResources
@@ -73,10 +74,12 @@ def run_name(config: TrialConfig) -> str:
     """Return a name that a person can tell runs apart by."""
     losses = []
     if config.lambda_proto:
-        losses.append(f"proto {config.lambda_proto:.2g}")
+        losses.append(f"{config.metric} proto {config.lambda_proto:.2g}")
     if config.lambda_batch:
-        losses.append(f"batch {config.lambda_batch:.2g}")
-    loss = f"{config.metric} {' + '.join(losses)}" if losses else "cross-entropy"
+        losses.append(f"{config.metric} batch {config.lambda_batch:.2g}")
+    if config.lambda_energy:
+        losses.append(f"energy {config.lambda_energy:.2g}")
+    loss = " + ".join(losses) or "cross-entropy"
     return f"{config.backbone} {config.resolution}px {loss}"
 
 

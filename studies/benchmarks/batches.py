@@ -10,9 +10,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from batchcam.config import TrialConfig
 from batchcam.data import ImageData
+from batchcam.inputs import Inputs
 from batchcam.objective import Objective
 from batchcam.splits import Split
-from batchcam.train import Inputs, Trainer
+from batchcam.train import Trainer
 
 CROSS_ENTROPY = "cross-entropy"
 OBJECTIVES = {CROSS_ENTROPY: Objective("l1", 1.0, 0.0, 0.0)} | {

@@ -23,8 +23,9 @@ import tyro
 from ray import tune
 
 from batchcam.config import TrialConfig
+from batchcam.inputs import Inputs, prepare
 from batchcam.provenance import command_line, git_commit, package_versions
-from batchcam.train import Inputs, fit, prepare
+from batchcam.train import fit
 from studies.engine import WORKER_ENVIRONMENT, Search, run_search
 from studies.ledger import Ledger
 from studies.resources import TrialResources

@@ -22,9 +22,10 @@ import tyro
 from batchcam.config import TrialConfig
 from batchcam.data import load_data, to_device
 from batchcam.errors import ConfigError, DivergedError
+from batchcam.inputs import Inputs
 from batchcam.prototypes import class_prototypes
 from batchcam.splits import Split, stratified_split
-from batchcam.train import Inputs, Metrics, fit
+from batchcam.train import Metrics, fit
 from studies.space import SearchSpace, feasible_strides, suggest
 from studies.trial import trial_config
 

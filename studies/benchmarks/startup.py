@@ -22,8 +22,9 @@ import torch
 import tyro
 
 from batchcam.config import TrialConfig
+from batchcam.inputs import Inputs, prepare
 from batchcam.provenance import command_line, git_commit, package_versions
-from batchcam.train import Inputs, fit, prepare
+from batchcam.train import fit
 
 TARGETS = {"process": 6.0, "reused": 0.3}
 """Seconds that SimpleCNN is to take at most."""

@@ -26,11 +26,12 @@ from batchcam.config import TrialConfig
 from batchcam.data import batches, to_device
 from batchcam.devices import autocast, resolve_device
 from batchcam.evaluate import evaluate
+from batchcam.inputs import Inputs
 from batchcam.models import create_model
 from batchcam.objective import Objective
 from batchcam.provenance import command_line, git_commit, package_versions
 from batchcam.splits import Split
-from batchcam.train import Inputs, fit
+from batchcam.train import fit
 from studies.baselines import plain
 from studies.benchmarks.batches import Bench, random_inputs
 from studies.benchmarks.pairs import median_ratio, wait_for
@@ -213,7 +214,7 @@ def _evaluations(
 
     def forward() -> None:
         with torch.no_grad(), autocast(device, config.precision):
-            for batch, _ in batches(images, labels, _EVALUATION_BATCH):
+            for (batch,) in batches((images,), _EVALUATION_BATCH):
                 model(preprocess(batch)).argmax(dim=1)
 
     def evaluation() -> None:

@@ -22,10 +22,11 @@ import tyro
 from batchcam.config import TrialConfig
 from batchcam.data import Preprocess
 from batchcam.evaluate import evaluate
+from batchcam.inputs import Inputs, prepare
 from batchcam.models import create_model
 from batchcam.objective import Objective
 from batchcam.provenance import command_line, git_commit, package_versions
-from batchcam.train import EpochReport, Inputs, fit, prepare
+from batchcam.train import EpochReport, fit
 from studies.baselines import plain
 
 

@@ -12,9 +12,10 @@ from PIL import Image
 from batchcam.bundle import save_bundle
 from batchcam.config import TrialConfig
 from batchcam.data import ImageData, load_data, to_device
+from batchcam.inputs import Inputs
 from batchcam.prototypes import class_prototypes
 from batchcam.splits import Split
-from batchcam.train import Inputs, TrialResult, fit
+from batchcam.train import TrialResult, fit
 
 TINY_CONFIG = TrialConfig(resolution=14, epochs=3, batch_size=32, device="cpu", lambda_batch=0.2)
 

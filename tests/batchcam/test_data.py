@@ -225,7 +225,7 @@ def test_read_only_arrays_reach_the_device_without_a_warning() -> None:
 def test_batches_hold_every_image_once_with_its_label(ordered: bool) -> None:
     images, labels = torch.arange(10) * 10, torch.arange(10)
     order = torch.tensor([3, 1, 4, 0, 5, 9, 2, 6, 8, 7]) if ordered else None
-    found = list(batches(images, labels, 4, order))
+    found = list(batches((images, labels), 4, order))
     assert [len(chosen) for _, chosen in found] == [4, 4, 2]
     together = torch.cat([chosen for _, chosen in found])
     assert together.tolist() == (list(range(10)) if order is None else order.tolist())
@@ -234,7 +234,7 @@ def test_batches_hold_every_image_once_with_its_label(ordered: bool) -> None:
 
 
 def test_a_batch_size_beyond_the_data_gives_one_batch() -> None:
-    assert len(list(batches(torch.zeros(3), torch.zeros(3), 100))) == 1
+    assert len(list(batches((torch.zeros(3), torch.zeros(3)), 100))) == 1
 
 
 @pytest.mark.parametrize("count", [1, 2])

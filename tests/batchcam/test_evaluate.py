@@ -42,9 +42,9 @@ def test_class_maps_are_batch_cam_over_the_whole_split(
     features = model.features(trained.preprocess(images))
     maps, _ = batch_cam(model.head(features), features, labels, 10)
     expected = render(maps.detach(), 14)
-    torch.testing.assert_close(found.maps_CRR, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.maps_PRR, expected, atol=1e-5, rtol=1e-5)
     expected_ssim = ssim(expected, prototypes)
-    torch.testing.assert_close(found.cam_ssim_C, expected_ssim, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.cam_ssim_P, expected_ssim, atol=1e-5, rtol=1e-5)
     assert found.cam_ssim == pytest.approx(expected_ssim.mean().item(), abs=1e-5)
 
 
@@ -71,7 +71,7 @@ def test_weights_read_off_a_linear_head_give_what_gradients_give(
     monkeypatch.setattr(model, "class_weights", lambda _: None)
     found = evaluate(model, *split, prototypes, trained.preprocess, batch_size=7)
     assert found.accuracy == known.accuracy
-    torch.testing.assert_close(found.maps_CRR, known.maps_CRR, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.maps_PRR, known.maps_PRR, atol=1e-5, rtol=1e-5)
     assert found.cam_ssim_sample == pytest.approx(known.cam_ssim_sample, abs=1e-5)
     again = explain(model, split[0], trained.preprocess)
     torch.testing.assert_close(again, explained, atol=1e-5, rtol=1e-5)
@@ -89,7 +89,7 @@ def test_the_batch_size_does_not_change_the_result(
     parts = evaluate(model, *split, prototypes, trained.preprocess, batch_size=batch_size)
     assert parts.accuracy == whole.accuracy
     assert torch.equal(parts.confusion_CC, whole.confusion_CC)
-    torch.testing.assert_close(parts.maps_CRR, whole.maps_CRR, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(parts.maps_PRR, whole.maps_PRR, atol=1e-5, rtol=1e-5)
     assert parts.cam_ssim_sample == pytest.approx(whole.cam_ssim_sample, abs=1e-5)
 
 
@@ -123,7 +123,7 @@ def by_brightness() -> dict[str, Any]:
 
 
 def test_confusion_counts_true_by_predicted_classes(by_brightness: dict[str, Any]) -> None:
-    found = evaluate(**by_brightness, prototypes_CRR=torch.rand(3, 8, 8))
+    found = evaluate(**by_brightness, prototypes_PRR=torch.rand(3, 8, 8))
     assert found.confusion_CC.tolist() == [[1, 0, 2], [0, 0, 0], [1, 0, 2]]
     assert found.accuracy == 3 / 6
 
@@ -131,10 +131,10 @@ def test_confusion_counts_true_by_predicted_classes(by_brightness: dict[str, Any
 def test_a_class_without_images_is_nan_and_left_out_of_the_mean(
     by_brightness: dict[str, Any],
 ) -> None:
-    found = evaluate(**by_brightness, prototypes_CRR=torch.rand(3, 8, 8))
-    assert found.cam_ssim_C.isnan().tolist() == [False, True, False]
-    assert found.cam_ssim == pytest.approx(found.cam_ssim_C[[0, 2]].mean().item())
-    assert found.maps_CRR[1].count_nonzero() == 0
+    found = evaluate(**by_brightness, prototypes_PRR=torch.rand(3, 8, 8))
+    assert found.cam_ssim_P.isnan().tolist() == [False, True, False]
+    assert found.cam_ssim == pytest.approx(found.cam_ssim_P[[0, 2]].mean().item())
+    assert found.maps_PRR[1].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 512])

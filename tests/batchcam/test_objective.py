@@ -68,6 +68,54 @@ def test_terms_are_weighted_and_summed() -> None:
     )
 
 
+def test_the_energy_is_the_evidence_outside_the_support_of_the_true_class() -> None:
+    # Two cells; what they add to the true class's score is 3 * 1 - 1 * 2 and 2 * 2 - 1 * 5.
+    features = torch.tensor([[[[3.0, 2.0]], [[1.0, 1.0]]]]).requires_grad_()
+    weight = torch.tensor([[[[1.0, 2.0]], [[-2.0, -5.0]]], [[[7.0, 7.0]], [[7.0, 7.0]]]])
+    logits = torch.einsum("nkhw,ckhw->nc", features, weight)
+    labels, flat = torch.tensor([0]), torch.zeros(2, 8, 8)
+    outside = torch.tensor([[[0.0, 1.0]], [[1.0, 1.0]]])
+    objective = Objective("l1", 0.0, 0.0, 0.0, 2.0)
+    total, terms = objective(logits, features, labels, flat, outside_CHW=outside)
+    assert terms["energy"].item() == 1
+    assert total.item() == 2
+    inside = objective(logits, features, labels, flat, outside_CHW=torch.zeros(2, 1, 2))
+    assert inside[0].item() == 0
+
+
+def test_the_energy_passes_gradcheck_through_the_head() -> None:
+    features, weight, labels, prototypes = _problem(3)
+    outside = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]).double()
+    objective = Objective("l1", 0.5, 0.0, 0.3, 0.7)
+
+    def loss(a: Tensor, w: Tensor) -> Tensor:
+        total: Tensor = objective(
+            _head(a, w), a, labels, prototypes, outside_CHW=outside.expand(CLASSES, 3, 3)
+        )[0]
+        return total
+
+    assert torch.autograd.gradcheck(loss, (features, weight))
+
+
+def test_the_energy_asks_for_the_supports() -> None:
+    features, weight, labels, prototypes = _problem(3)
+    with pytest.raises(ValueError, match="needs outside_CHW"):
+        Objective("l1", 1.0, 0.0, 0.0, 1.0)(_head(features, weight), features, labels, prototypes)
+
+
+@metrics
+def test_several_prototypes_per_class_average_by_class_and_group(metric: str) -> None:
+    """Two groups of one class give what two classes with that class's scores would give."""
+    features, weight, _, prototypes = _problem(4, images=6)
+    groups = torch.tensor([0, 1, 1, 0, 2, 2])
+    labels = torch.tensor([0, 0, 0, 0, 1, 1])
+    objective = Objective(metric, 0.0, 0.7, 0.3)
+    grouped, _ = objective(_head(features, weight), features, labels, prototypes, groups_N=groups)
+    twice = weight[[0, 0, 1]]
+    apart, _ = objective(_head(features, twice), features, groups, prototypes)
+    torch.testing.assert_close(grouped, apart)
+
+
 @pytest.mark.parametrize(
     ("weights", "names"),
     [

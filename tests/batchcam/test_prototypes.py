@@ -12,9 +12,9 @@ from batchcam.cam import render
 from batchcam.config import TrialConfig
 from batchcam.data import load_data, to_device
 from batchcam.errors import DataError
+from batchcam.inputs import Inputs
 from batchcam.prototypes import class_prototypes, min_max, resize_prototypes, ssim_ceiling
 from batchcam.similarity import ssim
-from batchcam.train import Inputs
 
 seeds = st.integers(0, 2**16)
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from batchcam.config import TrialConfig
 from batchcam.data import to_device
 from batchcam.devices import compile_mode, prefers_channels_last
+from batchcam.inputs import Inputs
 from batchcam.models import create_model, resolve_output_stride
 from batchcam.step import make_optimizer, make_schedule
-from batchcam.train import Inputs, Trainer
+from batchcam.train import Trainer
 
 # --- The same losses as the plainest program --------------------------------------------------
 

@@ -10,18 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from batchcam.cam import attribution, score_gradients
 from batchcam.config import TrialConfig
 from batchcam.data import to_device
 from batchcam.errors import BackboneError, ConfigError, DivergedError
+from batchcam.evaluate import evaluate
+from batchcam.inputs import Inputs, prepare
+from batchcam.prototypes import cluster_centres, group_prototypes, nearest_groups
+from batchcam.similarity import ssim
 from batchcam.train import (
     EpochReport,
-    Inputs,
     Metrics,
     Trainer,
     TrialResult,
     fit,
     load_state,
-    prepare,
     restore,
 )
 
@@ -157,13 +160,49 @@ def test_training_on_true_digits_prepares_its_own_data() -> None:
     assert result.metrics["val_accuracy"] > 0.5
 
 
-def test_each_split_is_compared_with_the_prototypes_meant_for_it(tiny_inputs: Inputs) -> None:
-    train, validation, test = (
-        tiny_inputs.prototypes(split, 14) for split in ("train", "validation", "test")
+def test_images_are_aligned_with_their_own_cluster(
+    tiny_inputs: Inputs, tiny_config: TrialConfig
+) -> None:
+    """Each cluster's CAM comes nearer to its own prototype than to the others of its class."""
+    images, labels = to_device(tiny_inputs.data.train, torch.device("cpu"))
+    centres = cluster_centres(images, labels, 10, 2)
+    groups = nearest_groups(images, labels, centres, 10)
+    prototypes = group_prototypes(images, groups, centres)
+    inputs = Inputs(tiny_inputs.data, prototypes, prototypes, centres)
+    config = replace(tiny_config, prototype="kmeans", lambda_batch=1.0, metric="ssim", epochs=8)
+    result = fit(config, inputs=inputs)
+    trained = evaluate(
+        result.model,
+        images,
+        labels,
+        inputs.prototypes("train", 14),
+        result.preprocess,
+        groups=groups,
     )
-    assert torch.equal(test, train)
-    assert not torch.equal(validation, train)
-    assert train.shape == (10, 14, 14)
+    other = inputs.prototypes("train", 14).view(10, 2, 14, 14).flip(1).flatten(0, 1)
+    assert trained.cam_ssim > ssim(trained.maps_PRR, other).mean() + 0.05
+    assert result.evaluation.confusion_CC.shape == (10, 10)
+
+
+def test_the_energy_loss_moves_the_evidence_into_the_support(
+    tiny_inputs: Inputs, tiny_config: TrialConfig
+) -> None:
+    plain = fit(replace(tiny_config, lambda_batch=0.0), inputs=tiny_inputs)
+    config = replace(tiny_config, lambda_batch=0.0, lambda_energy=3.0)
+    assert not tiny_inputs.outside((7, 7)).all()
+    aligned = fit(config, inputs=tiny_inputs)
+    assert _share_outside(aligned) < 0.5 * _share_outside(plain)
+    assert set(aligned.metrics) == set(plain.metrics) | {"loss_energy"}
+
+
+def _share_outside(result: TrialResult) -> float:
+    images, labels = to_device(result.inputs.data.test, torch.device("cpu"))
+    features = result.model.features(result.preprocess(images)).detach().requires_grad_()
+    logits = result.model.head(features)
+    gradients = score_gradients(logits, features, labels, create_graph=False)
+    evidence = attribution(gradients, features).abs()
+    outside = result.inputs.outside(result.grid)[labels]
+    return float((evidence * outside).sum() / evidence.sum())
 
 
 # --- The same again --------------------------------------------------------------------------
@@ -233,7 +272,7 @@ def test_a_run_resumed_after_any_epoch_is_the_run_uninterrupted(
     for epoch in range(1, config.epochs + 1):
         resumed = fit(config, inputs=tiny_inputs, state=tmp_path / f"{epoch}.pt")
         _assert_same_run(resumed, whole)
-        assert torch.equal(resumed.evaluation.maps_CRR, whole.evaluation.maps_CRR)
+        assert torch.equal(resumed.evaluation.maps_PRR, whole.evaluation.maps_PRR)
 
 
 def test_dropout_goes_on_where_it_was_cut(tmp_path: Path, tiny_inputs: Inputs) -> None:
@@ -302,7 +341,7 @@ def test_a_report_carries_the_evaluation_and_its_prototypes(
     assert [report.epoch for report in reports] == [1, 2]
     for report in reports:
         assert report.metrics["cam_ssim"] == report.evaluation.cam_ssim
-        assert torch.equal(report.prototypes_CRR, tiny_inputs.prototypes("validation", 14))
+        assert torch.equal(report.prototypes_PRR, tiny_inputs.prototypes("validation", 14))
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,10 @@ from moto.server import ThreadedMotoServer
 
 from batchcam.config import TrialConfig
 from batchcam.data import load_data, to_device
+from batchcam.inputs import Inputs
 from batchcam.prototypes import class_prototypes
 from batchcam.splits import Split
-from batchcam.train import EpochReport, Inputs, fit
+from batchcam.train import EpochReport, fit
 from cluster.local import LocalClusterSettings, local_cluster
 from studies.checkpoints import Checkpoints
 from studies.export import TrialRecord

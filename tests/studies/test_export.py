@@ -11,7 +11,8 @@ import pytest
 import batchcam
 from batchcam.bundle import save_bundle
 from batchcam.config import TrialConfig
-from batchcam.train import EpochReport, Inputs
+from batchcam.inputs import Inputs
+from batchcam.train import EpochReport
 from studies import export
 from studies.checkpoints import Checkpoints
 from studies.export import StudyError, TrialRecord

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from batchcam.config import TrialConfig
-from batchcam.train import Inputs
+from batchcam.inputs import Inputs
 from studies.forecast import Forecast, forecast, print_forecast, sample_configs
 from studies.probe import Probe, kinds, probe
 from studies.resources import TrialResources

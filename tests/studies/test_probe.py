@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from batchcam.config import TrialConfig
-from batchcam.train import Inputs
+from batchcam.inputs import Inputs
 from studies.probe import Probe, probe_all
 
 pytestmark = pytest.mark.xdist_group("ray")

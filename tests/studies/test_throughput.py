@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from batchcam.depthwise import DepthwiseConv2d
+from batchcam.inputs import Inputs
 from batchcam.models import create_model
 from batchcam.objective import Objective
-from batchcam.train import Inputs
 from studies.baselines import plain
 from studies.benchmarks import startup, throughput, time_to_target
 from studies.benchmarks.startup import Startup

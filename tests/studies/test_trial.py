@@ -12,7 +12,8 @@ from ray import tune
 
 from batchcam.config import TrialConfig
 from batchcam.errors import ConfigError
-from batchcam.train import EpochReport, Inputs, load_state
+from batchcam.inputs import Inputs
+from batchcam.train import EpochReport, load_state
 from studies import patience
 from studies.checkpoints import Checkpoints
 from studies.resources import TrialResources
