@@ -95,7 +95,7 @@ def test_a_cam_is_used_where_a_cam_term_has_a_weight(
 def test_every_choice_has_an_implementation() -> None:
     assert set(DATASETS) == set(LOADERS)
     assert set(METRICS) == set(METRIC_FUNCTIONS)
-    assert set(PROTOTYPES) == set(KINDS)
+    assert set(PROTOTYPES) == {*KINDS, "kmeans"}
 
 
 @pytest.mark.parametrize(

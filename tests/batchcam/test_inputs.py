@@ -7,7 +7,7 @@ from batchcam.config import TrialConfig
 from batchcam.data import to_device
 from batchcam.errors import DataError
 from batchcam.inputs import Inputs, prepare
-from batchcam.prototypes import class_prototypes, min_max
+from batchcam.prototypes import class_supports, min_max
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +62,10 @@ def test_more_clusters_than_images_are_refused() -> None:
         prepare(TrialConfig(dataset="digits", prototype="kmeans", clusters=999))
 
 
-def test_outside_is_where_the_median_prototype_is_dark(tiny_inputs: Inputs) -> None:
+def test_outside_is_where_a_class_has_no_support(tiny_inputs: Inputs) -> None:
     outside = tiny_inputs.outside((8, 8))
-    median = class_prototypes(
-        *to_device(tiny_inputs.data.train, torch.device("cpu")), 10, kind="median"
-    )
-    assert torch.equal(outside == 1, median <= 0.02)
+    supports = class_supports(*to_device(tiny_inputs.data.train, torch.device("cpu")), 10)
+    assert torch.equal(outside == 1, ~supports)
     assert outside.dtype == torch.float32
     # A cell of a coarser grid is outside only if all its pixels are.
     coarse = tiny_inputs.outside((4, 4))

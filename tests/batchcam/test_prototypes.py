@@ -13,7 +13,13 @@ from batchcam.config import TrialConfig
 from batchcam.data import load_data, to_device
 from batchcam.errors import DataError
 from batchcam.inputs import Inputs
-from batchcam.prototypes import class_prototypes, min_max, resize_prototypes, ssim_ceiling
+from batchcam.prototypes import (
+    class_prototypes,
+    class_supports,
+    min_max,
+    resize_prototypes,
+    ssim_ceiling,
+)
 from batchcam.similarity import ssim
 
 seeds = st.integers(0, 2**16)
@@ -185,3 +191,33 @@ def real_prototypes() -> dict[str, Tensor]:
         data = load_data(TrialConfig(dataset=dataset))
         found[dataset] = class_prototypes(*to_device(data.train, torch.device("cpu")), 10)
     return found
+
+
+# --- Supports -------------------------------------------------------------------------------
+
+
+def _blob(side: int, at: int, size: int) -> Tensor:
+    image = torch.zeros(side, side)
+    image[at : at + size, at : at + size] = 200.0
+    return image
+
+
+def test_a_support_is_where_the_median_is_bright() -> None:
+    images = _blob(16, 4, 8).expand(10, 16, 16)
+    supports = class_supports(images, torch.zeros(10, dtype=torch.int64), 1)
+    assert torch.equal(supports[0], _blob(16, 4, 8) > 0)
+
+
+def test_a_patch_in_a_quarter_of_the_images_is_no_part_of_a_support() -> None:
+    images = _blob(16, 5, 6).repeat(12, 1, 1)
+    for number, (row, column) in enumerate([(0, 0), (0, 14), (14, 0), (14, 14)] * 3):
+        images[number, row : row + 2, column : column + 2] = 255.0
+    supports = class_supports(images, torch.zeros(12, dtype=torch.int64), 1)
+    assert torch.equal(supports[0], _blob(16, 5, 6) > 0)
+
+
+@pytest.mark.parametrize(("offset", "width"), [(1, 0), (2, 1), (3, 2), (5, 3)])
+def test_a_support_is_widened_to_hold_what_varies_but_not_for_ever(offset: int, width: int) -> None:
+    images = torch.stack([_blob(24, 8 + (offset if n % 5 < 2 else 0), 6) for n in range(10)])
+    supports = class_supports(images, torch.zeros(10, dtype=torch.int64), 1)
+    assert torch.equal(supports[0], _blob(24, 8 - width, 6 + 2 * width) > 0)

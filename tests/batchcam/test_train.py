@@ -200,7 +200,7 @@ def _share_outside(result: TrialResult) -> float:
     features = result.model.features(result.preprocess(images)).detach().requires_grad_()
     logits = result.model.head(features)
     gradients = score_gradients(logits, features, labels, create_graph=False)
-    evidence = attribution(gradients, features).abs()
+    evidence = attribution(gradients, features).detach().abs()
     outside = result.inputs.outside(result.grid)[labels]
     return float((evidence * outside).sum() / evidence.sum())
 
@@ -294,7 +294,10 @@ def test_every_epoch_of_every_seed_has_an_order_of_its_own(
         trainer = Trainer(replace(tiny_config, seed=seed), tiny_inputs, torch.device("cpu"))
         seen: list[int] = []
 
-        def record(_: Tensor, labels: Tensor, seen: list[int] = seen) -> dict[str, Tensor]:
+        def record(
+            _: Tensor, labels: Tensor, groups: Tensor, seen: list[int] = seen
+        ) -> dict[str, Tensor]:
+            assert torch.equal(groups, labels)
             seen.extend(labels.tolist())
             return {"loss": torch.zeros(())}
 
