@@ -68,6 +68,7 @@ def kinds(base: TrialConfig, space: SearchSpace, strides: Strides) -> Iterator[T
                 metric=metric,
                 lambda_proto=1.0,
                 lambda_batch=1.0,
+                lambda_energy=1.0 if space.energy else 0.0,
             )
 
 

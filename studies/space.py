@@ -46,6 +46,10 @@ class SearchSpace:
     """Range of the weight of the Prototype Loss, where it is on."""
     lambda_batch: Range = (0.01, 10.0)
     """Range of the weight of the Batch-CAM Prototype Loss, where it is on."""
+    energy: bool = False
+    """Search the prototype energy loss too: evidence outside a class's support is penalised."""
+    lambda_energy: Range = (0.3, 100.0)
+    """Range of the weight of the prototype energy loss, where it is on."""
     learning_rate: Range = (5e-4, 1e-2)
     """Range of the peak learning rate."""
     weight_decay: Range = (1e-4, 1e-1)
@@ -111,8 +115,9 @@ def _strides(
 def suggest(trial: optuna.Trial, space: SearchSpace, strides: Strides) -> dict[str, Any]:
     """Draw a trial's fields of TrialConfig, as Ray's define-by-run interface asks for them.
 
-    Optuna's parameters are the fields drawn, and the switches `proto_loss` and `batch_loss`.
-    Returned is every field that the space decides, those that were not drawn included.
+    Optuna's parameters are the fields drawn, and the switches `proto_loss`, `batch_loss` and
+    `energy_loss`. Returned is every field that the space decides, those that were not drawn
+    included.
     """
 
     def log_uniform(name: str) -> float:
@@ -137,6 +142,9 @@ def suggest(trial: optuna.Trial, space: SearchSpace, strides: Strides) -> dict[s
         "learning_rate": log_uniform("learning_rate"),
         "weight_decay": log_uniform("weight_decay"),
     }
+    if space.energy:
+        energy_loss = trial.suggest_categorical("energy_loss", (False, True))
+        decided["lambda_energy"] = log_uniform("lambda_energy") if energy_loss else 0.0
     if proto_loss or batch_loss:
         decided["metric"] = trial.suggest_categorical("metric", space.metrics)
     return decided
@@ -160,7 +168,15 @@ def point_of(config: TrialConfig, space: SearchSpace, strides: Strides) -> dict[
         "batch_loss": config.lambda_batch > 0,
     }
     drawn = ["lambda_class", "learning_rate", "weight_decay"]
-    drawn += [name for name in ("lambda_proto", "lambda_batch") if getattr(config, name) > 0]
+    if space.energy:
+        point["energy_loss"] = config.lambda_energy > 0
+    elif config.lambda_energy > 0:
+        raise ConfigError(
+            f"lambda_energy={config.lambda_energy:g} is not searched by the study; allow it with "
+            "--energy."
+        )
+    switched = ("lambda_proto", "lambda_batch", "lambda_energy")
+    drawn += [name for name in switched if getattr(config, name) > 0]
     point |= {name: getattr(config, name) for name in drawn}
     allowed: dict[str, tuple[Any, ...]] = {
         "backbone": space.backbones,
@@ -213,6 +229,8 @@ def first_points(space: SearchSpace) -> list[dict[str, Any]]:
         "learning_rate": within("learning_rate", 3e-3),
         "weight_decay": within("weight_decay", 1e-2),
     }
+    if space.energy:
+        baseline["energy_loss"] = False
     bcpl = baseline | {
         "batch_loss": True,
         "lambda_batch": within("lambda_batch", 0.1),

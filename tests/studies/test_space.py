@@ -20,7 +20,7 @@ from studies.space import (
 )
 from studies.trial import trial_config
 
-SPACE = SearchSpace(backbones=("simple_cnn", "resnet18"), resolutions=(28, 112))
+SPACE = SearchSpace(backbones=("simple_cnn", "resnet18"), resolutions=(28, 112), energy=True)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,12 @@ def test_metric_is_drawn_only_where_a_cam_loss_is_on(
 
 
 @pytest.mark.parametrize(
-    ("switch", "weight"), [("proto_loss", "lambda_proto"), ("batch_loss", "lambda_batch")]
+    ("switch", "weight"),
+    [
+        ("proto_loss", "lambda_proto"),
+        ("batch_loss", "lambda_batch"),
+        ("energy_loss", "lambda_energy"),
+    ],
 )
 def test_weight_of_a_loss_is_drawn_only_where_it_is_on(
     drawn: list[tuple[optuna.Trial, TrialConfig]], switch: str, weight: str
@@ -234,6 +239,7 @@ def configs(draw: st.DrawFn) -> TrialConfig:
         lambda_class=draw(log_uniform("lambda_class")),
         lambda_proto=draw(switched | log_uniform("lambda_proto")),
         lambda_batch=draw(switched | log_uniform("lambda_batch")),
+        lambda_energy=draw(switched | log_uniform("lambda_energy")),
         learning_rate=draw(log_uniform("learning_rate")),
         weight_decay=draw(log_uniform("weight_decay")),
     )
@@ -284,6 +290,15 @@ def test_configuration_that_the_space_does_not_have_is_refused_with_the_remedy(
     config = TrialConfig(**{"learning_rate": 3e-3, "weight_decay": 1e-2, **fields})
     with pytest.raises(ConfigError, match=message):
         point_of(config, space, STRIDES)
+
+
+def test_the_energy_loss_is_searched_where_it_is_asked_for() -> None:
+    space = replace(SPACE, energy=False)
+    for point in first_points(space):
+        trial = FixedTrial(point)
+        assert "lambda_energy" not in suggest(trial, space, STRIDES)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"lambda_energy=2 is not searched .* with --energy"):
+        point_of(TrialConfig(lambda_energy=2.0), space, STRIDES)
 
 
 def test_metric_of_a_configuration_without_a_cam_loss_does_not_matter() -> None:

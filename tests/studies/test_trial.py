@@ -65,7 +65,7 @@ def test_value_that_cannot_work_is_refused() -> None:
         ({"lambda_batch": 0.123}, "simple_cnn 28px l1 batch 0.12"),
         (
             {"lambda_proto": 2.0, "lambda_batch": 0.1, "metric": "ssim", "backbone": "resnet18"},
-            "resnet18 28px ssim proto 2 + batch 0.1",
+            "resnet18 28px ssim proto 2 + ssim batch 0.1",
         ),
     ],
 )
