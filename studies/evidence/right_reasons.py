@@ -7,6 +7,7 @@ whose patches do too, are read for the chosen λ alone. Runs that are there are 
 stopped at any time, the same command goes on.
 """
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,22 +17,26 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from scipy import stats
 
 from batchcam.config import TrialConfig
-from batchcam.data import to_device
+from batchcam.data import batches, to_device
 from batchcam.decoy import paint_random_decoys
+from batchcam.devices import resolve_device
 from batchcam.evaluate import evaluate
 from batchcam.inputs import Inputs, prepare
 from batchcam.splits import Split
-from batchcam.train import TrialResult, fit
+from batchcam.step import make_schedule
+from batchcam.train import Trainer, TrialResult, fit
+from studies.baselines.rrr import train_epoch
 from studies.evidence.measures import mass_share
 from studies.evidence.runs import Run, complete, finished
 
 CLEAN = "cross-entropy, clean data"
 METHODS: Mapping[str, tuple[dict[str, Any], ...]] = {
-    # Fields of TrialConfig, a choice of them for each λ that is tried.
+    # Fields of TrialConfig, a choice of them for each λ that is tried; "rrr" is no field of it.
     CLEAN: ({},),
     "cross-entropy": ({},),
     "Prototype Loss, SSIM": tuple(
@@ -46,6 +51,7 @@ METHODS: Mapping[str, tuple[dict[str, Any], ...]] = {
         {"lambda_energy": value, "lambda_batch": 0.1, "metric": "ssim", "prototype": "median"}
         for value in (3.0, 10.0, 30.0)
     ),
+    "RRR, given the masks": tuple({"rrr": value} for value in (1.0, 10.0, 100.0)),
 }
 
 
@@ -90,7 +96,7 @@ def main(settings: RightReasons) -> None:
                 for seed in range(settings.seeds)
             ]
             make = finished if settings.table_only else _complete
-            rows.append((dataset, method, chosen.config, make(settings.out, final)))
+            rows.append((dataset, chosen, make(settings.out, final)))
             write_table(settings.out, rows)
 
 
@@ -110,7 +116,8 @@ def candidates(settings: RightReasons, dataset: str, method: str) -> list[Run]:
             study=f"decoy_{dataset}",
             method=method,
             stage="selection",
-            config=replace(base, **fields),
+            config=replace(base, **{name: v for name, v in fields.items() if name != "rrr"}),
+            beyond={name: v for name, v in fields.items() if name == "rrr"},
         )
         for fields in METHODS[method]
     ]
@@ -136,7 +143,10 @@ def _complete(out: Path, runs: list[Run]) -> list[dict[str, Any]]:
 def _train_and_judge(run: Run) -> dict[str, float]:
     """Train a run and judge it, on the test images too if it is a final one."""
     inputs = _inputs(run.config.dataset, run.config.prototype)
-    result = fit(run.config, inputs=inputs)
+    if run.beyond:
+        result = _fit_rrr(run.config, inputs, run.beyond["rrr"])
+    else:
+        result = fit(run.config, inputs=inputs)
     clean = _inputs(run.study.removeprefix("decoy_"), "mean").data
     validation = paint_random_decoys(clean.validation, clean.num_classes, np.random.default_rng(1))
     metrics = {
@@ -144,7 +154,6 @@ def _train_and_judge(run: Run) -> dict[str, float]:
         "validation_accuracy": result.metrics["val_accuracy"],
         "cam_ssim": result.metrics["cam_ssim"],
         "cam_ssim_ceiling": result.metrics["cam_ssim_ceiling"],
-        "images_per_second": result.metrics["images_per_second"],
         "seconds": sum(epoch["seconds"] for epoch in result.history),
     }
     if run.stage == "final":
@@ -161,6 +170,43 @@ def _train_and_judge(run: Run) -> dict[str, float]:
             "cam_on_patch": share.cam,
         }
     return metrics
+
+
+def _fit_rrr(config: TrialConfig, inputs: Inputs, weight: float) -> TrialResult:
+    """Train as :func:`batchcam.train.fit` does, but by RRR, which is told where the decoys are."""
+    device = resolve_device(config.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        trainer = Trainer(config, inputs, device)
+    split = inputs.data.train
+    assert split.masks is not None
+    size = (config.resolution, config.resolution)
+    masks_NRR = F.interpolate(torch.from_numpy(split.masks[:, None]).float(), size).squeeze(1)
+    together = (*to_device(split, device), masks_NRR.to(device))
+    steps = -(-len(split) // config.batch_size) * config.epochs
+    schedule = make_schedule(trainer.step.optimizer, config, steps)
+    generator = torch.Generator().manual_seed(config.seed)
+    started = time.perf_counter()
+    for _ in range(config.epochs):
+        order = torch.randperm(len(split), generator=generator).to(device)
+        prepared = (
+            (trainer.preprocess(images), labels, masks)
+            for images, labels, masks in batches(together, config.batch_size, order)
+        )
+        train_epoch(
+            trainer.model, prepared, trainer.step.optimizer, schedule, weight, config.precision
+        )
+    evaluation = trainer.validate()
+    trainer.history.append(
+        {
+            "epoch": config.epochs,
+            "val_accuracy": evaluation.accuracy,
+            "cam_ssim": evaluation.cam_ssim,
+            "cam_ssim_ceiling": inputs.ceiling(config.resolution, trainer.grid).mean().item(),
+            "seconds": time.perf_counter() - started,
+        }
+    )
+    return trainer.result(evaluation)
 
 
 @lru_cache(maxsize=4)
@@ -183,7 +229,7 @@ def _accuracy(result: TrialResult, split: Split) -> float:
     ).accuracy
 
 
-Row = tuple[str, str, TrialConfig, list[dict[str, Any]]]
+Row = tuple[str, Run, list[dict[str, Any]]]
 _COLUMNS = {
     "test_accuracy_random_decoys": "decoy test, %",
     "test_accuracy_clean": "clean test, %",
@@ -199,8 +245,8 @@ def write_table(out: Path, rows: list[Row]) -> None:
         "|" + "---|" * (4 + len(_COLUMNS)),
     ]
     table = ["dataset,method,weights,seed," + ",".join(_COLUMNS)]
-    for dataset, method, config, made in rows:
-        weights = ", ".join(_weights(config)) or "—"
+    for dataset, chosen, made in rows:
+        weights, method = ", ".join(_weights(chosen)) or "—", chosen.method
         cells = [_interval([content["metrics"][name] for content in made]) for name in _COLUMNS]
         lines.append(f"| {dataset} | {method} | {weights} | {len(made)} | {' | '.join(cells)} |")
         for content in made:
@@ -210,11 +256,12 @@ def write_table(out: Path, rows: list[Row]) -> None:
     (out / "decoy.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
 
 
-def _weights(config: TrialConfig) -> Iterator[str]:
+def _weights(run: Run) -> Iterator[str]:
     for name in ("proto", "batch", "energy"):
-        value = getattr(config, f"lambda_{name}")
+        value = getattr(run.config, f"lambda_{name}")
         if value:
             yield f"{name} {value:g}"
+    yield from (f"{name} {value:g}" for name, value in run.beyond.items())
 
 
 def _interval(values: list[float]) -> str:

@@ -6,7 +6,7 @@ A run's file appears when the run has ended, whole or not at all. What is there 
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,14 @@ class Run:
     stage: str
     """"selection": by which λ is chosen, on validation images. "final": the test is read."""
     config: TrialConfig
+    beyond: Mapping[str, float] = field(default_factory=dict)
+    """Weights of losses that `config` does not have, those of other methods."""
 
     def path(self, root: Path) -> Path:
         """Return the run's file under a folder of results."""
         config = self.config
-        weights = "-".join(
-            f"{value:g}"
-            for value in (config.lambda_proto, config.lambda_batch, config.lambda_energy)
-        )
+        own = (config.lambda_proto, config.lambda_batch, config.lambda_energy)
+        weights = "-".join(f"{value:g}" for value in (*own, *self.beyond.values()))
         method = re.sub(r"[^a-z0-9]+", "-", self.method.lower()).strip("-")
         return root / "runs" / self.study / self.stage / f"{method}_{weights}_{config.seed}.json"
 
@@ -72,6 +72,7 @@ def complete(
             "seed": run.config.seed,
             "metrics": dict(measure(run)),
             "config": _recorded(run.config),
+            "beyond": dict(run.beyond),
             **origin,
         }
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -191,3 +191,16 @@ def test_every_method_is_a_set_of_configurations(method: str, tmp_path: Path) ->
     assert {run.config.dataset for run in runs} == {
         "fashion_mnist" if clean else "decoy_fashion_mnist"
     }
+
+
+# --- The ceiling -----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("on_digits")
+def test_rrr_is_trained_with_the_masks_and_its_weight_is_kept(tmp_path: Path) -> None:
+    main(_settings(tmp_path, "RRR, given the masks"))
+    contents = [json.loads(path.read_text()) for path in tmp_path.rglob("selection/*.json")]
+    assert sorted(content["beyond"]["rrr"] for content in contents) == [1, 10, 100]
+    validation = {content["metrics"]["validation_accuracy"] for content in contents}
+    assert len(validation) > 1
+    assert "| RRR, given the masks | rrr 1" in (tmp_path / "decoy.md").read_text()
