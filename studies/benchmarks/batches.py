@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from batchcam.config import TrialConfig
-from batchcam.data import ImageData
+from batchcam.data import ImageData, to_device
 from batchcam.inputs import Inputs
 from batchcam.objective import Objective
 from batchcam.splits import Split
@@ -54,8 +54,8 @@ class Bench:
         torch.manual_seed(config.seed)
         trainer = Trainer(config, inputs, device)
         trainer.model.train()
-        images, labels = (torch.from_numpy(part) for part in vars(inputs.data.train).values())
-        return cls(trainer, images.to(device), labels.to(device), device)
+        images, labels = to_device(inputs.data.train, device)
+        return cls(trainer, images, labels, device)
 
     def step(self, objective: Objective) -> Callable[[], None]:
         """Return a function that trains on the batch once, as `batchcam.fit` does."""
