@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,18 @@ def test_the_command_of_this_process_is_one_that_can_be_typed(
     assert command_line() == "batchcam train --out 'my bundle'"
     monkeypatch.setattr("sys.argv", ["studies/sweep.py", "--study", "mine"])
     assert command_line() == "python studies/sweep.py --study mine"
+
+
+def test_a_module_is_named_as_python_runs_it(tmp_path: Path) -> None:
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "study.py").write_text(
+        "from batchcam.provenance import command_line\nprint(command_line())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "room.study", "--out", "a folder"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "python -m room.study --out 'a folder'"
