@@ -10,7 +10,7 @@ from pathlib import Path
 
 def command_line() -> str:
     """Return the command that started this process, as one could type it in a checkout."""
-    spec = sys.modules["__main__"].__spec__
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None:  # Started by python -m.
         return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
     program = Path(sys.argv[0])
