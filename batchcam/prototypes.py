@@ -135,8 +135,8 @@ def class_supports(images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     It is where the median prototype is bright, widened by the fewest pixels, three at most, by
     which it holds 85 % of the brightness of the class's images. The median, since a mean has a part
     of all that was ever seen at a pixel, a patch in a quarter of the images, too. Widened, since
-    classes vary: a digit's median holds two thirds of its strokes, a coat's nine tenths of the
-    coats. By no fixed width, since what is wide enough for digits reaches into coats' corners.
+    classes vary: digits stray further from their median than coats do. By no fixed width, since
+    what is wide enough for digits reaches into coats' corners.
 
     Returns:
         `(C, H, W)` bool.

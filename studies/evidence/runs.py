@@ -94,10 +94,12 @@ def finished(root: Path, runs: list[Run]) -> list[dict[str, Any]]:
 def _read(run: Run, root: Path) -> dict[str, Any]:
     path = run.path(root)
     content: dict[str, Any] = json.loads(path.read_text())
+    # A field that is newer than the file had its default then.
+    made = _recorded(TrialConfig.from_dict(content["config"]))
     for name, wanted in _recorded(run.config).items():
-        if content["config"].get(name) != wanted:
+        if made[name] != wanted:
             raise ConfigError(
-                f"{path} was made with {name}={content['config'].get(name)!r}, not {wanted!r}; "
+                f"{path} was made with {name}={made[name]!r}, not {wanted!r}; "
                 "remove it, or ask for the same settings."
             )
     return content

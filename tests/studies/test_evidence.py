@@ -57,6 +57,17 @@ def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> No
     assert finished(tmp_path, [_run(0, epochs=3)])[0]["metrics"] == {"epochs": 3}
 
 
+def test_a_run_from_before_a_field_was_there_had_its_default(tmp_path: Path) -> None:
+    complete(tmp_path, [_run(0)], lambda run: {"epochs": run.config.epochs})
+    path = _run(0).path(tmp_path)
+    content = json.loads(path.read_text())
+    del content["config"]["clusters"]
+    path.write_text(json.dumps(content))
+    assert len(finished(tmp_path, [_run(0)])) == 1
+    with pytest.raises(ConfigError, match="made with clusters=2, not 3"):
+        finished(tmp_path, [_run(0, clusters=3)])
+
+
 def test_runs_that_differ_in_a_weight_have_files_of_their_own(tmp_path: Path) -> None:
     runs = [_run(0), _run(1), _run(0, lambda_batch=1.0), _run(0, lambda_energy=1.0)]
     assert len({run.path(tmp_path) for run in runs}) == len(runs)
