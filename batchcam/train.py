@@ -272,15 +272,17 @@ class Trainer:
         """Go on from a file that :meth:`save_state` wrote for the same configuration."""
         state = load_state(path)
         mine = self.config.as_dict()
+        # A field that is newer than the state had its default then.
+        saved = TrialConfig().as_dict() | state["config"]
         differing = [
             name
             for name, value in mine.items()
-            if name not in ("device", "data_root") and state["config"].get(name) != value
+            if name not in ("device", "data_root") and saved[name] != value
         ]
         if differing:
             name = differing[0]
             raise ConfigError(
-                f"{path} was saved with {name}={state['config'].get(name)!r}, not {mine[name]!r}; "
+                f"{path} was saved with {name}={saved[name]!r}, not {mine[name]!r}; "
                 "go on with the same configuration, or start anew without the saved state."
             )
         self.epoch = state["epoch"]

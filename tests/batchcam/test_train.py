@@ -403,6 +403,21 @@ def test_the_state_of_another_configuration_is_refused_by_field(
         fit(config, inputs=tiny_inputs, state=saved_state)
 
 
+def test_a_state_from_before_a_field_was_there_had_its_default(
+    tiny_inputs: Inputs, tiny_config: TrialConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "state.pt"
+    fit(
+        replace(tiny_config, epochs=1),
+        lambda report: report.save_state(path),
+        inputs=tiny_inputs,
+    )
+    state = torch.load(path, weights_only=True)
+    del state["config"]["lambda_energy"]
+    torch.save(state, path)
+    assert fit(replace(tiny_config, epochs=1), inputs=tiny_inputs, state=path).metrics["epoch"] == 1
+
+
 def test_a_state_may_move_to_another_device_and_data_folder(
     saved_state: Path, tiny_inputs: Inputs, tiny_config: TrialConfig, trained: TrialResult
 ) -> None:
