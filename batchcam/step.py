@@ -84,12 +84,16 @@ class TrainingStep:
         loss, terms = self.objective(
             logits, features, labels_N, self._prototypes_PRR, weights, groups_N, self._outside_CHW
         )
+        self.update(loss)
+        return {"loss": loss.detach(), **{f"loss_{name}": term for name, term in terms.items()}}
+
+    def update(self, loss: Tensor) -> None:
+        """Move the weights down the gradient of a loss, and the schedule on by a step."""
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self._scaler.scale(loss))
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self._schedule.step()
-        return {"loss": loss.detach(), **{f"loss_{name}": term for name, term in terms.items()}}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of model, optimiser, schedule and scaler."""

@@ -53,10 +53,6 @@ _KEYS = (
     "AWS_SESSION_TOKEN",
 )
 
-# A reused actor is reset only once its last trial's thread has ended, and that thread may have a
-# W&B run to finish.
-WORKER_ENVIRONMENT = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "60"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Search:

@@ -1,13 +1,9 @@
 """A study from its settings to its exports: what runs on the driver."""
 
-import logging
-import os
-import socket
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
 import tyro
@@ -20,7 +16,8 @@ from batchcam.inputs import Inputs, prepare
 from batchcam.models import create_model, feature_grid
 from studies import export, summary
 from studies.confirm import Confirmed, best_of_front, confirm
-from studies.engine import WORKER_ENVIRONMENT, Search, run_search
+from studies.connection import connect
+from studies.engine import Search, run_search
 from studies.forecast import forecast, print_forecast, sample_configs
 from studies.ledger import Ledger
 from studies.patience import StorageLostError
@@ -33,8 +30,6 @@ from studies.space import Strides, feasible_strides, first_points, point_of, sug
 from studies.storage import check_storage, copy_file, is_file
 from studies.tracking import Tracking, choose_mode
 from studies.trial import TrialSettings, run_trial
-
-_REACH_SECONDS = 10
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -81,7 +76,7 @@ def run_study(settings: StudySettings) -> Path:
     search = _search(settings, strides)
     mode, why = choose_mode()
 
-    _connect(settings.address)
+    connect(settings.address)
     try:
         probes = _probe(settings, inputs, strides)
         shares = [each.peak_bytes / each.device_bytes for each in probes if each.error is None]
@@ -151,38 +146,6 @@ def _fill_ceilings(inputs: Inputs, strides: Strides) -> None:
         for stride in options:
             grid = feature_grid(backbone, resolution, inputs.data.channels, stride)
             inputs.ceiling(resolution, grid)
-
-
-def _connect(address: str | None) -> None:
-    """Join the cluster that is named; start a local one if none is.
-
-    Ray on its own would join whatever cluster happens to run on this machine.
-    """
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    options: dict[str, Any] = {
-        "runtime_env": {"env_vars": WORKER_ENVIRONMENT},
-        "log_to_driver": False,
-        "logging_level": logging.WARNING,
-    }
-    if address == "local":
-        ray.init(address="local", include_dashboard=False, **options)
-        return
-    try:
-        _check_reachable(address)
-        ray.init(address=address, **options)
-    except OSError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(
-            f"no Ray cluster answers at {address!r}: {reason}. Start one with "
-            "`ray start --head`, or leave out --address and RAY_ADDRESS for a local one."
-        ) from error
-
-
-def _check_reachable(address: str) -> None:
-    """Raise OSError if nothing listens there, which Ray would find out in some twenty minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=_REACH_SECONDS).close()
 
 
 def _probe(settings: StudySettings, inputs: Inputs, strides: Strides) -> list[Probe]:

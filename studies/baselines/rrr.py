@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchcam.devices import autocast
-from batchcam.models import ExplainableModel
+from batchcam.step import TrainingStep
 
 
 def rrr_penalty(logits_NC: Tensor, x_NCRR: Tensor, masks_NRR: Tensor) -> Tensor:
@@ -33,31 +33,23 @@ def rrr_penalty(logits_NC: Tensor, x_NCRR: Tensor, masks_NRR: Tensor) -> Tensor:
 
 
 def train_epoch(
-    model: ExplainableModel,
+    step: TrainingStep,
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
     weight: float,
     precision: str = "fp32",
 ) -> None:
     """Train for an epoch on cross-entropy and the penalty, times its weight.
 
     Args:
-        model: trained in place.
+        step: the model, trained in place, its optimiser and schedule; its objective is not used.
         batches: preprocessed images `(N, C, R, R)`, labels `(N,)` and masks `(N, R, R)`.
-        optimizer: over the model's parameters.
-        schedule: steps after each batch.
         weight: of the penalty, λ₁ of the paper.
         precision: fp32, or autocast of the forward pass to bf16.
     """
-    model.train()
+    step.model.train()
     for x_NCRR, labels_N, masks_NRR in batches:
         x_NCRR.requires_grad_()
         with autocast(x_NCRR.device, precision):
-            logits = model(x_NCRR)
+            logits = step.model(x_NCRR)
         penalty = rrr_penalty(logits, x_NCRR, masks_NRR)
-        loss = F.cross_entropy(logits.float(), labels_N) + weight * penalty
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        optimizer.step()
-        schedule.step()
+        step.update(F.cross_entropy(logits.float(), labels_N) + weight * penalty)

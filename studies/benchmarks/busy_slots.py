@@ -26,7 +26,8 @@ from batchcam.config import TrialConfig
 from batchcam.inputs import Inputs, prepare
 from batchcam.provenance import command_line, git_commit, package_versions
 from batchcam.train import fit
-from studies.engine import WORKER_ENVIRONMENT, Search, run_search
+from studies.connection import WORKER_ENVIRONMENT
+from studies.engine import Search, run_search
 from studies.ledger import Ledger
 from studies.resources import TrialResources
 from studies.tracking import Tracking

@@ -23,7 +23,8 @@ from ray import tune
 
 from batchcam.train import Metrics
 from studies.checkpoints import Checkpoints
-from studies.engine import WORKER_ENVIRONMENT, Search, run_search
+from studies.connection import WORKER_ENVIRONMENT
+from studies.engine import Search, run_search
 from studies.ledger import Ledger
 from studies.resources import TrialResources
 from studies.trial import RESUMES_AT, report_again, waiting_for

@@ -7,33 +7,32 @@ whose patches do too, are read for the chosen λ alone. Runs that are there are 
 stopped at any time, the same command goes on.
 """
 
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
-from scipy import stats
 
 from batchcam.config import TrialConfig
-from batchcam.data import batches, to_device
+from batchcam.data import to_device
 from batchcam.decoy import paint_random_decoys
-from batchcam.devices import resolve_device
 from batchcam.evaluate import evaluate
 from batchcam.inputs import Inputs, prepare
 from batchcam.splits import Split
-from batchcam.step import make_schedule
-from batchcam.train import Trainer, TrialResult, fit
-from studies.baselines.rrr import train_epoch
-from studies.evidence.measures import mass_share
-from studies.evidence.runs import Run, complete, finished
+from batchcam.train import TrialResult
+from studies.evidence.measures import explain, mass_share
+from studies.evidence.runs import Run, complete, finished, state_of
+from studies.evidence.tables import interval, markdown
+from studies.evidence.training import train
+from studies.evidence.workers import Workers
 
+_EXPLAINED = 500
+"""Test images whose explanations are looked at."""
 CLEAN = "cross-entropy, clean data"
 METHODS: Mapping[str, tuple[dict[str, Any], ...]] = {
     # Fields of TrialConfig, a choice of them for each λ that is tried; "rrr" is no field of it.
@@ -73,31 +72,37 @@ class RightReasons:
     """Of all runs."""
     precision: str = "bf16"
     """fp32, bf16 or fp16."""
-    threads: int = 2
-    """Of PyTorch."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    workers: Workers = field(default_factory=Workers)
     table_only: bool = False
     """Train nothing; write the table of what is there."""
 
 
 def main(settings: RightReasons) -> None:
     """Choose λ, make the final runs, and write the table."""
-    torch.set_num_threads(settings.threads)
     settings.out.mkdir(parents=True, exist_ok=True)
+    cells = list(product(settings.datasets, settings.methods))
+    chosen = _choose(settings, cells)
+    # Seed by seed: stopped halfway, all methods have as many.
+    final = [
+        replace(run, stage="final", config=replace(run.config, seed=seed))
+        for seed in range(settings.seeds)
+        for run in chosen.values()
+    ]
+    _made(settings, final)
     rows = []
-    for dataset in settings.datasets:
-        for method in settings.methods:
-            chosen = _choose(settings, dataset, method)
-            if chosen is None:
-                continue
-            final = [
-                replace(chosen, stage="final", config=replace(chosen.config, seed=seed))
-                for seed in range(settings.seeds)
-            ]
-            make = finished if settings.table_only else _complete
-            rows.append((dataset, chosen, make(settings.out, final)))
-            write_table(settings.out, rows)
+    for (dataset, _), run in chosen.items():
+        own = [each for each in final if (each.study, each.method) == (run.study, run.method)]
+        rows.append((dataset, run, finished(settings.out, own)))
+    write_table(settings.out, rows)
+
+
+def _made(settings: RightReasons, runs: list[Run]) -> list[dict[str, Any]]:
+    if settings.table_only:
+        return finished(settings.out, runs)
+    judge = partial(train_and_judge, models=settings.out)
+    return complete(settings.out, runs, judge, settings.workers)
 
 
 def candidates(settings: RightReasons, dataset: str, method: str) -> list[Run]:
@@ -123,30 +128,28 @@ def candidates(settings: RightReasons, dataset: str, method: str) -> list[Run]:
     ]
 
 
-def _choose(settings: RightReasons, dataset: str, method: str) -> Run | None:
-    """Return the candidate of the highest validation accuracy; None if some are not made."""
-    runs = candidates(settings, dataset, method)
-    if len(runs) == 1:
-        return runs[0]
-    make = finished if settings.table_only else _complete
-    made = make(settings.out, runs)
-    if len(made) < len(runs):
-        return None
-    accuracies = [content["metrics"]["validation_accuracy_random_decoys"] for content in made]
-    return runs[int(np.argmax(accuracies))]
+def _choose(settings: RightReasons, cells: list[tuple[str, str]]) -> dict[tuple[str, str], Run]:
+    """Return for each data set and method the candidate of the highest validation accuracy.
+
+    Methods without one, for candidates that are not made, are left out.
+    """
+    tried = {cell: candidates(settings, *cell) for cell in cells}
+    _made(settings, [run for runs in tried.values() if len(runs) > 1 for run in runs])
+    chosen = {}
+    for cell, runs in tried.items():
+        made = finished(settings.out, runs) if len(runs) > 1 else []
+        if len(runs) == 1:
+            chosen[cell] = runs[0]
+        elif len(made) == len(runs):
+            scores = [each["metrics"]["validation_accuracy_random_decoys"] for each in made]
+            chosen[cell] = runs[int(np.argmax(scores))]
+    return chosen
 
 
-def _complete(out: Path, runs: list[Run]) -> list[dict[str, Any]]:
-    return complete(out, runs, _train_and_judge)
-
-
-def _train_and_judge(run: Run) -> dict[str, float]:
+def train_and_judge(run: Run, models: Path) -> dict[str, float]:
     """Train a run and judge it, on the test images too if it is a final one."""
     inputs = _inputs(run.config.dataset, run.config.prototype)
-    if run.beyond:
-        result = _fit_rrr(run.config, inputs, run.beyond["rrr"])
-    else:
-        result = fit(run.config, inputs=inputs)
+    result = train(run, inputs, state_of(run, models))
     clean = _inputs(run.study.removeprefix("decoy_"), "mean").data
     validation = paint_random_decoys(clean.validation, clean.num_classes, np.random.default_rng(1))
     metrics = {
@@ -158,55 +161,27 @@ def _train_and_judge(run: Run) -> dict[str, float]:
     }
     if run.stage == "final":
         decoyed = _inputs(run.study, run.config.prototype).data.test
-        assert decoyed.masks is not None
-        images, _ = to_device(decoyed, torch.device("cpu"))
-        share = mass_share(
-            result.model.cpu(), images, torch.from_numpy(decoyed.masks), result.preprocess
-        )
         metrics |= {
             "test_accuracy_random_decoys": _accuracy(result, decoyed),
             "test_accuracy_clean": _accuracy(result, clean.test),
-            "attribution_on_patch": share.attribution,
-            "cam_on_patch": share.cam,
+            **_on_patch(result, decoyed),
         }
     return metrics
 
 
-def _fit_rrr(config: TrialConfig, inputs: Inputs, weight: float) -> TrialResult:
-    """Train as :func:`batchcam.train.fit` does, but by RRR, which is told where the decoys are."""
-    device = resolve_device(config.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        trainer = Trainer(config, inputs, device)
-    split = inputs.data.train
-    assert split.masks is not None
-    size = (config.resolution, config.resolution)
-    masks_NRR = F.interpolate(torch.from_numpy(split.masks[:, None]).float(), size).squeeze(1)
-    together = (*to_device(split, device), masks_NRR.to(device))
-    steps = -(-len(split) // config.batch_size) * config.epochs
-    schedule = make_schedule(trainer.step.optimizer, config, steps)
-    generator = torch.Generator().manual_seed(config.seed)
-    started = time.perf_counter()
-    for _ in range(config.epochs):
-        order = torch.randperm(len(split), generator=generator).to(device)
-        prepared = (
-            (trainer.preprocess(images), labels, masks)
-            for images, labels, masks in batches(together, config.batch_size, order)
-        )
-        train_epoch(
-            trainer.model, prepared, trainer.step.optimizer, schedule, weight, config.precision
-        )
-    evaluation = trainer.validate()
-    trainer.history.append(
-        {
-            "epoch": config.epochs,
-            "val_accuracy": evaluation.accuracy,
-            "cam_ssim": evaluation.cam_ssim,
-            "cam_ssim_ceiling": inputs.ceiling(config.resolution, trainer.grid).mean().item(),
-            "seconds": time.perf_counter() - started,
-        }
-    )
-    return trainer.result(evaluation)
+def _on_patch(result: TrialResult, decoyed: Split) -> dict[str, float]:
+    """Return which share of explanations lies on the patches, the mean over the first images."""
+    some = decoyed.take(np.arange(min(_EXPLAINED, len(decoyed))))
+    assert some.masks is not None
+    masks = torch.from_numpy(some.masks)
+    images, _ = to_device(some, torch.device("cpu"))
+    found = explain(result.model.cpu(), images, result.preprocess)
+    return {
+        "attribution_on_patch": mass_share(found.evidence, masks).nanmean().item(),
+        "cam_on_patch": mass_share(found.cams, masks).nanmean().item(),
+        "integrated_gradients_on_patch": mass_share(found.integrated, masks).nanmean().item(),
+        "cam_nil": (found.cams.amax(dim=(1, 2)) == 0).float().mean().item(),
+    }
 
 
 @lru_cache(maxsize=4)
@@ -234,25 +209,24 @@ _COLUMNS = {
     "test_accuracy_random_decoys": "decoy test, %",
     "test_accuracy_clean": "clean test, %",
     "attribution_on_patch": "attribution on the patch, %",
-    "cam_on_patch": "Grad-CAM on the patch, %",
+    "integrated_gradients_on_patch": "integrated gradients on it, %",
+    "cam_on_patch": "Grad-CAM on it, %",
 }
 
 
 def write_table(out: Path, rows: list[Row]) -> None:
     """Write decoy.md and decoy.csv: means over seeds with 95 % intervals of Student's t."""
-    lines = [
-        "| data set | method | λ | seeds | " + " | ".join(_COLUMNS.values()) + " |",
-        "|" + "---|" * (4 + len(_COLUMNS)),
-    ]
+    lines = []
     table = ["dataset,method,weights,seed," + ",".join(_COLUMNS)]
     for dataset, chosen, made in rows:
         weights, method = ", ".join(_weights(chosen)) or "—", chosen.method
-        cells = [_interval([content["metrics"][name] for content in made]) for name in _COLUMNS]
-        lines.append(f"| {dataset} | {method} | {weights} | {len(made)} | {' | '.join(cells)} |")
+        cells = [interval([each["metrics"][name] for each in made], 100) for name in _COLUMNS]
+        lines.append([dataset, method, weights, str(len(made)), *cells])
         for content in made:
             values = ",".join(f"{content['metrics'][name]:.6f}" for name in _COLUMNS)
             table.append(f'{dataset},"{method}","{weights}",{content["seed"]},{values}')
-    (out / "decoy.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = markdown(["data set", "method", "λ", "seeds", *_COLUMNS.values()], lines)
+    (out / "decoy.md").write_text(text, encoding="utf-8")
     (out / "decoy.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
 
 
@@ -262,16 +236,6 @@ def _weights(run: Run) -> Iterator[str]:
         if value:
             yield f"{name} {value:g}"
     yield from (f"{name} {value:g}" for name, value in run.beyond.items())
-
-
-def _interval(values: list[float]) -> str:
-    """Return a mean in percent, with its interval where there are several values."""
-    if not values:
-        return ""
-    if len(values) == 1:
-        return f"{100 * values[0]:.2f}"
-    margin = stats.t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
-    return f"{100 * mean(values):.2f} ± {100 * margin:.2f}"
 
 
 if __name__ == "__main__":

@@ -3,18 +3,18 @@
 A run's file appears when the run has ended, whole or not at all. What is there is not made again.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from batchcam.config import TrialConfig
 from batchcam.errors import ConfigError
 from batchcam.provenance import command_line, git_commit, package_versions
+from studies.evidence.workers import Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,8 @@ class Run:
     method: str
     """What people call the method."""
     stage: str
-    """"selection": by which λ is chosen, on validation images. "final": the test is read."""
+    """"settings" and "selection": by which learning rate and λ are chosen, on validation images.
+    "final": the test is read."""
     config: TrialConfig
     beyond: Mapping[str, float] = field(default_factory=dict)
     """Weights of losses that `config` does not have, those of other methods."""
@@ -41,48 +42,54 @@ class Run:
 
 
 def complete(
-    root: Path, runs: list[Run], measure: Callable[[Run], Mapping[str, Any]]
+    root: Path,
+    runs: Sequence[Run],
+    measure: Callable[[Run], Mapping[str, Any]],
+    workers: Workers | None = None,
 ) -> list[dict[str, Any]]:
     """Make the runs that have no file yet, and return what the files of all of them hold.
 
     Args:
         root: a folder of results.
-        runs: in the order in which they are made.
+        runs: in the order in which they are begun.
         measure: trains and judges a run; its numbers become `metrics` of the run's file.
+        workers: where runs are made; None: here.
 
     Raises:
         ConfigError: a file holds another configuration than its run's, which is to be made anew.
     """
-    for number, run in enumerate(runs, start=1):
-        path = run.path(root)
-        if path.is_file():
-            continue
-        # The commit before the run: another may be checked out while it lasts.
-        origin = {
-            "git_commit": git_commit(),
-            "versions": package_versions(),
-            "command": command_line(),
-            "threads": torch.get_num_threads(),
-        }
-        print(f"{number} of {len(runs)}: {path.relative_to(root)}", flush=True)
+    workers = workers or Workers()
+    missing = [run for run in runs if not run.path(root).is_file()]
+    finished(root, runs)  # Refuses those of other settings, before hours are spent.
+    # The commit before the runs: another may be checked out while they last.
+    origin = {
+        "git_commit": git_commit(),
+        "versions": package_versions(),
+        "command": command_line(),
+        "threads": workers.threads,
+    }
+    for done, (number, metrics) in enumerate(workers.map(measure, missing), start=1):
+        run = missing[number]
         content = {
             "study": run.study,
             "method": run.method,
             "stage": run.stage,
             "seed": run.config.seed,
-            "metrics": dict(measure(run)),
+            "metrics": dict(metrics),
             "config": _recorded(run.config),
             "beyond": dict(run.beyond),
             **origin,
         }
+        path = run.path(root)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1) + "\n")
         partial.replace(path)
+        print(f"{done} of {len(missing)}: {path.relative_to(root)}", flush=True)
     return [_read(run, root) for run in runs]
 
 
-def finished(root: Path, runs: list[Run]) -> list[dict[str, Any]]:
+def finished(root: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return what the files hold of those runs that are made.
 
     Raises:
@@ -103,6 +110,18 @@ def _read(run: Run, root: Path) -> dict[str, Any]:
                 "remove it, or ask for the same settings."
             )
     return content
+
+
+def state_of(run: Run, root: Path) -> Path:
+    """Return where a run's trained model is kept, so that it is trained once.
+
+    A run for choosing λ and the final one of the same seed are one training. Not for sharing: what
+    a run found is in its file, and without its model it is trained again, to the same bit on the
+    same kind of machine.
+    """
+    trained = {**_recorded(run.config), **run.beyond}
+    digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()
+    return root / "models" / f"{digest[:16]}.pt"
 
 
 def _recorded(config: TrialConfig) -> dict[str, Any]:

@@ -7,19 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
 from batchcam.config import TrialConfig
-from batchcam.data import ImageData, Preprocess, load_data, to_device
+from batchcam.data import ImageData, load_data, to_device
 from batchcam.decoy import paint_decoys, paint_random_decoys
 from batchcam.errors import ConfigError
 from batchcam.inputs import Inputs
-from batchcam.models import ExplainableModel
 from batchcam.prototypes import class_prototypes
 from studies.evidence import right_reasons
-from studies.evidence.measures import mass_share
 from studies.evidence.right_reasons import METHODS, RightReasons, candidates, main
 from studies.evidence.runs import Run, complete, finished
+from studies.evidence.workers import Workers
 
 # --- Runs -----------------------------------------------------------------------------------
 
@@ -73,35 +71,6 @@ def test_runs_that_differ_in_a_weight_have_files_of_their_own(tmp_path: Path) ->
     assert len({run.path(tmp_path) for run in runs}) == len(runs)
 
 
-# --- Measures -------------------------------------------------------------------------------
-
-
-class _Weighed(ExplainableModel):
-    """Features are the image; class 0 weighs pixels by 1, class 1 by 0."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor([1.0, 0.0]))
-
-    def features(self, images: Tensor) -> Tensor:
-        return images
-
-    def head(self, features_NKHW: Tensor) -> Tensor:
-        return features_NKHW.sum(dim=(1, 2, 3))[:, None] * self.scale
-
-
-def test_mass_share_is_the_part_of_the_explanation_under_the_mask() -> None:
-    images = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
-    images[0, 0, 0, 0], images[0, 0, 3, 3] = 30, 10
-    images[1, 0, 1, 1] = 7
-    masks = torch.zeros(3, 4, 4, dtype=torch.bool)
-    masks[:, :2, :2] = True  # Three quarters of the first, all of the second; the third is dark.
-    masks[2] = True
-    found = mass_share(_Weighed(), images, masks, Preprocess(4, (0.0,), (1.0,)))
-    assert found.attribution == pytest.approx((0.75 + 1) / 2)
-    assert found.cam == pytest.approx((0.75 + 1) / 2)
-
-
 # --- The Decoy study -------------------------------------------------------------------------
 
 
@@ -131,6 +100,7 @@ def on_digits(small: dict[str, ImageData], monkeypatch: pytest.MonkeyPatch) -> N
         return Inputs(data, train, validation)
 
     monkeypatch.setattr(right_reasons, "_inputs", inputs)
+    monkeypatch.setattr(right_reasons, "_EXPLAINED", 40)
 
 
 def _settings(out: Path, *methods: str) -> RightReasons:
@@ -141,7 +111,7 @@ def _settings(out: Path, *methods: str) -> RightReasons:
         seeds=2,
         epochs=1,
         precision="fp32",
-        threads=1,
+        workers=Workers(threads=1),
         device="cpu",
     )
 
@@ -186,11 +156,12 @@ def test_lambda_is_chosen_by_the_validation_images_with_random_patches(tmp_path:
             "validation_accuracy": own_patches,
         }
 
-    complete(tmp_path, runs[:2], measure)
     table = replace(settings, table_only=True)
-    assert right_reasons._choose(table, "mnist", "prototype energy") is None
+    cell = ("mnist", "prototype energy")
+    complete(tmp_path, runs[:2], measure)
+    assert right_reasons._choose(table, [cell]) == {}
     complete(tmp_path, runs, measure)
-    assert right_reasons._choose(table, "mnist", "prototype energy") == runs[1]
+    assert right_reasons._choose(table, [cell]) == {cell: runs[1]}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from batchcam.config import TrialConfig
 from batchcam.models import create_model
+from batchcam.step import TrainingStep
 from studies.baselines.rrr import rrr_penalty, train_epoch
 
 
@@ -45,11 +47,10 @@ def test_training_on_the_penalty_moves_the_gradient_from_under_the_mask() -> Non
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = create_model("simple_cnn", num_classes=2)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        config = TrialConfig(schedule="constant", resolution=14)
+        step = TrainingStep(model, torch.zeros(2, 14, 14), config, 20, torch.device("cpu"))
         for _ in range(20):
-            batch = (images.clone(), labels, masks)
-            train_epoch(model, [batch], optimizer, constant, weight)
+            train_epoch(step, [(images.clone(), labels, masks)], weight)
         x = images.clone().requires_grad_()
         model.eval()
         everything = rrr_penalty(model(x), x, torch.ones_like(masks))

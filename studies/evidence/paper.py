@@ -1,0 +1,367 @@
+"""Table 1 of the paper, made again: seven losses, three architectures, two data sets, at 28×28.
+
+python -m studies.evidence.paper --out results/paper
+
+For each architecture and data set the learning rate is chosen first, for cross-entropy, by the
+validation split; then λ of each loss, by the same, in shorter runs. The test split is read by the
+final runs alone, whose explanations are then judged by measures that no loss has seen. Runs that
+are there are not made again: stopped at any time, the same command goes on, and fills every cell
+that is still empty.
+"""
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from batchcam.config import TrialConfig
+from batchcam.data import to_device
+from batchcam.evaluate import evaluate
+from batchcam.inputs import Inputs, prepare
+from batchcam.models import create_model, resolve_output_stride
+from batchcam.train import TrialResult
+from studies.evidence import measures
+from studies.evidence.runs import Run, complete, finished, state_of
+from studies.evidence.tables import Paired, holm, interval, markdown, paired
+from studies.evidence.training import train
+from studies.evidence.workers import Workers
+
+BASELINE = "cross-entropy"
+LAMBDAS: Mapping[str, tuple[float, ...]] = {
+    # Per image the loss is a mean; per class it is a sum over the classes of a batch.
+    "lambda_proto": (0.1, 1.0, 10.0),
+    "lambda_batch": (0.03, 0.1, 0.3),
+}
+CONDITIONS: Mapping[str, tuple[dict[str, Any], ...]] = {BASELINE: ({},)} | {
+    f"{name}, {metric.upper()}": tuple(
+        {"metric": metric, weight: value} for value in LAMBDAS[weight]
+    )
+    for name, weight in (("Prototype Loss", "lambda_proto"), ("BCPL", "lambda_batch"))
+    for metric in ("l1", "l2", "ssim")
+}
+"""What is compared: fields of TrialConfig, a choice of them for each λ that is tried."""
+
+LEARNING_RATES = (1e-3, 3e-3, 6e-3)
+EPOCHS: Mapping[str, int] = {"simple_cnn": 5, "resnet18": 5, "convnextv2_tiny": 3}
+SELECTION_EPOCHS = 2
+PUBLISHED: Mapping[tuple[str, str, str], float] = {
+    # The paper's Table 1: the best condition of each architecture, in percent.
+    ("convnextv2_tiny", "mnist", "BCPL, L1"): 99.72,
+    ("convnextv2_tiny", "mnist", BASELINE): 99.71,
+    ("convnextv2_tiny", "fashion_mnist", BASELINE): 94.79,
+    ("resnet18", "mnist", "BCPL, L2"): 99.65,
+    ("resnet18", "fashion_mnist", "BCPL, L2"): 94.99,
+    ("resnet18", "fashion_mnist", BASELINE): 94.82,
+    ("simple_cnn", "mnist", "BCPL, L1"): 99.00,
+    ("simple_cnn", "fashion_mnist", "BCPL, L1"): 91.32,
+}
+_EXPLAINED = 300
+"""Test images whose explanations are judged, the first ones."""
+_IMPUTED = 60
+"""Those of them that go through ROAD."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """Fill Table 1."""
+
+    out: Path
+    """Folder for runs/, models/, accuracy.md, explanations.md and runs.csv."""
+    backbones: tuple[str, ...] = ("simple_cnn",)
+    """Of simple_cnn, resnet18, convnextv2_tiny; or any that timm has."""
+    datasets: tuple[str, ...] = ("mnist", "fashion_mnist")
+    """Rows of the table."""
+    conditions: tuple[str, ...] = tuple(CONDITIONS)
+    """Losses. The first of them is what the others are compared with."""
+    seeds: int = 5
+    """Of the final runs; learning rate and λ are chosen with seed 0."""
+    epochs: int | None = None
+    """Of the final runs; None: 5, ConvNeXt-V2-Tiny's 3."""
+    selection_epochs: int = SELECTION_EPOCHS
+    """Of the runs by which learning rate and λ are chosen."""
+    precision: str = "bf16"
+    """fp32, bf16 or fp16."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    workers: Workers = field(default_factory=Workers)
+    table_only: bool = False
+    """Train nothing; write the tables of what is there."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of the table: an architecture, a data set, a loss."""
+
+    backbone: str
+    dataset: str
+    condition: str
+
+    @property
+    def study(self) -> str:
+        """What its runs are compared within."""
+        return f"{self.dataset}_{self.backbone}"
+
+
+def main(settings: Paper) -> None:
+    """Choose the settings, make the final runs, and write the tables."""
+    settings.out.mkdir(parents=True, exist_ok=True)
+    cells = [
+        Cell(*names)
+        for names in product(settings.backbones, settings.datasets, settings.conditions)
+    ]
+    chosen = choose(settings, cells)
+    final = {
+        cell: [
+            replace(run, stage="final", config=replace(run.config, seed=seed, epochs=epochs))
+            for seed in range(settings.seeds)
+        ]
+        for cell, run in chosen.items()
+        for epochs in [settings.epochs or EPOCHS.get(cell.backbone, 5)]
+    }
+    # Seed by seed: stopped halfway, all cells have as many.
+    _made(settings, [runs[seed] for seed in range(settings.seeds) for runs in final.values()])
+    rows = {cell: (chosen[cell], finished(settings.out, runs)) for cell, runs in final.items()}
+    write_tables(settings.out, cells, rows)
+
+
+def choose(settings: Paper, cells: Sequence[Cell]) -> dict[Cell, Run]:
+    """Return the chosen run of each cell; cells whose candidates are not all made are left out."""
+    rates: dict[str, float] = {}
+    candidates = {
+        cell.study: [_candidate(settings, cell, BASELINE, {}, rate) for rate in LEARNING_RATES]
+        for cell in cells
+    }
+    _made(settings, [run for runs in candidates.values() for run in runs])
+    for study, runs in candidates.items():
+        best = _best(settings.out, runs)
+        if best is not None:
+            rates[study] = best.config.learning_rate
+    tried = {
+        cell: [
+            _candidate(settings, cell, cell.condition, fields, rates[cell.study])
+            for fields in CONDITIONS[cell.condition]
+        ]
+        for cell in cells
+        if cell.study in rates
+    }
+    _made(settings, [run for runs in tried.values() if len(runs) > 1 for run in runs])
+    chosen = {cell: _best(settings.out, runs) for cell, runs in tried.items()}
+    return {cell: run for cell, run in chosen.items() if run is not None}
+
+
+def _candidate(
+    settings: Paper, cell: Cell, condition: str, fields: Mapping[str, Any], rate: float
+) -> Run:
+    weights = {"lambda_batch": 0.0} | dict(fields)
+    return Run(
+        study=cell.study,
+        method=f"{condition}, rate {rate:g}",
+        stage="selection",
+        config=TrialConfig(
+            dataset=cell.dataset,
+            backbone=cell.backbone,
+            learning_rate=rate,
+            epochs=settings.selection_epochs,
+            precision=settings.precision,
+            device=settings.device,
+            **weights,
+        ),
+    )
+
+
+def _best(out: Path, runs: list[Run]) -> Run | None:
+    """Return the run of the highest validation accuracy; None where one is not made."""
+    if len(runs) == 1:
+        return runs[0]
+    made = finished(out, runs)
+    if len(made) < len(runs):
+        return None
+    scores = [content["metrics"]["validation_accuracy"] for content in made]
+    return runs[scores.index(max(scores))]
+
+
+def _made(settings: Paper, runs: list[Run]) -> None:
+    if not settings.table_only:
+        judge = partial(train_and_judge, models=settings.out)
+        complete(settings.out, runs, judge, settings.workers)
+
+
+def train_and_judge(run: Run, models: Path) -> dict[str, float]:
+    """Train a run and judge it, on the test split too if it is a final one."""
+    inputs = _inputs(run.config.dataset)
+    result = train(run, inputs, state_of(run, models))
+    metrics = {
+        "validation_accuracy": result.metrics["val_accuracy"],
+        "validation_cam_ssim": result.metrics["cam_ssim"],
+        "cam_ssim_ceiling": result.metrics["cam_ssim_ceiling"],
+        "seconds": sum(epoch["seconds"] for epoch in result.history),
+    }
+    return metrics | (_tested(result) if run.stage == "final" else {})
+
+
+def _tested(result: TrialResult) -> dict[str, float]:
+    """Return what the test split says of a model and of its explanations."""
+    data, config = result.inputs.data, result.config
+    device = next(result.model.parameters()).device
+    images, labels = to_device(data.test, device)
+    prototypes = result.inputs.prototypes("test", config.resolution)
+    seen = evaluate(
+        result.model,
+        images,
+        labels,
+        prototypes.to(device),
+        result.preprocess,
+        precision=config.precision,
+    )
+    model, some = result.model.cpu(), images[:_EXPLAINED].cpu()
+    found = measures.explain(model, some, result.preprocess)
+    foreground = some.amax(dim=1) > 0
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed + 1)
+        stride = resolve_output_stride(
+            config.backbone, config.resolution, data.channels, config.output_stride
+        )
+        fresh = create_model(config.backbone, data.num_classes, data.channels, stride)
+    random = measures.randomisation(
+        model, fresh, some, result.preprocess, found.cams, found.predicted
+    )
+    imputed = measures.road(
+        model, some[:_IMPUTED], result.preprocess, found.cams[:_IMPUTED], found.predicted[:_IMPUTED]
+    )
+
+    def concentration(mass: torch.Tensor) -> float:
+        return measures.concentration(mass, foreground).nanmean().item()
+
+    gap = measures.prototype_gap(found.cams, found.predicted, prototypes)
+    return {
+        "test_accuracy": seen.accuracy,
+        "test_cam_ssim": seen.cam_ssim,
+        "test_cam_ssim_sample": seen.cam_ssim_sample,
+        "prototype_gap": gap.nanmean().item(),
+        "diversity": measures.diversity(found.cams, found.predicted, config.resolution),
+        "cam_nil": (found.cams.amax(dim=(1, 2)) == 0).float().mean().item(),
+        "cam_concentration": concentration(found.cams),
+        "attribution_concentration": concentration(found.evidence),
+        "integrated_gradients_concentration": concentration(found.integrated),
+        "road": imputed.mean().item(),
+        "cam_ssim_random_head": random.head,
+        "cam_ssim_random_weights": random.everything,
+    }
+
+
+@lru_cache(maxsize=2)
+def _inputs(dataset: str) -> Inputs:
+    return prepare(TrialConfig(dataset=dataset))
+
+
+Rows = Mapping[Cell, tuple[Run, list[dict[str, Any]]]]
+_EXPLANATIONS: Mapping[str, tuple[str, float, int]] = {
+    # What a column shows, by what it is multiplied, and its decimals.
+    "test_cam_ssim": ("class SSIM", 1, 3),
+    "cam_ssim_ceiling": ("its ceiling", 1, 3),
+    "test_cam_ssim_sample": ("image SSIM", 1, 3),
+    "prototype_gap": ("own − other SSIM", 1, 3),
+    "diversity": ("diversity", 1, 2),
+    "cam_nil": ("empty CAMs, %", 100, 1),
+    "cam_concentration": ("CAM on figure", 1, 2),
+    "attribution_concentration": ("attribution on it", 1, 2),
+    "integrated_gradients_concentration": ("integrated gradients on it", 1, 2),
+    "road": ("ROAD", 1, 3),
+    "cam_ssim_random_head": ("SSIM, random head", 1, 2),
+    "cam_ssim_random_weights": ("SSIM, random weights", 1, 2),
+}
+
+
+def write_tables(out: Path, cells: Sequence[Cell], rows: Rows) -> None:
+    """Write accuracy.md, explanations.md and runs.csv; cells without runs stay empty."""
+    header = ["architecture", "data set", "loss", "λ", "seeds", "test accuracy, %"]
+    header += ["− first row, points", "p", "p (Holm)", "paper, %"]
+    (out / "accuracy.md").write_text(
+        markdown(header, list(_accuracy_rows(cells, rows))), encoding="utf-8"
+    )
+    header = ["architecture", "data set", "loss", "seeds"]
+    header += [name for name, _, _ in _EXPLANATIONS.values()]
+    lines = []
+    for cell in cells:
+        _, made = rows.get(cell, (None, []))
+        values = [
+            interval([content["metrics"][name] for content in made], scale, digits)
+            for name, (_, scale, digits) in _EXPLANATIONS.items()
+        ]
+        lines.append([cell.backbone, cell.dataset, cell.condition, str(len(made)), *values])
+    (out / "explanations.md").write_text(markdown(header, lines), encoding="utf-8")
+    with (out / "runs.csv").open("w", newline="", encoding="utf-8") as file:
+        names = ["validation_accuracy", "test_accuracy", *_EXPLANATIONS]
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["backbone", "dataset", "loss", "weight", "learning_rate", "seed", *names])
+        for cell, (run, made) in rows.items():
+            for content in made:
+                metrics = content["metrics"]
+                table.writerow(
+                    [
+                        cell.backbone,
+                        cell.dataset,
+                        cell.condition,
+                        _weight(run),
+                        f"{run.config.learning_rate:g}",
+                        content["seed"],
+                        *(f"{metrics[name]:.6f}" for name in names),
+                    ]
+                )
+
+
+def _accuracy_rows(cells: Sequence[Cell], rows: Rows) -> Iterator[list[str]]:
+    for study in dict.fromkeys(cell.study for cell in cells):
+        block = [cell for cell in cells if cell.study == study]
+        accuracies = {
+            cell: {each["seed"]: each["metrics"]["test_accuracy"] for each in rows[cell][1]}
+            for cell in block
+            if cell in rows
+        }
+        base = accuracies.get(block[0], {})
+        compared: dict[Cell, Paired] = {}
+        for cell in block[1:]:
+            own = accuracies.get(cell, {})
+            shared = sorted(own.keys() & base.keys())
+            found = paired([own[seed] for seed in shared], [base[seed] for seed in shared])
+            if found is not None:
+                compared[cell] = found
+        adjusted = dict(zip(compared, holm([each.p for each in compared.values()]), strict=True))
+        for cell in block:
+            published = PUBLISHED.get((cell.backbone, cell.dataset, cell.condition))
+            own = accuracies.get(cell, {})
+            difference = compared.get(cell)
+            yield [
+                cell.backbone,
+                cell.dataset,
+                cell.condition,
+                _weight(rows[cell][0]) if cell in rows else "",
+                str(len(own)),
+                interval(list(own.values()), 100),
+                *(
+                    [
+                        f"{100 * difference.difference:+.2f} ± {100 * difference.margin:.2f}",
+                        f"{difference.p:.2g}",
+                        f"{adjusted[cell]:.2g}",
+                    ]
+                    if difference
+                    else ["", "", ""]
+                ),
+                f"{published:.2f}" if published else "",
+            ]
+
+
+def _weight(run: Run) -> str:
+    config = run.config
+    value = config.lambda_proto or config.lambda_batch
+    return f"{value:g}" if value else ""
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Paper))

@@ -1,0 +1,71 @@
+"""A run's model: trained, or gone on with, or taken as it was kept."""
+
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from batchcam.data import batches, to_device
+from batchcam.devices import resolve_device
+from batchcam.inputs import Inputs
+from batchcam.train import EpochReport, Trainer, TrialResult, fit
+from studies.baselines.rrr import train_epoch
+from studies.evidence.runs import Run
+
+
+def train(run: Run, inputs: Inputs, state: Path) -> TrialResult:
+    """Train a run's model, from where `state` left it, and keep it there.
+
+    Args:
+        run: its `beyond` may name the weight of RRR.
+        inputs: data and prototypes.
+        state: a file; see :func:`studies.evidence.runs.state_of`.
+    """
+    state.parent.mkdir(parents=True, exist_ok=True)
+    if "rrr" in run.beyond:
+        return _train_by_rrr(run, inputs, state)
+
+    def keep(report: EpochReport) -> None:
+        report.save_state(state)
+
+    return fit(run.config, keep, inputs=inputs, state=state if state.is_file() else None)
+
+
+def _train_by_rrr(run: Run, inputs: Inputs, state: Path) -> TrialResult:
+    """Train as :func:`batchcam.train.fit` does, but by RRR, which is told where the decoys are."""
+    split = inputs.data.train
+    assert split.masks is not None
+    config = run.config
+    device = resolve_device(config.device)
+    size = (config.resolution, config.resolution)
+    masks_NRR = F.interpolate(torch.from_numpy(split.masks[:, None]).float(), size).squeeze(1)
+    together = (*to_device(split, device), masks_NRR.to(device))
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        trainer = Trainer(config, inputs, device)
+        if state.is_file():
+            trainer.load_state(state)
+        while trainer.epoch < config.epochs:
+            started = time.perf_counter()
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + trainer.epoch)
+            order = torch.randperm(len(split), generator=generator).to(device)
+            prepared = (
+                (trainer.preprocess(images), labels, masks)
+                for images, labels, masks in batches(together, config.batch_size, order)
+            )
+            train_epoch(trainer.step, prepared, run.beyond["rrr"], config.precision)
+            trainer.epoch += 1
+            evaluation = trainer.validate()
+            ceiling = inputs.ceiling(config.resolution, trainer.grid).mean().item()
+            trainer.history.append(
+                {
+                    "epoch": trainer.epoch,
+                    "val_accuracy": evaluation.accuracy,
+                    "cam_ssim": evaluation.cam_ssim,
+                    "cam_ssim_ceiling": ceiling,
+                    "seconds": time.perf_counter() - started,
+                }
+            )
+            trainer.save_state(state)
+        return trainer.result(trainer.validate())
