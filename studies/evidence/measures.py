@@ -10,6 +10,7 @@ input.
 """
 
 import copy
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -167,7 +168,10 @@ def road(
         maps = render(cams[kept], preprocess.resolution)
         maps = maps + 1e-6 * torch.rand_like(maps)
         targets = [ClassifierOutputSoftmaxTarget(label) for label in predicted[kept].tolist()]
-        scores = ROADCombined(_ROAD_PERCENTILES)(x, maps.numpy(), targets, model)
+        with warnings.catch_warnings():
+            # The library hands tensors to NumPy's functions, which is to change in NumPy.
+            warnings.filterwarnings("ignore", message="__array_wrap__", category=DeprecationWarning)
+            scores = ROADCombined(_ROAD_PERCENTILES)(x, maps.numpy(), targets, model)
     return torch.from_numpy(np.asarray(scores))
 
 

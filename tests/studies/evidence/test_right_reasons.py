@@ -1,106 +1,17 @@
-"""The evidence: runs made once, measures with known answers, λ chosen on validation alone."""
+"""The Decoy study: λ chosen on validation images alone, every method made by one command."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from batchcam.config import TrialConfig
-from batchcam.data import ImageData, load_data, to_device
-from batchcam.decoy import paint_decoys, paint_random_decoys
-from batchcam.errors import ConfigError
-from batchcam.inputs import Inputs
-from batchcam.prototypes import class_prototypes
 from studies.evidence import right_reasons
 from studies.evidence.right_reasons import METHODS, RightReasons, candidates, main
-from studies.evidence.runs import Run, complete, finished
+from studies.evidence.runs import Run, complete
 from studies.evidence.workers import Workers
 
-# --- Runs -----------------------------------------------------------------------------------
-
-
-def _run(seed: int, **fields: float) -> Run:
-    config = TrialConfig(seed=seed, **fields)  # type: ignore[arg-type]
-    return Run(study="small", method="BCPL, L1", stage="final", config=config)
-
-
-def test_a_run_that_is_there_is_not_made_again(tmp_path: Path) -> None:
-    made: list[int] = []
-
-    def measure(run: Run) -> dict[str, float]:
-        if run.config.seed == 2 and len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(run.config.seed)
-        return {"accuracy": run.config.seed / 10}
-
-    runs = [_run(seed) for seed in range(4)]
-    with pytest.raises(KeyboardInterrupt):
-        complete(tmp_path, runs, measure)
-    assert [content["seed"] for content in finished(tmp_path, runs)] == [0, 1]
-    made.append(-1)
-    contents = complete(tmp_path, runs, measure)
-    assert made == [0, 1, -1, 2, 3]
-    assert [content["metrics"]["accuracy"] for content in contents] == [0.0, 0.1, 0.2, 0.3]
-    assert {"git_commit", "versions", "command", "threads"} <= set(contents[0])
-    assert not list(tmp_path.rglob("*.partial"))
-
-
-def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> None:
-    complete(tmp_path, [_run(0, epochs=3)], lambda run: {"epochs": run.config.epochs})
-    with pytest.raises(ConfigError, match=r"made with epochs=3, not 4; remove it"):
-        finished(tmp_path, [_run(0, epochs=4)])
-    assert finished(tmp_path, [_run(0, epochs=3)])[0]["metrics"] == {"epochs": 3}
-
-
-def test_a_run_from_before_a_field_was_there_had_its_default(tmp_path: Path) -> None:
-    complete(tmp_path, [_run(0)], lambda run: {"epochs": run.config.epochs})
-    path = _run(0).path(tmp_path)
-    content = json.loads(path.read_text())
-    del content["config"]["clusters"]
-    path.write_text(json.dumps(content))
-    assert len(finished(tmp_path, [_run(0)])) == 1
-    with pytest.raises(ConfigError, match="made with clusters=2, not 3"):
-        finished(tmp_path, [_run(0, clusters=3)])
-
-
-def test_runs_that_differ_in_a_weight_have_files_of_their_own(tmp_path: Path) -> None:
-    runs = [_run(0), _run(1), _run(0, lambda_batch=1.0), _run(0, lambda_energy=1.0)]
-    assert len({run.path(tmp_path) for run in runs}) == len(runs)
-
-
 # --- The Decoy study -------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def small() -> dict[str, ImageData]:
-    """Three hundred digits, clean and with decoys, under the names of the real data sets."""
-    digits = load_data(TrialConfig(dataset="digits"))
-    clean = replace(digits, train=digits.train.take(np.arange(300)))
-    generator = np.random.default_rng(0)
-    decoyed = replace(
-        clean,
-        train=paint_decoys(clean.train, clean.train.labels, generator),
-        validation=paint_decoys(clean.validation, clean.validation.labels, generator),
-        test=paint_random_decoys(clean.test, 10, generator),
-    )
-    return {"mnist": clean, "decoy_mnist": decoyed}
-
-
-@pytest.fixture
-def on_digits(small: dict[str, ImageData], monkeypatch: pytest.MonkeyPatch) -> None:
-    def inputs(dataset: str, prototype: str) -> Inputs:
-        data = small[dataset]
-        train, validation = (
-            class_prototypes(*to_device(split, torch.device("cpu")), 10, prototype)
-            for split in (data.train, data.validation)
-        )
-        return Inputs(data, train, validation)
-
-    monkeypatch.setattr(right_reasons, "_inputs", inputs)
-    monkeypatch.setattr(right_reasons, "_EXPLAINED", 40)
 
 
 def _settings(out: Path, *methods: str) -> RightReasons:

@@ -1,0 +1,90 @@
+"""Table 1: settings and λ chosen on the validation split, the test read by final runs alone."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from studies.evidence.paper import CONDITIONS, EPOCHS, PUBLISHED, Cell, Paper, choose, main
+from studies.evidence.runs import Run, complete
+from studies.evidence.workers import Workers
+
+
+def _settings(out: Path, *conditions: str) -> Paper:
+    return Paper(
+        out=out,
+        datasets=("mnist",),
+        conditions=conditions,
+        seeds=2,
+        epochs=1,
+        selection_epochs=1,
+        precision="fp32",
+        workers=Workers(threads=1),
+        device="cpu",
+    )
+
+
+@pytest.mark.usefixtures("on_digits")
+def test_the_table_is_filled_and_goes_on(tmp_path: Path) -> None:
+    settings = _settings(tmp_path, "cross-entropy", "BCPL, L1")
+    main(replace(settings, seeds=1))
+    table = (tmp_path / "accuracy.md").read_text().splitlines()
+    assert len(table) == 4
+    assert " ± " not in table[3]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    # Three learning rates, three λ, a seed of each of two losses.
+    assert len(before) == 3 + 3 + 2
+    selection = [json.loads(path.read_text()) for path in before if "selection" in path.parts]
+    assert not any("test" in name for content in selection for name in content["metrics"])
+    main(settings)
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    assert before.items() <= after.items()
+    assert len(after) == len(before) + 2
+    table = (tmp_path / "accuracy.md").read_text().splitlines()
+    assert "| BCPL, L1 |" in table[3]
+    assert "99.00" in table[3]
+    assert table[3].count(" ± ") == 2
+    explained = (tmp_path / "explanations.md").read_text()
+    assert "nan" not in explained.lower()
+    rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert [(row["loss"], row["seed"]) for row in rows] == [
+        ("cross-entropy", "0"),
+        ("cross-entropy", "1"),
+        ("BCPL, L1", "0"),
+        ("BCPL, L1", "1"),
+    ]
+    main(replace(settings, table_only=True, conditions=(*settings.conditions, "BCPL, L2")))
+    table = (tmp_path / "accuracy.md").read_text().splitlines()
+    assert table[4].startswith("| simple_cnn | mnist | BCPL, L2 |  | 0 |  |")
+
+
+def test_the_learning_rate_is_chosen_before_lambda_and_both_by_validation(tmp_path: Path) -> None:
+    settings = _settings(tmp_path, "BCPL, SSIM")
+    cell = Cell("simple_cnn", "mnist", "BCPL, SSIM")
+    accuracy = {(1e-3, 0.0): 0.8, (3e-3, 0.0): 0.7, (6e-3, 0.0): 0.9}
+    accuracy |= {(6e-3, 0.03): 0.5, (6e-3, 0.1): 0.6, (6e-3, 0.3): 0.55}
+
+    def measure(run: Run) -> dict[str, float]:
+        point = (run.config.learning_rate, run.config.lambda_batch)
+        return {"validation_accuracy": accuracy[point]}
+
+    def made(run: list[Run]) -> None:
+        complete(tmp_path, run, measure)
+
+    assert choose(replace(settings, table_only=True), [cell]) == {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("studies.evidence.paper._made", lambda _, runs: made(runs))
+        chosen = choose(settings, [cell])[cell]
+    assert (chosen.config.learning_rate, chosen.config.lambda_batch) == (6e-3, 0.1)
+    assert chosen.config.metric == "ssim"
+    assert choose(replace(settings, table_only=True), [cell]) == {cell: chosen}
+
+
+def test_published_figures_stand_beside_cells_of_the_table(tmp_path: Path) -> None:
+    for backbone, dataset, condition in PUBLISHED:
+        assert backbone in EPOCHS
+        assert dataset in Paper(out=tmp_path).datasets
+        assert condition in CONDITIONS
+    assert len(CONDITIONS) == 7

@@ -1,0 +1,56 @@
+"""A run's model: trained once, gone on with when it was cut."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from batchcam import train as batchcam_train
+from batchcam.config import TrialConfig
+from batchcam.data import ImageData, to_device
+from batchcam.inputs import Inputs
+from batchcam.prototypes import class_prototypes
+from studies.evidence.runs import Run
+from studies.evidence.training import train
+
+
+@pytest.mark.parametrize("beyond", [{}, {"rrr": 1.0}], ids=["own loss", "RRR"])
+def test_a_run_that_is_cut_goes_on_to_the_same_model(
+    beyond: dict[str, float],
+    small: dict[str, ImageData],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = small["decoy_mnist"]
+    data = replace(data, train=data.train.take(np.arange(96)))
+    train_prototypes, validation_prototypes = (
+        class_prototypes(*to_device(split, torch.device("cpu")), 10)
+        for split in (data.train, data.validation)
+    )
+    inputs = Inputs(data, train_prototypes, validation_prototypes)
+    config = TrialConfig(dataset="decoy_mnist", epochs=2, batch_size=32, device="cpu")
+    run = Run(study="s", method="m", stage="final", config=config, beyond=beyond)
+    whole = train(run, inputs, tmp_path / "whole.pt")
+
+    kept = batchcam_train.Trainer.save_state
+    saved: list[Path] = []
+
+    def cut(trainer: batchcam_train.Trainer, path: Path) -> None:
+        kept(trainer, path)
+        saved.append(path)
+        if len(saved) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(batchcam_train.Trainer, "save_state", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, inputs, tmp_path / "cut.pt")
+    resumed = train(run, inputs, tmp_path / "cut.pt")
+    assert len(saved) == 2
+    again = train(run, inputs, tmp_path / "cut.pt")  # Nothing is trained any more.
+    assert len(saved) == 2
+    for other in (resumed, again):
+        for name, value in whole.model.state_dict().items():
+            torch.testing.assert_close(other.model.state_dict()[name], value, rtol=0, atol=0)
+        assert other.metrics["val_accuracy"] == whole.metrics["val_accuracy"]
