@@ -364,4 +364,7 @@ def _weight(run: Run) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Paper))
+    # By its own name: other processes do not find what is in this one's __main__.
+    from studies.evidence import paper
+
+    paper.main(tyro.cli(paper.Paper))

@@ -239,4 +239,7 @@ def _weights(run: Run) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(RightReasons))
+    # By its own name: other processes do not find what is in this one's __main__.
+    from studies.evidence import right_reasons
+
+    right_reasons.main(tyro.cli(right_reasons.RightReasons))

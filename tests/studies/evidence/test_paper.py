@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,3 +90,16 @@ def test_published_figures_stand_beside_cells_of_the_table(tmp_path: Path) -> No
         assert dataset in Paper(out=tmp_path).datasets
         assert condition in CONDITIONS
     assert len(CONDITIONS) == 7
+
+
+def test_the_command_shares_its_runs_out_to_processes(tmp_path: Path) -> None:
+    words = "--datasets digits --conditions cross-entropy --seeds 1 --epochs 1 --precision fp32"
+    shared = "--selection-epochs 1 --workers.threads 1 --workers.at-once 2 --device cpu"
+    subprocess.run(
+        [sys.executable, "-m", "studies.evidence.paper", "--out", tmp_path]
+        + [*words.split(), *shared.split()],
+        check=True,
+    )
+    content = json.loads(next(tmp_path.rglob("final/*.json")).read_text())
+    assert content["command"].startswith("python -m studies.evidence.paper --out ")
+    assert 0 < content["metrics"]["test_accuracy"] < 1
