@@ -34,6 +34,7 @@ from studies.benchmarks.batches import CROSS_ENTROPY, OBJECTIVES, Bench, config,
 from studies.benchmarks.pairs import CLOCKS, Seconds, median_ratio, race
 
 BCPL = "BCPL, L1"
+BACKBONES = ("simple_cnn", "resnet18", "convnextv2_tiny")
 TARGETS = {"BCPL": 1.02, "Prototype Loss": 1.03, "SSIM": 1.05, "memory": 1.05}
 """The most that a step is to cost over one of cross-entropy."""
 SPEEDUPS = {
@@ -53,7 +54,7 @@ class Steps:
 
     out: Path
     """Folder for steps.json, steps.md and steps.png."""
-    backbones: tuple[str, ...] = ("simple_cnn", "resnet18", "convnextv2_tiny")
+    backbones: tuple[str, ...] = BACKBONES
     """Models; convnextv2_tiny has a quarter of the batch."""
     modes: tuple[Literal["eager", "compiled"], ...] = ("eager", "compiled")
     """Whether the features are compiled."""
@@ -222,8 +223,21 @@ def main(settings: Steps) -> None:
         partial.write_text(json.dumps(kept, indent=1) + "\n")
         partial.replace(path)
         print(*table([entry], settings.clock), sep="\n", flush=True)
+    kept.sort(key=_place)
     (settings.out / "steps.md").write_text("\n".join(table(kept, settings.clock)) + "\n")
     save(draw(kept, settings.clock), settings.out / "steps.png")
+
+
+def _place(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """Return by what conditions are ordered, whenever they were measured: small models first."""
+    backbone = entry["backbone"]
+    rank = BACKBONES.index(backbone) if backbone in BACKBONES else len(BACKBONES)
+    return (
+        entry["rivals"] != "losses",
+        (rank, backbone),
+        entry["mode"] != "eager",
+        entry["precision"] != "fp32",
+    )
 
 
 def table(entries: list[dict[str, Any]], clock: str) -> list[str]:

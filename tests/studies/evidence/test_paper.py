@@ -96,8 +96,8 @@ def test_the_command_shares_its_runs_out_to_processes(tmp_path: Path) -> None:
     words = "--datasets digits --conditions cross-entropy --seeds 1 --epochs 1 --precision fp32"
     shared = "--selection-epochs 1 --workers.threads 1 --workers.at-once 2 --device cpu"
     subprocess.run(
-        [sys.executable, "-m", "studies.evidence.paper", "--out", tmp_path]
-        + [*words.split(), *shared.split()],
+        [sys.executable, "-m", "studies.evidence.paper", "--out", tmp_path, *words.split()]
+        + shared.split(),
         check=True,
     )
     content = json.loads(next(tmp_path.rglob("final/*.json")).read_text())
