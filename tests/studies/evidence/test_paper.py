@@ -93,13 +93,12 @@ def test_published_figures_stand_beside_cells_of_the_table(tmp_path: Path) -> No
 
 
 def test_the_command_shares_its_runs_out_to_processes(tmp_path: Path) -> None:
-    words = "--datasets digits --conditions cross-entropy --seeds 1 --epochs 1 --precision fp32"
-    shared = "--selection-epochs 1 --workers.threads 1 --workers.at-once 2 --device cpu"
-    subprocess.run(
-        [sys.executable, "-m", "studies.evidence.paper", "--out", tmp_path, *words.split()]
-        + shared.split(),
-        check=True,
+    words = (
+        f"{sys.executable} -m studies.evidence.paper --out {tmp_path} --datasets digits "
+        "--conditions cross-entropy --seeds 1 --epochs 1 --selection-epochs 1 --precision fp32 "
+        "--workers.threads 1 --workers.at-once 2 --device cpu"
     )
+    subprocess.run(words.split(), check=True)
     content = json.loads(next(tmp_path.rglob("final/*.json")).read_text())
     assert content["command"].startswith("python -m studies.evidence.paper --out ")
     assert 0 < content["metrics"]["test_accuracy"] < 1

@@ -1,0 +1,137 @@
+"""What a model costs, and the explanation in its loss: parameters, operations, images per second.
+
+python -m studies.benchmarks.cost --out results/paper
+
+The paper's Section 4.1 says that parameters stay what they are and that training GFLOPs are
+virtually identical. Operations are counted by PyTorch's FlopCounterMode, which knows convolutions and matrix
+products, a multiplication and an addition as two; images per second are of steps taken in turns.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+
+from batchcam.devices import resolve_device
+from batchcam.provenance import command_line, git_commit, package_versions
+from studies.benchmarks.batches import CROSS_ENTROPY, OBJECTIVES, Bench, config
+from studies.benchmarks.pairs import race
+from studies.benchmarks.steps import BACKBONES, BCPL, Condition, rival_steps
+
+_LOSSES = (CROSS_ENTROPY, "Prototype Loss, L1", "Prototype Loss, SSIM", BCPL, "BCPL, SSIM")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Count what models and losses cost."""
+
+    out: Path
+    """Folder for cost.json and cost.md."""
+    backbones: tuple[str, ...] = BACKBONES
+    """Models; convnextv2_tiny has a quarter of the batch."""
+    batch_size: int = 128
+    """Images in a batch."""
+    seconds: float = 20.0
+    """Time for each model's steps; 0: operations are counted, nothing is timed."""
+    threads: int = 2
+    """Of PyTorch."""
+    device: str = "cpu"
+    """auto, cpu, cuda or cuda:N."""
+
+
+def main(settings: Cost) -> None:
+    """Count, time, and write the table."""
+    torch.set_num_threads(settings.threads)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    entries = [measure(settings, backbone) for backbone in settings.backbones]
+    origin = {
+        "command": command_line(),
+        "git_commit": git_commit(),
+        "versions": package_versions(),
+        "threads": settings.threads,
+    }
+    path = settings.out / "cost.json"
+    path.write_text(json.dumps({"models": entries, **origin}, indent=1) + "\n")
+    (settings.out / "cost.md").write_text("\n".join(table(entries)) + "\n")
+
+
+def measure(settings: Cost, backbone: str) -> dict[str, Any]:
+    """Return a model's entry in cost.json."""
+    large = backbone.startswith("convnext")
+    batch_size = max(1, settings.batch_size // 4) if large else settings.batch_size
+    device = resolve_device(settings.device)
+    bench = Bench.build(config(backbone, batch_size), device)
+    steps: dict[str, Callable[[], object]] = {
+        name: bench.step(OBJECTIVES[name]) for name in _LOSSES
+    }
+    rivals = Condition(
+        "baselines", backbone, "eager", "fp32", batch_size, settings.threads, settings.device
+    )
+    steps |= {name: step for name, step in rival_steps(rivals, bench).items() if name != BCPL}
+    x = bench.trainer.preprocess(bench.images)
+    with torch.no_grad():
+        forward = operations(lambda: bench.trainer.model(x))
+    timed = (
+        race(steps, seconds=settings.seconds, min_rounds=5, warm_up=1, device=device)["wall"]
+        if settings.seconds
+        else {}
+    )
+    return {
+        "backbone": backbone,
+        "batch_size": batch_size,
+        "resolution": bench.trainer.config.resolution,
+        "grid": list(bench.trainer.grid),
+        "parameters": sum(each.numel() for each in bench.trainer.model.parameters()),
+        "forward_gflops": forward / batch_size / 1e9,
+        "training_gflops": {
+            name: operations(step) / batch_size / 1e9 for name, step in steps.items()
+        },
+        "images_per_second": {
+            name: batch_size / float(np.median(seconds)) for name, seconds in timed.items()
+        },
+        "settings": {**asdict(settings), "out": None},
+    }
+
+
+def operations(run: Callable[[], object]) -> int:
+    """Return how many floating-point operations of convolutions and matrix products `run` does."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def table(entries: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    lines = [
+        "| model | parameters | forward, MFLOPs an image | step | training, MFLOPs an image "
+        "| over cross-entropy | images/s |",
+        "|---|--:|--:|---|--:|--:|--:|",
+    ]
+    for entry in entries:
+        lead = [
+            entry["backbone"],
+            f"{entry['parameters']:,}",
+            f"{1e3 * entry['forward_gflops']:.2f}",
+        ]
+        base = entry["training_gflops"][CROSS_ENTROPY]
+        for name, gflops in entry["training_gflops"].items():
+            rate = entry["images_per_second"].get(name)
+            cells = [
+                name,
+                f"{1e3 * gflops:.2f}",
+                f"{gflops / base:.4f}",
+                f"{rate:.0f}" if rate else "",
+            ]
+            lines.append(f"| {' | '.join([*lead, *cells])} |")
+            lead = ["", "", ""]
+    return lines
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Cost))
