@@ -50,6 +50,14 @@ def misclassified(
     title: str,
 ) -> Figure:
     """Draw each class's CAM above the CAM of its errors, and what it was most often taken for."""
+    notes = confusion_notes(confusion_CC, class_names)
+    return class_rows(
+        [("CAM", maps_CRR, None), ("CAM of errors", error_maps_CRR, notes)], class_names, title
+    )
+
+
+def confusion_notes(confusion_CC: Tensor, class_names: Sequence[str]) -> list[str]:
+    """Return for each class how many of its images were wrong, and what most were taken for."""
     notes = []
     for label, row in enumerate(confusion_CC.clone()):
         row[label] = 0
@@ -57,9 +65,7 @@ def misclassified(
         notes.append(
             f"{int(row.sum())} wrong,\n{count} as {class_names[other]}" if count else "none"
         )
-    return class_rows(
-        [("CAM", maps_CRR, None), ("CAM of errors", error_maps_CRR, notes)], class_names, title
-    )
+    return notes
 
 
 Row = tuple[str, Tensor, Sequence[str] | None]

@@ -93,7 +93,15 @@ def prepare(config: TrialConfig) -> Inputs:
     Raises:
         DataError: see :func:`batchcam.data.load_data`, or a class has fewer images than clusters.
     """
-    data = load_data(config)
+    return with_prototypes(load_data(config), config)
+
+
+def with_prototypes(data: ImageData, config: TrialConfig) -> Inputs:
+    """Return data and the prototypes that `config` wants of it, by its `prototype` and `clusters`.
+
+    Raises:
+        DataError: a class has no image, or fewer images than clusters.
+    """
     train, validation = to_device(data.train, _CPU), to_device(data.validation, _CPU)
     if config.prototype != "kmeans":
         kind = config.prototype

@@ -3,8 +3,9 @@
 python -m studies.benchmarks.cost --out results/paper
 
 The paper's Section 4.1 says that parameters stay what they are and that training GFLOPs are
-virtually identical. Operations are counted by PyTorch's FlopCounterMode, which knows convolutions and matrix
-products, a multiplication and an addition as two; images per second are of steps taken in turns.
+virtually identical. Operations are counted by PyTorch's FlopCounterMode, which knows convolutions
+and matrix products, a multiplication and an addition as two; images per second are of steps taken
+in turns.
 """
 
 import json

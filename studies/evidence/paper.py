@@ -12,7 +12,7 @@ that is still empty.
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,12 @@ import tyro
 from batchcam.config import TrialConfig
 from batchcam.data import to_device
 from batchcam.evaluate import evaluate
-from batchcam.inputs import Inputs, prepare
 from batchcam.models import create_model, resolve_output_stride
 from batchcam.train import TrialResult
 from studies.evidence import measures
 from studies.evidence.runs import Run, complete, finished, state_of
 from studies.evidence.tables import Paired, holm, interval, markdown, paired
-from studies.evidence.training import train
+from studies.evidence.training import load_inputs, train
 from studies.evidence.workers import Workers
 
 BASELINE = "cross-entropy"
@@ -116,18 +115,20 @@ def main(settings: Paper) -> None:
         for names in product(settings.backbones, settings.datasets, settings.conditions)
     ]
     chosen = choose(settings, cells)
-    final = {
-        cell: [
-            replace(run, stage="final", config=replace(run.config, seed=seed, epochs=epochs))
-            for seed in range(settings.seeds)
-        ]
-        for cell, run in chosen.items()
-        for epochs in [settings.epochs or EPOCHS.get(cell.backbone, 5)]
-    }
+    final = {cell: final_runs(settings, run) for cell, run in chosen.items()}
     # Seed by seed: stopped halfway, all cells have as many.
     _made(settings, [runs[seed] for seed in range(settings.seeds) for runs in final.values()])
     rows = {cell: (chosen[cell], finished(settings.out, runs)) for cell, runs in final.items()}
     write_tables(settings.out, cells, rows)
+
+
+def final_runs(settings: Paper, chosen: Run) -> list[Run]:
+    """Return the runs that a cell of the table is made of, one for each seed."""
+    epochs = settings.epochs or EPOCHS.get(chosen.config.backbone, 5)
+    return [
+        replace(chosen, stage="final", config=replace(chosen.config, seed=seed, epochs=epochs))
+        for seed in range(settings.seeds)
+    ]
 
 
 def choose(settings: Paper, cells: Sequence[Cell]) -> dict[Cell, Run]:
@@ -194,7 +195,7 @@ def _made(settings: Paper, runs: list[Run]) -> None:
 
 def train_and_judge(run: Run, models: Path) -> dict[str, float]:
     """Train a run and judge it, on the test split too if it is a final one."""
-    inputs = _inputs(run.config.dataset)
+    inputs = load_inputs(run.config.dataset)
     result = train(run, inputs, state_of(run, models))
     metrics = {
         "validation_accuracy": result.metrics["val_accuracy"],
@@ -253,11 +254,6 @@ def _tested(result: TrialResult) -> dict[str, float]:
         "cam_ssim_random_head": random.head,
         "cam_ssim_random_weights": random.everything,
     }
-
-
-@lru_cache(maxsize=2)
-def _inputs(dataset: str) -> Inputs:
-    return prepare(TrialConfig(dataset=dataset))
 
 
 Rows = Mapping[Cell, tuple[Run, list[dict[str, Any]]]]

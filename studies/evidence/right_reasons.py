@@ -9,7 +9,7 @@ stopped at any time, the same command goes on.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,12 @@ from batchcam.config import TrialConfig
 from batchcam.data import to_device
 from batchcam.decoy import paint_random_decoys
 from batchcam.evaluate import evaluate
-from batchcam.inputs import Inputs, prepare
 from batchcam.splits import Split
 from batchcam.train import TrialResult
 from studies.evidence.measures import explain, mass_share
 from studies.evidence.runs import Run, complete, finished, state_of
 from studies.evidence.tables import interval, markdown
-from studies.evidence.training import train
+from studies.evidence.training import load_inputs, train
 from studies.evidence.workers import Workers
 
 _EXPLAINED = 500
@@ -148,9 +147,9 @@ def _choose(settings: RightReasons, cells: list[tuple[str, str]]) -> dict[tuple[
 
 def train_and_judge(run: Run, models: Path) -> dict[str, float]:
     """Train a run and judge it, on the test images too if it is a final one."""
-    inputs = _inputs(run.config.dataset, run.config.prototype)
+    inputs = load_inputs(run.config.dataset, run.config.prototype)
     result = train(run, inputs, state_of(run, models))
-    clean = _inputs(run.study.removeprefix("decoy_"), "mean").data
+    clean = load_inputs(run.study.removeprefix("decoy_"), "mean").data
     validation = paint_random_decoys(clean.validation, clean.num_classes, np.random.default_rng(1))
     metrics = {
         "validation_accuracy_random_decoys": _accuracy(result, validation),
@@ -160,7 +159,7 @@ def train_and_judge(run: Run, models: Path) -> dict[str, float]:
         "seconds": sum(epoch["seconds"] for epoch in result.history),
     }
     if run.stage == "final":
-        decoyed = _inputs(run.study, run.config.prototype).data.test
+        decoyed = load_inputs(run.study, run.config.prototype).data.test
         metrics |= {
             "test_accuracy_random_decoys": _accuracy(result, decoyed),
             "test_accuracy_clean": _accuracy(result, clean.test),
@@ -182,11 +181,6 @@ def _on_patch(result: TrialResult, decoyed: Split) -> dict[str, float]:
         "integrated_gradients_on_patch": mass_share(found.integrated, masks).nanmean().item(),
         "cam_nil": (found.cams.amax(dim=(1, 2)) == 0).float().mean().item(),
     }
-
-
-@lru_cache(maxsize=4)
-def _inputs(dataset: str, prototype: str) -> Inputs:
-    return prepare(TrialConfig(dataset=dataset, prototype=prototype))
 
 
 def _accuracy(result: TrialResult, split: Split) -> float:

@@ -30,7 +30,7 @@ class Run:
     "final": the test is read."""
     config: TrialConfig
     beyond: Mapping[str, float] = field(default_factory=dict)
-    """Weights of losses that `config` does not have, those of other methods."""
+    """What else it was trained with: weights of other methods' losses, changes to the data."""
 
     def path(self, root: Path) -> Path:
         """Return the run's file under a folder of results."""

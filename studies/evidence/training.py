@@ -1,17 +1,25 @@
 """A run's model: trained, or gone on with, or taken as it was kept."""
 
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from batchcam.config import TrialConfig
 from batchcam.data import batches, to_device
 from batchcam.devices import resolve_device
-from batchcam.inputs import Inputs
+from batchcam.inputs import Inputs, prepare
 from batchcam.train import EpochReport, Trainer, TrialResult, fit
 from studies.baselines.rrr import train_epoch
 from studies.evidence.runs import Run
+
+
+@lru_cache(maxsize=4)
+def load_inputs(dataset: str, prototype: str = "mean") -> Inputs:
+    """Return a data set and its prototypes, loaded once in a process."""
+    return prepare(TrialConfig(dataset=dataset, prototype=prototype))
 
 
 def train(run: Run, inputs: Inputs, state: Path) -> TrialResult:

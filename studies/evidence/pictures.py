@@ -1,0 +1,78 @@
+"""The paper's Figures 2 to 6: what models saw in each class, and in the images they got wrong.
+
+python -m studies.evidence.pictures --out results/paper --conditions cross-entropy "BCPL, L1"
+
+Of final runs of `studies.evidence.paper` with seed 0, on the test split: their kept models, or the
+same trained again where these are gone.
+"""
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import torch
+import tyro
+
+from batchcam import figures
+from batchcam.data import to_device
+from batchcam.evaluate import error_maps, evaluate
+from studies.evidence.paper import Cell, Paper, choose, final_runs
+from studies.evidence.runs import state_of
+from studies.evidence.training import load_inputs, train
+
+
+def main(settings: Paper) -> None:
+    """Draw the figures of the final runs that are there; settings are those of the table."""
+    torch.set_num_threads(settings.workers.threads)
+    folder = settings.out / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for backbone, dataset in product(settings.backbones, settings.datasets):
+        cells = [Cell(backbone, dataset, condition) for condition in settings.conditions]
+        draw(settings, cells, folder)
+
+
+def draw(settings: Paper, cells: list[Cell], folder: Path) -> None:
+    """Draw reconstructed prototypes and errors of one architecture on one data set."""
+    rows: list[figures.Row] = []
+    errors: list[figures.Row] = []
+    for cell, chosen in choose(replace(settings, table_only=True), cells).items():
+        run = final_runs(settings, chosen)[0]
+        if not run.path(settings.out).is_file():
+            continue
+        result = train(run, load_inputs(cell.dataset), state_of(run, settings.out))
+        device = next(result.model.parameters()).device
+        images, labels = to_device(result.inputs.data.test, device)
+        prototypes = result.inputs.prototypes("test", run.config.resolution)
+        precision = run.config.precision
+        seen = evaluate(
+            result.model,
+            images,
+            labels,
+            prototypes.to(device),
+            result.preprocess,
+            precision=precision,
+        )
+        names = result.inputs.group_names
+        misled, _ = error_maps(
+            result.model, images, labels, len(names), result.preprocess, precision=precision
+        )
+        if not rows:
+            rows.append(("prototype", prototypes, None))
+        notes = [f"{value:.2f}" for value in seen.cam_ssim_P.tolist()]
+        rows.append((f"{cell.condition}\nSSIM", seen.maps_PRR, notes))
+        wrong = figures.confusion_notes(seen.confusion_CC, names)
+        errors.append((f"{cell.condition}\nerrors", misled, wrong))
+    if not rows:
+        return
+    backbone, dataset = cells[0].backbone, cells[0].dataset
+    what = f"{backbone}, {dataset}, test images, seed 0"
+    for kind, lines, title in (
+        ("prototypes", rows, f"Class CAMs: {what}"),
+        ("errors", errors, f"CAMs of wrong answers: {what}"),
+    ):
+        path = folder / f"{dataset}_{backbone}_{kind}.png"
+        figures.save(figures.class_rows(lines, names, title), path)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Paper, description=__doc__))
