@@ -1,12 +1,15 @@
-"""Table 1 of the paper, made again: seven losses, three architectures, two data sets, at 28×28.
+"""The paper's tables, made again: seven losses, three architectures, two data sets.
 
-python -m studies.evidence.paper --out results/paper
+python -m studies.evidence.paper --out results/paper                         # Table 1, SimpleCNN
+python -m studies.evidence.paper --out results/paper --backbones resnet18 convnextv2_tiny
+python -m studies.evidence.paper --out results/paper --backbones resnet18 --resolution 112 \\
+  --output-strides 32 16 8 --conditions cross-entropy "BCPL, L1"             # Table 2
 
 For each architecture and data set the learning rate is chosen first, for cross-entropy, by the
 validation split; then λ of each loss, by the same, in shorter runs. The test split is read by the
 final runs alone, whose explanations are then judged by measures that no loss has seen. Runs that
 are there are not made again: stopped at any time, the same command goes on, and fills every cell
-that is still empty.
+that is still empty. Other resolutions take over what was chosen at 28×28, as the paper retrains its best.
 """
 
 import csv
@@ -49,16 +52,22 @@ CONDITIONS: Mapping[str, tuple[dict[str, Any], ...]] = {BASELINE: ({},)} | {
 LEARNING_RATES = (1e-3, 3e-3, 6e-3)
 EPOCHS: Mapping[str, int] = {"simple_cnn": 5, "resnet18": 5, "convnextv2_tiny": 3}
 SELECTION_EPOCHS = 2
-PUBLISHED: Mapping[tuple[str, str, str], float] = {
-    # The paper's Table 1: the best condition of each architecture, in percent.
-    ("convnextv2_tiny", "mnist", "BCPL, L1"): 99.72,
-    ("convnextv2_tiny", "mnist", BASELINE): 99.71,
-    ("convnextv2_tiny", "fashion_mnist", BASELINE): 94.79,
-    ("resnet18", "mnist", "BCPL, L2"): 99.65,
-    ("resnet18", "fashion_mnist", "BCPL, L2"): 94.99,
-    ("resnet18", "fashion_mnist", BASELINE): 94.82,
-    ("simple_cnn", "mnist", "BCPL, L1"): 99.00,
-    ("simple_cnn", "fashion_mnist", "BCPL, L1"): 91.32,
+_RESOLUTION = 28
+"""At which learning rate and λ are chosen."""
+PUBLISHED: Mapping[tuple[str, int, str, str], float] = {
+    # The paper's Tables 1 and 2: the best condition of each architecture, in percent.
+    ("convnextv2_tiny", 28, "mnist", "BCPL, L1"): 99.72,
+    ("convnextv2_tiny", 28, "mnist", BASELINE): 99.71,
+    ("convnextv2_tiny", 28, "fashion_mnist", BASELINE): 94.79,
+    ("resnet18", 28, "mnist", "BCPL, L2"): 99.65,
+    ("resnet18", 28, "fashion_mnist", "BCPL, L2"): 94.99,
+    ("resnet18", 28, "fashion_mnist", BASELINE): 94.82,
+    ("simple_cnn", 28, "mnist", "BCPL, L1"): 99.00,
+    ("simple_cnn", 28, "fashion_mnist", "BCPL, L1"): 91.32,
+    ("convnextv2_tiny", 112, "mnist", "BCPL, L1"): 99.74,
+    ("convnextv2_tiny", 112, "fashion_mnist", "BCPL, L1"): 95.01,
+    ("resnet18", 112, "mnist", "BCPL, L1"): 99.71,
+    ("resnet18", 112, "fashion_mnist", "BCPL, L1"): 94.99,
 }
 _EXPLAINED = 300
 """Test images whose explanations are judged, the first ones."""
@@ -68,16 +77,20 @@ _IMPUTED = 60
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
-    """Fill Table 1."""
+    """Fill a table."""
 
     out: Path
-    """Folder for runs/, models/, accuracy.md, explanations.md and runs.csv."""
+    """Folder for runs/, models/, and the tables accuracy_28.md, explanations_28.md, runs_28.csv."""
     backbones: tuple[str, ...] = ("simple_cnn",)
     """Of simple_cnn, resnet18, convnextv2_tiny; or any that timm has."""
     datasets: tuple[str, ...] = ("mnist", "fashion_mnist")
     """Rows of the table."""
     conditions: tuple[str, ...] = tuple(CONDITIONS)
     """Losses. The first of them is what the others are compared with."""
+    resolution: int = _RESOLUTION
+    """Of the final runs; what is chosen is chosen at 28."""
+    output_strides: tuple[int | None, ...] = (None,)
+    """Of the final runs, rows of the table; None: the one chosen for the resolution."""
     seeds: int = 5
     """Of the final runs; learning rate and λ are chosen with seed 0."""
     epochs: int | None = None
@@ -95,38 +108,58 @@ class Paper:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of the table: an architecture, a data set, a loss."""
+    """A cell of the table: an architecture and its input, a data set, a loss."""
 
     backbone: str
     dataset: str
     condition: str
+    resolution: int = _RESOLUTION
+    output_stride: int | None = None
+
+    @property
+    def selection(self) -> str:
+        """The study by which its learning rate and λ are chosen."""
+        return f"{self.dataset}_{self.backbone}"
 
     @property
     def study(self) -> str:
-        """What its runs are compared within."""
-        return f"{self.dataset}_{self.backbone}"
+        """What its final runs are compared within."""
+        size = "" if self.resolution == _RESOLUTION else f"_{self.resolution}"
+        return self.selection + size + (f"_{self.output_stride}" if self.output_stride else "")
 
 
 def main(settings: Paper) -> None:
     """Choose the settings, make the final runs, and write the tables."""
     settings.out.mkdir(parents=True, exist_ok=True)
-    cells = [
-        Cell(*names)
-        for names in product(settings.backbones, settings.datasets, settings.conditions)
-    ]
+    cells = cells_of(settings)
     chosen = choose(settings, cells)
-    final = {cell: final_runs(settings, run) for cell, run in chosen.items()}
+    final = {cell: final_runs(settings, cell, run) for cell, run in chosen.items()}
     # Seed by seed: stopped halfway, all cells have as many.
     _made(settings, [runs[seed] for seed in range(settings.seeds) for runs in final.values()])
     rows = {cell: (chosen[cell], finished(settings.out, runs)) for cell, runs in final.items()}
     write_tables(settings.out, cells, rows)
 
 
-def final_runs(settings: Paper, chosen: Run) -> list[Run]:
-    """Return the runs that a cell of the table is made of, one for each seed."""
-    epochs = settings.epochs or EPOCHS.get(chosen.config.backbone, 5)
+def cells_of(settings: Paper) -> list[Cell]:
+    """Return the table's cells, in the order of its rows."""
     return [
-        replace(chosen, stage="final", config=replace(chosen.config, seed=seed, epochs=epochs))
+        Cell(backbone, dataset, condition, settings.resolution, stride)
+        for backbone, dataset, stride, condition in product(
+            settings.backbones, settings.datasets, settings.output_strides, settings.conditions
+        )
+    ]
+
+
+def final_runs(settings: Paper, cell: Cell, chosen: Run) -> list[Run]:
+    """Return the runs that a cell of the table is made of, one for each seed."""
+    config = replace(
+        chosen.config,
+        epochs=settings.epochs or EPOCHS.get(cell.backbone, 5),
+        resolution=cell.resolution,
+        output_stride=cell.output_stride,
+    )
+    return [
+        replace(chosen, study=cell.study, stage="final", config=replace(config, seed=seed))
         for seed in range(settings.seeds)
     ]
 
@@ -135,7 +168,7 @@ def choose(settings: Paper, cells: Sequence[Cell]) -> dict[Cell, Run]:
     """Return the chosen run of each cell; cells whose candidates are not all made are left out."""
     rates: dict[str, float] = {}
     candidates = {
-        cell.study: [_candidate(settings, cell, BASELINE, {}, rate) for rate in LEARNING_RATES]
+        cell.selection: [_candidate(settings, cell, BASELINE, {}, rate) for rate in LEARNING_RATES]
         for cell in cells
     }
     _made(settings, [run for runs in candidates.values() for run in runs])
@@ -145,11 +178,11 @@ def choose(settings: Paper, cells: Sequence[Cell]) -> dict[Cell, Run]:
             rates[study] = best.config.learning_rate
     tried = {
         cell: [
-            _candidate(settings, cell, cell.condition, fields, rates[cell.study])
+            _candidate(settings, cell, cell.condition, fields, rates[cell.selection])
             for fields in CONDITIONS[cell.condition]
         ]
         for cell in cells
-        if cell.study in rates
+        if cell.selection in rates
     }
     _made(settings, [run for runs in tried.values() if len(runs) > 1 for run in runs])
     chosen = {cell: _best(settings.out, runs) for cell, runs in tried.items()}
@@ -161,7 +194,7 @@ def _candidate(
 ) -> Run:
     weights = {"lambda_batch": 0.0} | dict(fields)
     return Run(
-        study=cell.study,
+        study=cell.selection,
         method=f"{condition}, rate {rate:g}",
         stage="selection",
         config=TrialConfig(
@@ -275,10 +308,11 @@ _EXPLANATIONS: Mapping[str, tuple[str, float, int]] = {
 
 
 def write_tables(out: Path, cells: Sequence[Cell], rows: Rows) -> None:
-    """Write accuracy.md, explanations.md and runs.csv; cells without runs stay empty."""
+    """Write the tables of a resolution, and its runs.csv; cells without runs stay empty."""
+    size = cells[0].resolution
     header = ["architecture", "data set", "loss", "λ", "seeds", "test accuracy, %"]
     header += ["− first row, points", "p", "p (Holm)", "paper, %"]
-    (out / "accuracy.md").write_text(
+    (out / f"accuracy_{size}.md").write_text(
         markdown(header, list(_accuracy_rows(cells, rows))), encoding="utf-8"
     )
     header = ["architecture", "data set", "loss", "seeds"]
@@ -290,18 +324,32 @@ def write_tables(out: Path, cells: Sequence[Cell], rows: Rows) -> None:
             interval([content["metrics"][name] for content in made], scale, digits)
             for name, (_, scale, digits) in _EXPLANATIONS.items()
         ]
-        lines.append([cell.backbone, cell.dataset, cell.condition, str(len(made)), *values])
-    (out / "explanations.md").write_text(markdown(header, lines), encoding="utf-8")
-    with (out / "runs.csv").open("w", newline="", encoding="utf-8") as file:
+        lines.append([_model(cell), cell.dataset, cell.condition, str(len(made)), *values])
+    (out / f"explanations_{size}.md").write_text(markdown(header, lines), encoding="utf-8")
+    with (out / f"runs_{size}.csv").open("w", newline="", encoding="utf-8") as file:
         names = ["validation_accuracy", "test_accuracy", *_EXPLANATIONS]
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["backbone", "dataset", "loss", "weight", "learning_rate", "seed", *names])
+        table.writerow(
+            [
+                *[
+                    "backbone",
+                    "output_stride",
+                    "dataset",
+                    "loss",
+                    "weight",
+                    "learning_rate",
+                    "seed",
+                ],
+                *names,
+            ]
+        )
         for cell, (run, made) in rows.items():
             for content in made:
                 metrics = content["metrics"]
                 table.writerow(
                     [
                         cell.backbone,
+                        cell.output_stride or "",
                         cell.dataset,
                         cell.condition,
                         _weight(run),
@@ -313,6 +361,7 @@ def write_tables(out: Path, cells: Sequence[Cell], rows: Rows) -> None:
 
 
 def _accuracy_rows(cells: Sequence[Cell], rows: Rows) -> Iterator[list[str]]:
+    size = cells[0].resolution
     for study in dict.fromkeys(cell.study for cell in cells):
         block = [cell for cell in cells if cell.study == study]
         accuracies = {
@@ -330,11 +379,11 @@ def _accuracy_rows(cells: Sequence[Cell], rows: Rows) -> Iterator[list[str]]:
                 compared[cell] = found
         adjusted = dict(zip(compared, holm([each.p for each in compared.values()]), strict=True))
         for cell in block:
-            published = PUBLISHED.get((cell.backbone, cell.dataset, cell.condition))
+            published = PUBLISHED.get((cell.backbone, size, cell.dataset, cell.condition))
             own = accuracies.get(cell, {})
             difference = compared.get(cell)
             yield [
-                cell.backbone,
+                _model(cell),
                 cell.dataset,
                 cell.condition,
                 _weight(rows[cell][0]) if cell in rows else "",
@@ -351,6 +400,10 @@ def _accuracy_rows(cells: Sequence[Cell], rows: Rows) -> Iterator[list[str]]:
                 ),
                 f"{published:.2f}" if published else "",
             ]
+
+
+def _model(cell: Cell) -> str:
+    return cell.backbone + (f", stride {cell.output_stride}" if cell.output_stride else "")
 
 
 def _weight(run: Run) -> str:

@@ -7,7 +7,6 @@ same trained again where these are gone.
 """
 
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ import tyro
 from batchcam import figures
 from batchcam.data import to_device
 from batchcam.evaluate import error_maps, evaluate
-from studies.evidence.paper import Cell, Paper, choose, final_runs
+from studies.evidence.paper import Cell, Paper, cells_of, choose, final_runs
 from studies.evidence.runs import state_of
 from studies.evidence.training import load_inputs, train
 
@@ -26,9 +25,9 @@ def main(settings: Paper) -> None:
     torch.set_num_threads(settings.workers.threads)
     folder = settings.out / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    for backbone, dataset in product(settings.backbones, settings.datasets):
-        cells = [Cell(backbone, dataset, condition) for condition in settings.conditions]
-        draw(settings, cells, folder)
+    cells = cells_of(settings)
+    for study in dict.fromkeys(cell.study for cell in cells):
+        draw(settings, [cell for cell in cells if cell.study == study], folder)
 
 
 def draw(settings: Paper, cells: list[Cell], folder: Path) -> None:
@@ -36,7 +35,7 @@ def draw(settings: Paper, cells: list[Cell], folder: Path) -> None:
     rows: list[figures.Row] = []
     errors: list[figures.Row] = []
     for cell, chosen in choose(replace(settings, table_only=True), cells).items():
-        run = final_runs(settings, chosen)[0]
+        run = final_runs(settings, cell, chosen)[0]
         if not run.path(settings.out).is_file():
             continue
         result = train(run, load_inputs(cell.dataset), state_of(run, settings.out))
@@ -64,13 +63,12 @@ def draw(settings: Paper, cells: list[Cell], folder: Path) -> None:
         errors.append((f"{cell.condition}\nerrors", misled, wrong))
     if not rows:
         return
-    backbone, dataset = cells[0].backbone, cells[0].dataset
-    what = f"{backbone}, {dataset}, test images, seed 0"
+    what = f"{cells[0].study}, test images, seed 0"
     for kind, lines, title in (
         ("prototypes", rows, f"Class CAMs: {what}"),
         ("errors", errors, f"CAMs of wrong answers: {what}"),
     ):
-        path = folder / f"{dataset}_{backbone}_{kind}.png"
+        path = folder / f"{cells[0].study}_{kind}.png"
         figures.save(figures.class_rows(lines, names, title), path)
 
 

@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from studies.evidence.paper import CONDITIONS, EPOCHS, PUBLISHED, Cell, Paper, choose, main
+from batchcam.config import TrialConfig
+from studies.evidence.paper import (
+    CONDITIONS,
+    EPOCHS,
+    PUBLISHED,
+    Cell,
+    Paper,
+    cells_of,
+    choose,
+    final_runs,
+    main,
+)
 from studies.evidence.runs import Run, complete
 from studies.evidence.workers import Workers
 
@@ -32,7 +43,7 @@ def _settings(out: Path, *conditions: str) -> Paper:
 def test_the_table_is_filled_and_goes_on(tmp_path: Path) -> None:
     settings = _settings(tmp_path, "cross-entropy", "BCPL, L1")
     main(replace(settings, seeds=1))
-    table = (tmp_path / "accuracy.md").read_text().splitlines()
+    table = (tmp_path / "accuracy_28.md").read_text().splitlines()
     assert len(table) == 4
     assert " ± " not in table[3]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
@@ -44,13 +55,13 @@ def test_the_table_is_filled_and_goes_on(tmp_path: Path) -> None:
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
     assert before.items() <= after.items()
     assert len(after) == len(before) + 2
-    table = (tmp_path / "accuracy.md").read_text().splitlines()
+    table = (tmp_path / "accuracy_28.md").read_text().splitlines()
     assert "| BCPL, L1 |" in table[3]
     assert "99.00" in table[3]
     assert table[3].count(" ± ") == 2
-    explained = (tmp_path / "explanations.md").read_text()
+    explained = (tmp_path / "explanations_28.md").read_text()
     assert "nan" not in explained.lower()
-    rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "runs_28.csv").open()))
     assert [(row["loss"], row["seed"]) for row in rows] == [
         ("cross-entropy", "0"),
         ("cross-entropy", "1"),
@@ -58,7 +69,7 @@ def test_the_table_is_filled_and_goes_on(tmp_path: Path) -> None:
         ("BCPL, L1", "1"),
     ]
     main(replace(settings, table_only=True, conditions=(*settings.conditions, "BCPL, L2")))
-    table = (tmp_path / "accuracy.md").read_text().splitlines()
+    table = (tmp_path / "accuracy_28.md").read_text().splitlines()
     assert table[4].startswith("| simple_cnn | mnist | BCPL, L2 |  | 0 |  |")
 
 
@@ -84,9 +95,30 @@ def test_the_learning_rate_is_chosen_before_lambda_and_both_by_validation(tmp_pa
     assert choose(replace(settings, table_only=True), [cell]) == {cell: chosen}
 
 
+def test_other_resolutions_take_over_what_was_chosen(tmp_path: Path) -> None:
+    settings = replace(
+        _settings(tmp_path, "BCPL, L1"), resolution=112, output_strides=(32, 8), epochs=2
+    )
+    cells = cells_of(settings)
+    assert [cell.study for cell in cells] == ["mnist_simple_cnn_112_32", "mnist_simple_cnn_112_8"]
+    assert {cell.selection for cell in cells} == {"mnist_simple_cnn"}
+    chosen = Run(
+        study="mnist_simple_cnn",
+        method="m",
+        stage="selection",
+        config=TrialConfig(dataset="mnist", learning_rate=6e-3, epochs=1),
+    )
+    first, second = final_runs(settings, cells[0], chosen)
+    assert (first.config.resolution, first.config.output_stride) == (112, 32)
+    assert (first.config.learning_rate, first.config.epochs) == (6e-3, 2)
+    assert [first.config.seed, second.config.seed] == [0, 1]
+    assert first.path(tmp_path) != final_runs(settings, cells[1], chosen)[0].path(tmp_path)
+
+
 def test_published_figures_stand_beside_cells_of_the_table(tmp_path: Path) -> None:
-    for backbone, dataset, condition in PUBLISHED:
+    for backbone, resolution, dataset, condition in PUBLISHED:
         assert backbone in EPOCHS
+        assert resolution in (28, 112)
         assert dataset in Paper(out=tmp_path).datasets
         assert condition in CONDITIONS
     assert len(CONDITIONS) == 7
