@@ -2,14 +2,15 @@
 
 python -m studies.evidence.paper --out results/paper                         # Table 1, SimpleCNN
 python -m studies.evidence.paper --out results/paper --backbones resnet18 convnextv2_tiny
-python -m studies.evidence.paper --out results/paper --backbones resnet18 --resolution 112 \\
-  --output-strides 32 16 8 --conditions cross-entropy "BCPL, L1"             # Table 2
+python -m studies.evidence.paper --out results/paper --resolution 112 --backbones resnet18
+    --output-strides 32 16 8 --conditions cross-entropy "BCPL, L1"           # Table 2
 
 For each architecture and data set the learning rate is chosen first, for cross-entropy, by the
 validation split; then λ of each loss, by the same, in shorter runs. The test split is read by the
 final runs alone, whose explanations are then judged by measures that no loss has seen. Runs that
 are there are not made again: stopped at any time, the same command goes on, and fills every cell
-that is still empty. Other resolutions take over what was chosen at 28×28, as the paper retrains its best.
+that is still empty. Other resolutions take over what was chosen at 28×28, as the paper retrains
+its best.
 """
 
 import csv
