@@ -308,6 +308,17 @@ _EXPLANATIONS: Mapping[str, tuple[str, float, int]] = {
 }
 
 
+_RUN_COLUMNS = (
+    "backbone",
+    "output_stride",
+    "dataset",
+    "loss",
+    "weight",
+    "learning_rate",
+    "seed",
+)
+
+
 def write_tables(out: Path, cells: Sequence[Cell], rows: Rows) -> None:
     """Write the tables of a resolution, and its runs.csv; cells without runs stay empty."""
     size = cells[0].resolution
@@ -330,20 +341,7 @@ def write_tables(out: Path, cells: Sequence[Cell], rows: Rows) -> None:
     with (out / f"runs_{size}.csv").open("w", newline="", encoding="utf-8") as file:
         names = ["validation_accuracy", "test_accuracy", *_EXPLANATIONS]
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(
-            [
-                *[
-                    "backbone",
-                    "output_stride",
-                    "dataset",
-                    "loss",
-                    "weight",
-                    "learning_rate",
-                    "seed",
-                ],
-                *names,
-            ]
-        )
+        table.writerow([*_RUN_COLUMNS, *names])
         for cell, (run, made) in rows.items():
             for content in made:
                 metrics = content["metrics"]
