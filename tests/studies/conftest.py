@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -96,18 +95,6 @@ def recorded(environment: dict[str, str]) -> Callable[[Path], list[Recorded]]:
         return found
 
     return read
-
-
-@pytest.fixture(scope="session")
-def free_port() -> Callable[[], int]:
-    """Return a function that gives a port at which nothing listens."""
-
-    def choose() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
-
-    return choose
 
 
 class PostgreSQL:
