@@ -2,7 +2,7 @@
 # make test    the tests
 # make faults  the tests that kill and break what a study stands on: minutes more
 # make speed   what a step, an epoch and the explanation cost here; make speed DEVICE=cuda on a GPU
-# make lint    style, types, and the one-way imports
+# make lint    style, types, the one-way imports, scripts and launch files
 # make lock    constraints.txt anew, from the newest versions that pyproject.toml allows
 PYTHON ?= python3
 VENV := .venv
@@ -46,6 +46,9 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck .ci/run cluster/slurm/*.sh
+	$(BIN)/yamllint --strict cluster
+	$(BIN)/hadolint cluster/Dockerfile
 
 lock:
 	rm -rf $(VENV)

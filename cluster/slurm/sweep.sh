@@ -31,7 +31,7 @@ export RAY_ADDRESS RAY_AUTH_MODE RAY_AUTH_TOKEN
 memory="$HOME/.batchcam/slurm-$SLURM_JOB_ID"
 (umask 077 && mkdir -p "${memory%/*}" && declare -p RAY_ADDRESS RAY_AUTH_TOKEN > "$memory")
 
-# shellcheck disable=SC2317 # The trap calls it.
+# shellcheck disable=SC2317,SC2329 # The trap calls it.
 leave() {
   rm -f "$memory"
   jobs -p | xargs --no-run-if-empty kill 2> /dev/null || true
@@ -55,7 +55,8 @@ words=("$@")
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
   words+=(--resume)
 fi
-python studies/bcpl_sweep.py --address "$RAY_ADDRESS" "${words[@]}" &
+# What runs in the background ignores SIGINT, if it is not told otherwise.
+env --default-signal=INT python studies/bcpl_sweep.py --address "$RAY_ADDRESS" "${words[@]}" &
 driver=$!
 # Two minutes before the job's end: the driver stops, and says how to go on.
 trap 'kill -INT "$driver"' TERM
