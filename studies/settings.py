@@ -207,7 +207,7 @@ class StudySettings:
             raise ConfigError(
                 f"there is no study to resume in {self.folder}; check --study, --out and --storage."
             )
-        saved = _load(path)
+        saved = load_settings(path)
         for each in fields(self):
             given, began = getattr(self._anywhere(), each.name), getattr(saved, each.name)
             free = (*_OF_THE_RUN, *_OF_THE_END)
@@ -260,7 +260,7 @@ class StudySettings:
 _DEFAULTS = StudySettings()
 
 
-def _load(path: Path) -> StudySettings:
+def load_settings(path: Path) -> StudySettings:
     """Read what :meth:`StudySettings.save` wrote; JSON has lists where settings have tuples."""
 
     def tuples(values: dict[str, Any]) -> dict[str, Any]:

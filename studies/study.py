@@ -14,7 +14,7 @@ from batchcam.config import TrialConfig
 from batchcam.errors import BatchCamError, ConfigError
 from batchcam.inputs import Inputs, prepare
 from batchcam.models import create_model, feature_grid
-from studies import export, summary
+from studies import dashboard, export, summary
 from studies.confirm import Confirmed, best_of_front, confirm
 from studies.connection import connect
 from studies.engine import Search, run_search
@@ -97,6 +97,9 @@ def run_study(settings: StudySettings) -> Path:
             f"{settings.max_epochs} epochs on {settings.dataset}, {resources.cpus:g} CPU and "
             f"{resources.gpus:g} GPU each; W&B {mode} ({why})"
         )
+        said = dashboard.begin(settings, mode)
+        if said:
+            console.print(said)
         tracking = Tracking(settings.wandb_project, settings.study or "", settings.folder, mode)
         trial_settings = TrialSettings(
             settings.base_config(), resources, settings.checkpoints, tracking

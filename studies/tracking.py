@@ -89,7 +89,10 @@ class Run:
         try:
             picture = figures.tile(report.evaluation.maps_PRR, report.prototypes_PRR)
             image = wandb.Image(picture, caption="class prototypes above, CAMs below")
-            self._run.log({**report.metrics, "cams": image}, step=report.epoch)
+            # An error is small where accuracy is high: by it the dashboard draws the Pareto front.
+            error = 1 - report.metrics["val_accuracy"]
+            content = {**report.metrics, "val_error": error, "cams": image}
+            self._run.log(content, step=report.epoch)
         except Exception:  # Losing a record must not lose the trial.
             log.warning("W&B did not take epoch %d", report.epoch, exc_info=True)
 
