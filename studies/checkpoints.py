@@ -1,4 +1,4 @@
-"""The saved states of one trial, in a folder that all nodes share or in an object store.
+"""The saved states of one trial, and its picture, in a folder that all nodes share or in a store.
 
 A state is whole or not there: it is written under another name first, and its name carries its
 digest. A damaged one is passed over, and the one before it taken: that is why two are kept.
@@ -13,13 +13,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import PIL.Image
 import pyarrow.fs
 
-from studies.storage import open_storage
+from batchcam.figures import Image
+from studies.storage import copy_file, open_storage
 
 log = logging.getLogger(__name__)
 
 _KEPT = 2
+PICTURE = "cams.png"
+"""Class prototypes above class CAMs."""
 _NAME = re.compile(r"epoch_(\d{6})\.([0-9a-f]{16})\.pt")
 
 
@@ -53,6 +57,13 @@ class Checkpoints:
         again = [old for old in others if old.startswith(f"epoch_{epoch:06d}.")]
         for old in [*again, *[old for old in others if old not in again][_KEPT - 1 :]]:
             self._fs.delete_file(f"{self._root}/{old}")
+
+    def save_picture(self, image: Image) -> None:
+        """Keep a picture of what the trial's model sees, in the place of the one before."""
+        with tempfile.TemporaryDirectory() as scratch:
+            source = Path(scratch) / PICTURE
+            PIL.Image.fromarray(image).save(source)
+            copy_file(str(source), f"{self.folder}/{PICTURE}")
 
     @contextmanager
     def newest(self) -> Iterator[Path | None]:

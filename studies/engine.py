@@ -90,6 +90,7 @@ def run_search(
     resources: TrialResources,
     callbacks: Sequence[tune.Callback] = (),
     copy: str | None = None,
+    attach: Callable[[optuna.Trial], None] = lambda _: None,
 ) -> Ledger:
     """Run a search to its end, going on with what `folder` holds of it; return its ledger.
 
@@ -101,6 +102,7 @@ def run_search(
         callbacks: hear of each event after it is recorded.
         copy: a folder or URI for a copy of the memory, from which `folder` is made where it is
             lost; see :class:`studies.mirror.Mirror`.
+        attach: called with each of Optuna's trials before its end is told.
 
     Raises:
         ConfigError: the ledger is damaged, or the storage's address is wrong.
@@ -147,6 +149,7 @@ def run_search(
         num_trials=search.num_trials,
         max_live=_recent(lambda: slots(resources) + 1, seconds=2),
         enlarge=enlarge,
+        attach=attach,
     )
     recover(ledger, bridge, scheduler, search.max_epochs)
     ended = sum(trial.state is not None for trial in ledger.trials)

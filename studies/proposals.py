@@ -72,7 +72,7 @@ def open_proposals(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     def open_study() -> tuple[optuna.Study, BaseStorage]:
-        storage = _open_storage(folder)
+        storage = open_optuna_storage(folder)
         study = optuna.create_study(
             study_name=study_name,
             storage=storage,
@@ -85,7 +85,12 @@ def open_proposals(
     return patiently(open_study, "Optuna's storage", STORAGE_ERRORS, patience=_OPEN_SECONDS)
 
 
-def _open_storage(folder: Path) -> BaseStorage:
+def open_optuna_storage(folder: Path) -> BaseStorage:
+    """Open what Optuna's study is kept in: a journal in the folder, or the database that is named.
+
+    Raises:
+        ConfigError: the database's driver is missing, or its encoding is none.
+    """
     kind = storage_kind()
     if kind == "journal":
         return JournalStorage(open_journal(folder / JOURNAL))

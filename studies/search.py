@@ -62,6 +62,8 @@ class OptunaBridge(Searcher):
             cluster runs keeps it busy; further ones would be proposed knowing less.
         enlarge: called with the number of a trial that ran out of memory; returns what it asks for
             next, as a multiple of the usual resources, or None to let it fail.
+        attach: called with each trial before its end is told, after which Optuna takes nothing
+            more about it.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class OptunaBridge(Searcher):
         num_trials: int,
         max_live: Callable[[], int] = lambda: sys.maxsize,
         enlarge: Callable[[int], int | None] = lambda _: None,
+        attach: Callable[[optuna.Trial], None] = lambda _: None,
     ) -> None:
         super().__init__()
         self._study = study
@@ -85,6 +88,7 @@ class OptunaBridge(Searcher):
         self._max_epochs = max_epochs
         self._max_live = max_live
         self._enlarge = enlarge
+        self._attach = attach
         self._live: dict[str, int] = {}
         known = patiently(lambda: study.get_trials(deepcopy=False), _WHAT, STORAGE_ERRORS)
         self.num_trials = num_trials + sum(_RETRY_OF in trial.user_attrs for trial in known)
@@ -154,6 +158,7 @@ class OptunaBridge(Searcher):
         if not self.is_told(number):
             if not error:
                 self._report(number, metrics)
+            self._attach(self._open(number))
             patiently(tell, _WHAT, STORAGE_ERRORS)
         return ended
 

@@ -20,6 +20,7 @@ from studies.connection import connect
 from studies.engine import Search, run_search
 from studies.forecast import forecast, print_forecast, sample_configs
 from studies.ledger import Ledger
+from studies.optuna_view import attach_picture
 from studies.patience import StorageLostError
 from studies.probe import Probe, kinds, probe_all
 from studies.progress import console
@@ -107,7 +108,14 @@ def run_study(settings: StudySettings) -> Path:
         # with_parameters puts the inputs into the object store once; trials map them from there.
         trainable = tune.with_parameters(run_trial, settings=trial_settings, inputs=inputs)
         memory = settings.copy_of(settings.folder / MEMORY)
-        ledger = run_search(search, settings.folder, trainable, resources, copy=memory)
+        ledger = run_search(
+            search,
+            settings.folder,
+            trainable,
+            resources,
+            copy=memory,
+            attach=partial(attach_picture, settings=settings),
+        )
         records, front = _write_tables(settings, ledger)
         chosen = export.choose(records, front, settings.objectives)
         confirmed: list[Confirmed] = []

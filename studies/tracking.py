@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import wandb
 
-from batchcam import figures
+from batchcam.figures import Image
 from batchcam.train import EpochReport
 
 log = logging.getLogger(__name__)
@@ -82,12 +82,11 @@ class Run:
     def __init__(self, run: Any | None) -> None:
         self._run = run
 
-    def log(self, report: EpochReport) -> None:
+    def log(self, report: EpochReport, picture: Image) -> None:
         """Record an epoch: its metrics, and the picture of its class CAMs under the prototypes."""
         if self._run is None:
             return
         try:
-            picture = figures.tile(report.evaluation.maps_PRR, report.prototypes_PRR)
             image = wandb.Image(picture, caption="class prototypes above, CAMs below")
             # An error is small where accuracy is high: by it the dashboard draws the Pareto front.
             error = 1 - report.metrics["val_accuracy"]

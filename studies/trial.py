@@ -13,6 +13,7 @@ import torch
 from ray import tune
 
 from batchcam.config import TrialConfig
+from batchcam.figures import tile
 from batchcam.inputs import Inputs
 from batchcam.train import EpochReport, Metrics, fit, load_state
 from studies.checkpoints import Checkpoints
@@ -32,6 +33,7 @@ METRICS = (
     "loss_class",
     "loss_proto",
     "loss_batch",
+    "loss_energy",
 )
 """The metrics of a trial, as `batchcam.train.EpochReport` names them."""
 
@@ -104,7 +106,9 @@ def run_trial(params: dict[str, Any], *, settings: TrialSettings, inputs: Inputs
         def on_epoch(report: EpochReport) -> None:
             nonlocal last
             waiting_for(folder, lambda: checkpoints.save(report.epoch, report.save_state))
-            run.log(report)
+            picture = tile(report.evaluation.maps_PRR, report.prototypes_PRR)
+            waiting_for(folder, lambda: checkpoints.save_picture(picture))
+            run.log(report, picture)
             tune.report(dict(report.metrics))
             last = report.epoch
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import wandb
 import wandb_workspaces.workspaces as ws
@@ -20,6 +21,7 @@ from studies.space import SearchSpace
 from studies.tracking import Tracking, track
 from tests.studies.conftest import Recorded
 
+PICTURE = np.zeros((4, 8, 3), dtype=np.uint8)
 Read = Callable[[Path], list[Recorded]]
 Reports = list[tuple[EpochReport, tune.Checkpoint]]
 
@@ -58,7 +60,7 @@ def test_every_panel_names_what_an_offline_run_holds(
     tracking = Tracking(project="batchcam", group="mine", folder=tmp_path, mode="offline")
     with track(tracking, "mine-0", "a name", config.as_dict()) as run:
         for report, _ in reports:
-            run.log(report)
+            run.log(report, PICTURE)
     (found,) = recorded(tmp_path)
     logged = {name.split(".")[0] for item in found.history for name in item}
     held = {"config": set(found.summary["config"]), "logged": logged}

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.fs
 import pytest
 from moto.server import ThreadedMotoServer
@@ -29,6 +30,7 @@ from tests.studies.test_crash import after, check_whole, events, kill_at, never,
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.faults]
 
+PICTURE = np.zeros((4, 8, 3), dtype=np.uint8)
 SCRIPT = ROOT / "studies" / "bcpl_sweep.py"
 SMALL = ("--resolutions", "14", "--cpus-per-trial", "2", "--min-epochs", "1")
 
@@ -288,18 +290,18 @@ def test_trial_ends_though_w_and_b_is_lost_and_its_record_is_on_the_disk(
     monkeypatch.setattr(tracking, "_FINISH_SECONDS", 5)
     place = Tracking("batchcam", "group", tmp_path, "online")
     with track(place, "lost", "a name", {}) as run:
-        run.log(reports[0][0])
+        run.log(reports[0][0], PICTURE)
         time.sleep(1)
         server.shutdown()
         server.server_close()
         for report, _ in reports[1:]:
-            run.log(report)
+            run.log(report, PICTURE)
         began = time.monotonic()
     assert time.monotonic() - began < 30
     (folder,) = tmp_path.glob("wandb/run-*-lost")
     assert next(folder.glob("*.wandb")).stat().st_size > 0
     # And the next trial does not wait for the server at all.
     with track(place, "next", "a name", {}) as run:
-        run.log(reports[0][0])
+        run.log(reports[0][0], PICTURE)
     (record,) = recorded(tmp_path)
     assert record.run["run_id"] == "next"

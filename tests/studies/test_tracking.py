@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import wandb
 from ray import tune
@@ -19,6 +20,7 @@ from tests.studies.conftest import Recorded
 
 API_KEY = "0123456789abcdef" * 2 + "01234567"
 
+PICTURE = np.zeros((4, 8, 3), dtype=np.uint8)
 Read = Callable[[Path], list[Recorded]]
 Reports = list[tuple[EpochReport, tune.Checkpoint]]
 
@@ -81,7 +83,7 @@ def test_run_holds_configuration_epochs_and_pictures(
 ) -> None:
     with track(tracking, "trial-1", "a name", config.as_dict()) as run:
         for report, _ in reports:
-            run.log(report)
+            run.log(report, PICTURE)
     (record,) = recorded(tracking.folder)
     assert record.run["run_id"] == "trial-1"
     assert record.run["run_group"] == "the-study"
@@ -117,7 +119,7 @@ def test_trials_one_after_the_other_are_runs_of_their_own(
 ) -> None:
     for number, (report, _) in enumerate(reports[:2], start=1):
         with track(tracking, f"trial-{number}", "name", {"seed": number}) as run:
-            run.log(report)
+            run.log(report, PICTURE)
     found = {record.run["run_id"]: record for record in recorded(tracking.folder)}
     assert found.keys() == {"trial-1", "trial-2"}
     for number in (1, 2):
@@ -128,7 +130,7 @@ def test_trials_one_after_the_other_are_runs_of_their_own(
 
 def test_disabled_tracking_writes_nothing(tracking: Tracking, reports: Reports) -> None:
     with track(replace(tracking, mode="disabled"), "trial", "name", {}) as run:
-        run.log(reports[0][0])
+        run.log(reports[0][0], PICTURE)
     assert list(tracking.folder.iterdir()) == []
 
 
@@ -137,7 +139,7 @@ def test_epoch_that_w_and_b_refuses_is_a_warning(
 ) -> None:
     ended = wandb.init(mode="offline", dir=tracking.folder)
     ended.finish()
-    Run(ended).log(reports[0][0])
+    Run(ended).log(reports[0][0], PICTURE)
     assert "W&B did not take epoch 1" in caplog.text
 
 
@@ -154,7 +156,7 @@ def test_run_that_cannot_be_started_costs_the_record_only(
     tracking: Tracking, reports: Reports, caplog: pytest.LogCaptureFixture
 ) -> None:
     with track(replace(tracking, project="not/a/project"), "trial", "name", {}) as run:
-        run.log(reports[0][0])
+        run.log(reports[0][0], PICTURE)
     assert "W&B could not start a run offline" in caplog.text
     assert list(tracking.folder.glob("wandb/offline-run-*")) == []
 
@@ -183,11 +185,11 @@ def test_service_that_dies_costs_records_and_no_trial(
     with track(tracking, "lost", "name", {}) as run:
         kill_service()
         for report, _ in reports:
-            run.log(report)
+            run.log(report, PICTURE)
     # The next run learns of it, the one after that has a service again.
     for name in ("unheard", "heard"):
         with track(tracking, name, "name", {}) as run:
-            run.log(reports[0][0])
+            run.log(reports[0][0], PICTURE)
     assert "W&B did not finish the run" in caplog.text
     assert "heard" in [record.run.get("run_id") for record in recorded(tracking.folder)]
 
@@ -204,5 +206,5 @@ def test_server_that_is_gone_leaves_an_offline_run(
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setattr("studies.tracking._INIT_SECONDS", 2)
     with track(replace(tracking, mode="online"), "trial", "name", {}) as run:
-        run.log(reports[0][0])
+        run.log(reports[0][0], PICTURE)
     assert [len(record.history) for record in recorded(tracking.folder)] == [1]
