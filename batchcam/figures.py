@@ -1,19 +1,24 @@
 """The pictures people look at: class CAMs beside their prototypes, errors, overlays on images.
 
 Figures are drawn without pyplot, so that they can be made in any thread and leave no state.
+Matplotlib is imported when the first is drawn: it would take half a second of every start.
 
 Shapes: C classes, R pixels.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 CAM_COLOURS = "magma"
 _MAX_CLASSES = 20
@@ -79,7 +84,7 @@ def class_rows(
 ) -> Figure:
     """Draw a row of maps for each entry, a column for each class."""
     shown = min(len(class_names), _MAX_CLASSES)
-    figure = Figure(figsize=(1.15 * shown + 1.3, 1.3 * len(rows) + 0.7), layout="constrained")
+    figure = _new_figure(figsize=(1.15 * shown + 1.3, 1.3 * len(rows) + 0.7))
     axes = figure.subplots(len(rows), shown, squeeze=False)
     for row, (label, maps_CRR, notes) in enumerate(rows):
         for column in range(shown):
@@ -98,7 +103,7 @@ def overlay(image_CHW: Image, map_RR: Tensor, title: str) -> Figure:
     """Draw an image beside itself under its CAM; `image_CHW` is uint8, grey or RGB."""
     picture = image_CHW.transpose(1, 2, 0)
     extent = (0.0, float(picture.shape[1]), float(picture.shape[0]), 0.0)
-    figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+    figure = _new_figure(figsize=(5.2, 2.9))
     plain, explained = figure.subplots(1, 2)
     for axis in (plain, explained):
         axis.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=extent)
@@ -113,13 +118,21 @@ def tile(maps_CRR: Tensor, prototypes_CRR: Tensor, min_side: int = 56) -> Image:
     scale = max(1, -(-min_side // maps_CRR.shape[-1]))
     rows = [np.concatenate(list(maps.numpy()), axis=1) for maps in (prototypes_CRR, maps_CRR)]
     grey = np.concatenate(rows, axis=0).repeat(scale, axis=0).repeat(scale, axis=1)
-    colours = matplotlib.colormaps[CAM_COLOURS](grey.clip(0, 1), bytes=True)
+    from matplotlib import colormaps
+
+    colours = colormaps[CAM_COLOURS](grey.clip(0, 1), bytes=True)
     return np.asarray(colours[..., :3], dtype=np.uint8)
 
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, without the date, so that the same figure is the same file."""
     figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def _new_figure(figsize: tuple[float, float]) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=figsize, layout="constrained")
 
 
 def _draw_map(axis: Axes, map_RR: Tensor) -> None:

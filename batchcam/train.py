@@ -174,7 +174,6 @@ class Trainer:
             model, prototypes, config, config.epochs * self._steps, device, outside
         )
         self.model = self.step.model
-        self._ceiling = inputs.ceiling(config.resolution, self.grid).mean().item()
 
     def run_epoch(self, on_step: Callable[[int, int], None] | None) -> Evaluation:
         """Train for one epoch, validate, and append the metrics to the history."""
@@ -186,6 +185,7 @@ class Trainer:
         evaluation = self.validate()
         # What the last step did shows only here: its own loss was that of the weights before it.
         self._refuse_divergence({"cam_ssim": evaluation.cam_ssim})
+        ceiling = self._inputs.ceiling(self.config.resolution, self.grid)  # Sought for once.
         self.epoch += 1
         self.history.append(
             {
@@ -194,7 +194,7 @@ class Trainer:
                 "val_accuracy": evaluation.accuracy,
                 "cam_ssim": evaluation.cam_ssim,
                 "cam_ssim_sample": evaluation.cam_ssim_sample,
-                "cam_ssim_ceiling": self._ceiling,
+                "cam_ssim_ceiling": ceiling.mean().item(),
                 "images_per_second": len(self._train[1]) / trained,
                 "seconds": time.perf_counter() - started,
             }
