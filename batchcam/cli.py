@@ -1,4 +1,4 @@
-"""The command line: `batchcam train | evaluate | compare | explain | verify`.
+"""The command line: `batchcam train | evaluate | compare | explain | verify | export`.
 
 Errors that a user can mend are printed without a traceback, and the exit status is 2.
 """
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from batchcam.commands import Compare, Evaluate, Explain, Train, Verify
+from batchcam.commands import Compare, Evaluate, Explain, Export, Train, Verify
 from batchcam.config import TrialConfig
 from batchcam.errors import BatchCamError
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(status)
 
 
-def _parse(arguments: list[str]) -> Train | Evaluate | Compare | Explain | Verify:
+def _parse(arguments: list[str]) -> Train | Evaluate | Compare | Explain | Verify | Export:
     """Parse the command line; `train --config FILE` replaces the defaults of the other flags."""
     train: Any = Annotated[Train, tyro.conf.subcommand("train")]
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -43,8 +43,9 @@ def _parse(arguments: list[str]) -> Train | Evaluate | Compare | Explain | Verif
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Explain, tyro.conf.subcommand("explain")]
         | Annotated[Verify, tyro.conf.subcommand("verify")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
     )
-    command: Train | Evaluate | Compare | Explain | Verify = tyro.cli(
+    command: Train | Evaluate | Compare | Explain | Verify | Export = tyro.cli(
         commands, args=arguments, prog="batchcam", description=__doc__.splitlines()[0]
     )
     return command

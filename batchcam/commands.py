@@ -23,6 +23,7 @@ from batchcam.data import to_device
 from batchcam.errors import BundleError, ConfigError
 from batchcam.evaluate import error_maps
 from batchcam.inputs import Inputs, prepare
+from batchcam.portable import export
 from batchcam.sources import read_picture
 from batchcam.train import EpochReport, TrialResult, fit
 
@@ -281,6 +282,28 @@ class Verify:
             )
         console.print("verified" if passed else "NOT verified")
         return 0 if passed else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a bundle's model for those who do not have this project: timm's format, ONNX."""
+
+    bundle: tyro.conf.Positional[Path]
+    out: Path
+    """Folder for config.json and model.safetensors, as timm reads them, and model.onnx."""
+
+    def run(self) -> int:
+        """Write what the model can be written as."""
+        model = load(self.bundle)
+        check_writable(self.out)
+        self.out.mkdir(exist_ok=True)
+        written = export(model, self.out)
+        if not written:
+            raise BundleError(
+                f"{model.config.backbone} has no format that others read; load it by batchcam."
+            )
+        console.print(f"{', '.join(written)} written to {self.out}")
+        return 0
 
 
 def _with_data_root(config: TrialConfig, data_root: Path | None) -> TrialConfig:
