@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+
 from batchcam.config import TrialConfig
 from batchcam.train import TrialResult
 
@@ -24,8 +26,29 @@ def loss_name(config: TrialConfig) -> str:
     return " + ".join(terms) or "cross-entropy"
 
 
+def _front_matter(config: TrialConfig, metrics: Mapping[str, Any]) -> str:
+    measured = [
+        {"type": "accuracy", "value": metrics["test_accuracy"]},
+        {"type": "ssim", "name": "CAM-prototype SSIM", "value": metrics["test_cam_ssim"]},
+    ]
+    result = {
+        "task": {"type": "image-classification"},
+        "dataset": {"name": config.dataset, "type": config.dataset, "split": "test"},
+        "metrics": measured,
+    }
+    content = {
+        "library_name": "batchcam",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "explainable-ai", "grad-cam", "batch-cam"],
+        "datasets": [config.dataset],
+        "metrics": ["accuracy"],
+        "model-index": [{"name": title(config), "results": [result]}],
+    }
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
 def model_card(result: TrialResult, metrics: Mapping[str, Any]) -> str:
-    """Return the README.md of a bundle: YAML front matter, as model hubs read it, and Markdown."""
+    """Return the README.md of a bundle: front matter in Hugging Face's format, and Markdown."""
     config = result.config
     partial_run = (
         f"\nTraining was ended after {metrics['epochs']} of {config.epochs} epochs.\n"
@@ -33,10 +56,7 @@ def model_card(result: TrialResult, metrics: Mapping[str, Any]) -> str:
         else ""
     )
     return f"""---
-library_name: batchcam
-tags: [image-classification, explainable-ai, grad-cam, batch-cam]
-datasets: [{config.dataset}]
----
+{_front_matter(config, metrics)}---
 
 # {title(config)}
 
@@ -71,6 +91,8 @@ model = batchcam.load("path/to/this/folder")
 classes = model.predict(images)  # uint8, (N, {result.inputs.data.channels}, H, W)
 maps = model.explain(images)  # (N, {config.resolution}, {config.resolution}), in [0, 1]
 ```
+
+Without batchcam: `batchcam export DIR --out DIR2` writes it for timm, or as ONNX.
 
 `batchcam verify DIR` retrains it from config.yaml and compares the metrics;
 `batchcam train --config DIR/config.yaml --out DIR2` trains it anew.

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 import batchcam
 from batchcam import bundle
@@ -131,6 +132,16 @@ def test_the_configuration_in_a_bundle_is_the_one_trained_with(
     bundle_dir: Path, trained: TrialResult
 ) -> None:
     assert TrialConfig.from_yaml(bundle_dir / "config.yaml") == trained.config
+
+
+def test_the_model_card_is_read_by_model_hubs(bundle_dir: Path) -> None:
+    card = ModelCard.load(bundle_dir / "README.md")
+    assert card.data.pipeline_tag == "image-classification"
+    metrics = json.loads((bundle_dir / "metrics.json").read_text())
+    results = {each.metric_type: each for each in card.data.eval_results}
+    assert results["accuracy"].metric_value == metrics["test_accuracy"]
+    assert results["ssim"].metric_value == metrics["test_cam_ssim"]
+    assert results["accuracy"].dataset_split == "test"
 
 
 def test_the_model_card_tells_numbers_and_the_command(bundle_dir: Path) -> None:
