@@ -19,8 +19,9 @@ import optuna
 from ray import tune
 
 from studies.ledger import LEDGER, Ledger
+from studies.live import LiveTable, shown
 from studies.mirror import Mirror
-from studies.progress import TrialLines
+from studies.progress import TrialLines, console
 from studies.proposals import ReproducibleTPE, open_proposals
 from studies.recorder import Recorder
 from studies.recovery import recover
@@ -153,7 +154,12 @@ def run_search(
     )
     recover(ledger, bridge, scheduler, search.max_epochs)
     ended = sum(trial.state is not None for trial in ledger.trials)
-    with tempfile.TemporaryDirectory(prefix="batchcam-ray-") as scratch, _environment():
+    table = LiveTable(ledger, bridge.num_trials, search.objectives, search.max_epochs)
+    with (
+        tempfile.TemporaryDirectory(prefix="batchcam-ray-") as scratch,
+        _environment(),
+        shown(console, table),
+    ):
         tune.Tuner(
             tune.with_resources(
                 trainable, lambda params: resources.enlarged(params[SHARE]).as_ray()
