@@ -68,7 +68,7 @@ class LiveTable:
         running = len(trials) - len(ended)
         first = f"{len(ended)} of {self._num_trials} trials ended"
         first += f" ({', '.join(counts)})" if counts else ""
-        lines = [f"{first}, {running} running{self._left(trials)}"]
+        lines = [f"{first}, {running} running"]
         found = np.array(
             [
                 [trial.reports[-1][name] for name in self._objectives]
@@ -83,17 +83,20 @@ class LiveTable:
                 for name, value in zip(self._objectives, found.max(axis=0), strict=True)
             )
             lines.append(f"best {best}; {front} on the Pareto front")
+        left = self._left(trials)
+        if left is not None:
+            lines.append(f"{left} left at most")
         return [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
 
-    def _left(self, trials: list[TrialHistory]) -> str:
+    def _left(self, trials: list[TrialHistory]) -> timedelta | None:
         """Return how long it will take, by the epochs of this session and those to come at most."""
         done = sum(len(trial.reports) for trial in trials) - self._before
         if not done:
-            return ""
+            return None
         to_come = sum(self._max_epochs - trial.epoch for trial in trials if trial.state is None)
         to_come += (self._num_trials - len(trials)) * self._max_epochs
         seconds = (self._clock() - self._started) / done * max(0, to_come)
-        return f", {timedelta(seconds=round(seconds))} left at most"
+        return timedelta(seconds=round(seconds))
 
     def _table(self, trials: list[TrialHistory]) -> Table:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, width=WIDTH)
