@@ -8,7 +8,7 @@ itself, and pass through nothing of ours.
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,12 +106,18 @@ class Run:
 
 
 @contextmanager
-def track(tracking: Tracking, trial_id: str, name: str, config: dict[str, Any]) -> Iterator[Run]:
+def track(
+    tracking: Tracking,
+    trial_id: str,
+    name: str,
+    config: dict[str, Any],
+    tags: Sequence[str] = (),
+) -> Iterator[Run]:
     """Open the W&B run of a trial, and finish it when the trial ends, however it ends.
 
     `config` is flat, since W&B's parallel coordinates show top-level keys only.
     """
-    run = Run(_init(tracking, trial_id, name, config))
+    run = Run(_init(tracking, trial_id, name, config, tags))
     failed = True
     try:
         yield run
@@ -123,7 +129,9 @@ def track(tracking: Tracking, trial_id: str, name: str, config: dict[str, Any]) 
         run.finish(failed)
 
 
-def _init(tracking: Tracking, trial_id: str, name: str, config: dict[str, Any]) -> Any | None:
+def _init(
+    tracking: Tracking, trial_id: str, name: str, config: dict[str, Any], tags: Sequence[str]
+) -> Any | None:
     if tracking.mode == "disabled":
         return None
     online = tracking.mode == "online" and not _unreachable(_server())
@@ -136,6 +144,7 @@ def _init(tracking: Tracking, trial_id: str, name: str, config: dict[str, Any]) 
                 id=trial_id,
                 name=name,
                 config=config,
+                tags=tags,
                 mode=mode,
                 resume="allow" if mode == "online" else None,
                 dir=str(tracking.folder),

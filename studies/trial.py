@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from ray import tune
 
+from batchcam.card import loss_name
 from batchcam.config import TrialConfig
 from batchcam.figures import tile
 from batchcam.inputs import Inputs
@@ -74,15 +75,19 @@ def trial_config(base: TrialConfig, params: dict[str, Any]) -> TrialConfig:
 
 def run_name(config: TrialConfig) -> str:
     """Return a name that a person can tell runs apart by."""
-    losses = []
-    if config.lambda_proto:
-        losses.append(f"{config.metric} proto {config.lambda_proto:.2g}")
-    if config.lambda_batch:
-        losses.append(f"{config.metric} batch {config.lambda_batch:.2g}")
-    if config.lambda_energy:
-        losses.append(f"energy {config.lambda_energy:.2g}")
-    loss = " + ".join(losses) or "cross-entropy"
-    return f"{config.backbone} {config.resolution}px {loss}"
+    return f"{config.backbone} {config.resolution}px {loss_name(config)}"
+
+
+def run_tags(config: TrialConfig) -> tuple[str, ...]:
+    """Return words by which a person finds runs of a kind."""
+    losses = {
+        "Prototype Loss": config.lambda_proto,
+        "BCPL": config.lambda_batch,
+        "prototype energy": config.lambda_energy,
+    }
+    used = [name for name, weight in losses.items() if weight] or ["cross-entropy"]
+    metric = [config.metric.upper()] if config.uses_cam else []
+    return (config.dataset, config.backbone, f"{config.resolution}px", *used, *metric)
 
 
 def run_trial(params: dict[str, Any], *, settings: TrialSettings, inputs: Inputs) -> None:
@@ -99,7 +104,13 @@ def run_trial(params: dict[str, Any], *, settings: TrialSettings, inputs: Inputs
     last = params[RESUMES_AT]
     with (
         ExitStack() as stack,
-        track(settings.tracking, params["trial_id"], run_name(config), config.as_dict()) as run,
+        track(
+            settings.tracking,
+            params["trial_id"],
+            run_name(config),
+            config.as_dict(),
+            run_tags(config),
+        ) as run,
     ):
         state = waiting_for(folder, lambda: stack.enter_context(checkpoints.newest()))
 

@@ -38,7 +38,8 @@ def test_studies_stand_side_by_side_and_their_choices_beneath_each_other(tmp_pat
         ["ssim", "other"],
         ["knee", "fashion_mnist"],
     ]
-    assert chosen[0][2:] == ["0.9292", "0.9277", "0.363 / 0.954", "simple_cnn 28px l2 proto 0.025"]
+    assert chosen[0][2:5] == ["0.9292", "0.9277", "0.363 / 0.954"]
+    assert chosen[0][5] == "simple_cnn 28px Prototype Loss 0.0249 (L2)"
 
 
 def test_tables_are_written_and_other_data_sets_are_said(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_page_says_how_the_best_were_confirmed(
     write_readme(tmp_path / "README.md", settings, outcome, "f" * 64)
     page = (tmp_path / "README.md").read_text()
     assert "fresh runs (seeds 1000, 1001) of the best of the front" in page
-    run = "convnextv2_tiny 112px ssim proto 0.87 + ssim batch 0.12"
+    run = "convnextv2_tiny 112px Prototype Loss 0.87 (SSIM) + BCPL 0.12 (SSIM)"
     assert f"| front-1 | {run} | 0.9800 ± 0.0" in page
 
 
@@ -160,7 +160,8 @@ def test_page_names_the_command_and_the_data(page: str) -> None:
 
 def test_page_has_the_front_and_the_best(page: str) -> None:
     for n in range(3):
-        assert f"| front-{n} | convnextv2_tiny 112px ssim proto 0.87 + ssim batch 0.12 |" in page
+        run = "convnextv2_tiny 112px Prototype Loss 0.87 (SSIM) + BCPL 0.12 (SSIM)"
+        assert f"| front-{n} | {run} |" in page
     assert "| [knee](best/knee) | front-0 |" in page
     assert "other-" not in page
 

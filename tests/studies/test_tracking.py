@@ -81,10 +81,11 @@ def test_key_that_cannot_be_one_means_offline(monkeypatch: pytest.MonkeyPatch) -
 def test_run_holds_configuration_epochs_and_pictures(
     tracking: Tracking, config: TrialConfig, reports: Reports, recorded: Read
 ) -> None:
-    with track(tracking, "trial-1", "a name", config.as_dict()) as run:
+    with track(tracking, "trial-1", "a name", config.as_dict(), ("BCPL", "L1")) as run:
         for report, _ in reports:
             run.log(report, PICTURE)
     (record,) = recorded(tracking.folder)
+    assert record.run["tags"] == ["BCPL", "L1"]
     assert record.run["run_id"] == "trial-1"
     assert record.run["run_group"] == "the-study"
     assert record.run["project"] == "batchcam"

@@ -24,6 +24,7 @@ from studies.trial import (
     SHARE,
     TrialSettings,
     run_name,
+    run_tags,
     run_trial,
     trial_config,
     waiting_for,
@@ -62,15 +63,26 @@ def test_value_that_cannot_work_is_refused() -> None:
     ("fields", "name"),
     [
         ({"lambda_batch": 0.0}, "simple_cnn 28px cross-entropy"),
-        ({"lambda_batch": 0.123}, "simple_cnn 28px l1 batch 0.12"),
+        ({"lambda_batch": 0.123}, "simple_cnn 28px BCPL 0.123 (L1)"),
         (
             {"lambda_proto": 2.0, "lambda_batch": 0.1, "metric": "ssim", "backbone": "resnet18"},
-            "resnet18 28px ssim proto 2 + ssim batch 0.1",
+            "resnet18 28px Prototype Loss 2 (SSIM) + BCPL 0.1 (SSIM)",
         ),
     ],
 )
 def test_run_is_named_by_what_it_tries(fields: dict[str, Any], name: str) -> None:
     assert run_name(TrialConfig(**fields)) == name
+
+
+def test_tags_say_of_what_kind_a_run_is() -> None:
+    assert run_tags(TrialConfig(lambda_batch=0.0)) == (
+        "digits",
+        "simple_cnn",
+        "28px",
+        "cross-entropy",
+    )
+    both = TrialConfig(metric="ssim", lambda_batch=0.1, lambda_energy=3.0)
+    assert run_tags(both)[3:] == ("BCPL", "prototype energy", "SSIM")
 
 
 def crash_once(
