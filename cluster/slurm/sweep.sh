@@ -42,7 +42,7 @@ trap leave EXIT
 step=(srun --overlap --ntasks-per-node=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}")
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 "${step[@]}" --nodes=1 --ntasks=1 "--nodelist=$head" cluster/slurm/node.sh --head \
-  "--node-ip-address=${RAY_ADDRESS%:*}" "--port=${RAY_ADDRESS##*:}" \
+  "--node-ip-address=${RAY_ADDRESS%:*}" "--port=${RAY_ADDRESS##*:}" "--temp-dir=/tmp/ray-$UID" \
   --dashboard-host=127.0.0.1 "--dashboard-port=$((30000 + offset))" &
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
   others=$((SLURM_JOB_NUM_NODES - 1))

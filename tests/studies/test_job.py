@@ -3,6 +3,7 @@
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -45,9 +46,18 @@ def head(
         capture_output=True,
         timeout=60,
     )
+    # Ray tells a job the address of the latest cluster that was started with the same folder.
+    scratch = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     dashboard = free_port()
     command = ["ray", "start", "--head", "--block", "--num-cpus", "2", "--port", str(free_port())]
-    command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
+    command += [
+        "--temp-dir",
+        scratch,
+        "--dashboard-host",
+        "127.0.0.1",
+        "--dashboard-port",
+        str(dashboard),
+    ]
     # Ports that another cluster on this machine would have taken; without its agent, no jobs.
     command += ["--dashboard-agent-listen-port", str(free_port())]
     command += ["--ray-client-server-port", str(free_port())]
@@ -64,6 +74,7 @@ def head(
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=60)
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def ray(*words: str, env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
