@@ -23,6 +23,7 @@ from rich.table import Table
 
 from batchcam.config import TrialConfig
 from batchcam.errors import BatchCamError, ConfigError
+from studies.evidence.tables import markdown
 from studies.progress import console
 from studies.trial import run_name
 
@@ -122,13 +123,6 @@ def bundles_table(studies: Sequence[Exported]) -> Rows:
     return header, rows
 
 
-def as_markdown(table: Rows) -> str:
-    """Return a table in Markdown."""
-    header, rows = table
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def show(out: Console, title: str, table: Rows) -> None:
     """Print a table."""
     header, rows = table
@@ -164,7 +158,7 @@ def main(settings: Compare) -> None:
     if note:
         console.print(note.rstrip())
     if settings.out is not None:
-        parts = [f"## {title}\n\n{as_markdown(table)}" for title, table in tables.items()]
+        parts = [f"## {title}\n\n{markdown(*table)}" for title, table in tables.items()]
         settings.out.write_text("\n".join([*parts, note] if note else parts), encoding="utf-8")
 
 

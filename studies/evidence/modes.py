@@ -24,7 +24,7 @@ from torch import Tensor
 from batchcam import figures
 from batchcam.config import TrialConfig
 from batchcam.data import ImageData, load_data, to_device
-from batchcam.evaluate import evaluate, explain
+from batchcam.evaluate import explain
 from batchcam.inputs import Inputs, with_prototypes
 from batchcam.prototypes import class_prototypes, resize_prototypes
 from batchcam.similarity import ssim
@@ -32,7 +32,7 @@ from batchcam.splits import Split
 from studies.evidence.measures import diversity
 from studies.evidence.runs import Run, complete, finished, state_of
 from studies.evidence.tables import interval, markdown
-from studies.evidence.training import train
+from studies.evidence.training import evaluate_test, train
 from studies.evidence.workers import Workers
 
 METHODS: Mapping[str, dict[str, Any]] = {
@@ -130,15 +130,7 @@ def train_and_judge(run: Run, models: Path) -> dict[str, float]:
     result = train(run, inputs, state_of(run, models))
     device = next(result.model.parameters()).device
     images, labels = to_device(inputs.data.test, device)
-    seen = evaluate(
-        result.model,
-        images,
-        labels,
-        inputs.prototypes("test", config.resolution).to(device),
-        result.preprocess,
-        groups=inputs.groups("test").to(device),
-        precision=config.precision,
-    )
+    seen = evaluate_test(result)
     some = slice(_EXPLAINED)
     _, maps = explain(result.model, images[some], result.preprocess, labels[some])
     digits, prototypes = _digits(config.dataset, config.resolution)

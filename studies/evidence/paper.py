@@ -26,13 +26,12 @@ import tyro
 
 from batchcam.config import TrialConfig
 from batchcam.data import to_device
-from batchcam.evaluate import evaluate
 from batchcam.models import create_model, resolve_output_stride
 from batchcam.train import TrialResult
 from studies.evidence import measures
 from studies.evidence.runs import Run, complete, finished, state_of
 from studies.evidence.tables import Paired, holm, interval, markdown, paired
-from studies.evidence.training import load_inputs, train
+from studies.evidence.training import evaluate_test, load_inputs, train
 from studies.evidence.workers import Workers
 
 BASELINE = "cross-entropy"
@@ -243,18 +242,10 @@ def train_and_judge(run: Run, models: Path) -> dict[str, float]:
 def _tested(result: TrialResult) -> dict[str, float]:
     """Return what the test split says of a model and of its explanations."""
     data, config = result.inputs.data, result.config
-    device = next(result.model.parameters()).device
-    images, labels = to_device(data.test, device)
+    images, _ = to_device(data.test, torch.device("cpu"))
     prototypes = result.inputs.prototypes("test", config.resolution)
-    seen = evaluate(
-        result.model,
-        images,
-        labels,
-        prototypes.to(device),
-        result.preprocess,
-        precision=config.precision,
-    )
-    model, some = result.model.cpu(), images[:_EXPLAINED].cpu()
+    seen = evaluate_test(result)
+    model, some = result.model.cpu(), images[:_EXPLAINED]
     found = measures.explain(model, some, result.preprocess)
     foreground = some.amax(dim=1) > 0
     with torch.random.fork_rng():

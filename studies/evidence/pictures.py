@@ -14,10 +14,10 @@ import tyro
 
 from batchcam import figures
 from batchcam.data import to_device
-from batchcam.evaluate import error_maps, evaluate
+from batchcam.evaluate import error_maps
 from studies.evidence.paper import Cell, Paper, cells_of, choose, final_runs
 from studies.evidence.runs import state_of
-from studies.evidence.training import load_inputs, train
+from studies.evidence.training import evaluate_test, load_inputs, train
 
 
 def main(settings: Paper) -> None:
@@ -42,18 +42,15 @@ def draw(settings: Paper, cells: list[Cell], folder: Path) -> None:
         device = next(result.model.parameters()).device
         images, labels = to_device(result.inputs.data.test, device)
         prototypes = result.inputs.prototypes("test", run.config.resolution)
-        precision = run.config.precision
-        seen = evaluate(
+        seen = evaluate_test(result)
+        names = result.inputs.group_names
+        misled, _ = error_maps(
             result.model,
             images,
             labels,
-            prototypes.to(device),
+            len(names),
             result.preprocess,
-            precision=precision,
-        )
-        names = result.inputs.group_names
-        misled, _ = error_maps(
-            result.model, images, labels, len(names), result.preprocess, precision=precision
+            precision=run.config.precision,
         )
         if not rows:
             rows.append(("prototype", prototypes, None))

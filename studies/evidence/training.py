@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from batchcam.config import TrialConfig
 from batchcam.data import batches, to_device
 from batchcam.devices import resolve_device
+from batchcam.evaluate import Evaluation, evaluate
 from batchcam.inputs import Inputs, prepare
 from batchcam.train import EpochReport, Trainer, TrialResult, fit
 from studies.baselines.rrr import train_epoch
@@ -38,6 +39,21 @@ def train(run: Run, inputs: Inputs, state: Path) -> TrialResult:
         report.save_state(state)
 
     return fit(run.config, keep, inputs=inputs, state=state if state.is_file() else None)
+
+
+def evaluate_test(result: TrialResult) -> Evaluation:
+    """Evaluate a model on the test split, where it is and in the precision it was trained in."""
+    inputs, device = result.inputs, next(result.model.parameters()).device
+    images, labels = to_device(inputs.data.test, device)
+    return evaluate(
+        result.model,
+        images,
+        labels,
+        inputs.prototypes("test", result.config.resolution).to(device),
+        result.preprocess,
+        groups=inputs.groups("test").to(device),
+        precision=result.config.precision,
+    )
 
 
 def _train_by_rrr(run: Run, inputs: Inputs, state: Path) -> TrialResult:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from batchcam.errors import ConfigError
-from studies.compare import Compare, as_markdown, bundles_table, main, read, studies_table
+from studies.compare import Compare, bundles_table, main, read, studies_table
+from studies.evidence.tables import markdown
 
 STUDY = Path(__file__).parents[2] / "results" / "fashion_mnist"
 
@@ -50,7 +51,7 @@ def test_tables_are_written_and_other_data_sets_are_said(tmp_path: Path) -> None
     out = tmp_path / "comparison.md"
     main(Compare(folders=(STUDY, other), out=out))
     text = out.read_text()
-    assert as_markdown(studies_table([read(STUDY), read(other)])) in text
+    assert markdown(*studies_table([read(STUDY), read(other)])) in text
     assert text.endswith("Different data sets: digits, fashion_mnist.\n")
 
 
