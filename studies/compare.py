@@ -7,7 +7,6 @@ enough, wherever the study ran.
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from batchcam.config import TrialConfig
-from batchcam.errors import BatchCamError, ConfigError
+from batchcam.errors import ConfigError
+from studies.commands import run_command
 from studies.evidence.tables import markdown
 from studies.progress import console
 from studies.trial import run_name
@@ -163,8 +163,4 @@ def main(settings: Compare) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Compare))
-    except BatchCamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main, Compare)

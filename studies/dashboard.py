@@ -7,7 +7,6 @@ A sweep that is online makes it when it begins; one that is not writes the JSON,
 command makes it once the runs are synced.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 from wandb_workspaces import expr
 
-from batchcam.errors import BatchCamError, ConfigError
+from batchcam.errors import ConfigError
+from studies.commands import run_command
 from studies.settings import SETTINGS_FILE, StudySettings, load_settings
 from studies.space import SearchSpace
 from studies.tracking import Mode
@@ -220,8 +220,4 @@ def main(settings: Dashboard) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Dashboard))
-    except BatchCamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main, Dashboard)

@@ -7,7 +7,6 @@ afterwards. They are kept in `<study>/artifacts`.
 """
 
 import logging
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ import optuna
 import tyro
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 
-from batchcam.errors import BatchCamError, ConfigError
+from batchcam.errors import ConfigError
 from studies.checkpoints import PICTURE
+from studies.commands import run_command
 from studies.engine import trial_id
 from studies.proposals import STORAGE_VARIABLE, open_optuna_storage, storage_kind
 from studies.settings import SETTINGS_FILE, StudySettings, load_settings
@@ -82,8 +82,4 @@ def main(view: OptunaView) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(OptunaView))
-    except BatchCamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main, OptunaView)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
 from batchcam import figures
@@ -29,6 +28,7 @@ from batchcam.inputs import Inputs, with_prototypes
 from batchcam.prototypes import class_prototypes, resize_prototypes
 from batchcam.similarity import ssim
 from batchcam.splits import Split
+from studies.commands import run_command
 from studies.evidence.measures import diversity
 from studies.evidence.runs import Run, complete, finished, state_of
 from studies.evidence.tables import interval, markdown
@@ -226,4 +226,4 @@ if __name__ == "__main__":
     # By its own name: other processes do not find what is in this one's __main__.
     from studies.evidence import modes
 
-    modes.main(tyro.cli(modes.Modes))
+    run_command(modes.main, modes.Modes)

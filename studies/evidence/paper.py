@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 from batchcam.config import TrialConfig
 from batchcam.data import to_device
 from batchcam.models import create_model, resolve_output_stride
 from batchcam.train import TrialResult
+from studies.commands import run_command
 from studies.evidence import measures
 from studies.evidence.runs import Run, complete, finished, state_of
 from studies.evidence.tables import Paired, holm, interval, markdown, paired
@@ -406,4 +406,4 @@ if __name__ == "__main__":
     # By its own name: other processes do not find what is in this one's __main__.
     from studies.evidence import paper
 
-    paper.main(tyro.cli(paper.Paper))
+    run_command(paper.main, paper.Paper)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 
 from batchcam.config import TrialConfig
 from batchcam.data import to_device
@@ -24,6 +23,7 @@ from batchcam.decoy import paint_random_decoys
 from batchcam.evaluate import evaluate
 from batchcam.splits import Split
 from batchcam.train import TrialResult
+from studies.commands import run_command
 from studies.evidence.measures import explain, mass_share
 from studies.evidence.runs import Run, complete, finished, state_of
 from studies.evidence.tables import interval, markdown
@@ -236,4 +236,4 @@ if __name__ == "__main__":
     # By its own name: other processes do not find what is in this one's __main__.
     from studies.evidence import right_reasons
 
-    right_reasons.main(tyro.cli(right_reasons.RightReasons))
+    run_command(right_reasons.main, right_reasons.RightReasons)
