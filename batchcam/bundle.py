@@ -5,6 +5,7 @@
     metrics.json        what was measured, with its provenance
     cams.png            each class's CAM beside its prototype
     README.md           the model card
+    prototypes.safetensors   the class prototypes of the training images
 
 Nothing in it is ever unpickled: loading a bundle runs no code that came with it.
 """
@@ -33,11 +34,15 @@ from batchcam.errors import BundleError
 from batchcam.evaluate import Evaluation, evaluate, explain
 from batchcam.models import ExplainableModel, create_model, resolve_output_stride
 from batchcam.provenance import command_line, git_commit, package_versions
+from batchcam.similarity import ssim
 from batchcam.train import TrialResult
 
-FILES = ("config.yaml", "model.safetensors", "metrics.json", "cams.png", "README.md")
+PROTOTYPES = "prototypes.safetensors"
+FILES = ("config.yaml", "model.safetensors", "metrics.json", "cams.png", "README.md", PROTOTYPES)
 _MODEL_KEY = "batchcam"
 """Key of the weights' metadata under which the model is described, as JSON."""
+_NAMES_KEY = "names"
+"""Key of the prototypes' metadata under which their names are, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class LoadedModel:
         model: the network itself, in `eval` mode.
         preprocess: what turns uint8 images into the network's input.
         channels: 1 for grey images, 3 for RGB.
+        prototypes: the class prototypes of the training images, `(P, R, R)` in [0, 1], by name;
+            None in bundles that were written without them.
     """
 
     config: TrialConfig
@@ -59,6 +66,7 @@ class LoadedModel:
     model: ExplainableModel
     preprocess: Preprocess
     channels: int
+    prototypes: tuple[tuple[str, ...], Tensor] | None = None
 
     def predict(self, images: npt.ArrayLike | Tensor) -> npt.NDArray[np.int64]:
         """Return the predicted class of each image, `(N,)`; names are in `class_names`.
@@ -88,6 +96,27 @@ class LoadedModel:
         """
         _, maps = self._run(images, targets)
         return maps
+
+    def nearest_prototypes(
+        self, maps: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Return the prototype that each CAM resembles most, `(N,)`, and their SSIM, `(N,)`.
+
+        Args:
+            maps: `(N, R, R)` in [0, 1], of :meth:`explain`.
+
+        Raises:
+            BundleError: the bundle has no prototypes.
+        """
+        if self.prototypes is None:
+            raise BundleError("the bundle has no prototypes; train it again, or leave them out.")
+        _, prototypes_PRR = self.prototypes
+        cams_NRR = torch.from_numpy(maps)
+        found = torch.stack(
+            [ssim(cams_NRR, each_RR.expand_as(cams_NRR)) for each_RR in prototypes_PRR]
+        )
+        best, which = found.max(dim=0)
+        return which.numpy(), best.numpy()
 
     def to(self, device: str) -> Self:
         """Move the network to a device, and return this model."""
@@ -190,10 +219,12 @@ def save_bundle(
         result.config.to_yaml(staging / "config.yaml")
         _save_weights(staging / "model.safetensors", result)
         _write_json(staging / "metrics.json", metrics)
+        _save_prototypes(staging / PROTOTYPES, result)
         _draw_cams(staging / "cams.png", result)
         (staging / "README.md").write_text(model_card(result, metrics), encoding="utf-8")
         staging.chmod(0o755)
-        (staging / "model.safetensors").chmod(0o644)
+        for path in staging.glob("*.safetensors"):
+            path.chmod(0o644)
         staging.replace(directory)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -265,12 +296,30 @@ def load(directory: str | Path) -> LoadedModel:
                 config.resolution, tuple(description["mean"]), tuple(description["std"])
             ),
             channels=description["channels"],
+            prototypes=_load_prototypes(directory / PROTOTYPES, config.resolution),
         )
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BundleError(
             f"{weights_path} does not hold the weights of the {config.backbone} that config.yaml "
             f"describes: {str(error).splitlines()[0]}."
         ) from error
+
+
+def _load_prototypes(path: Path, resolution: int) -> tuple[tuple[str, ...], Tensor] | None:
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = json.loads((file.metadata() or {})[_NAMES_KEY])
+            pixels_PRR = file.get_tensor("prototypes")
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise BundleError(f"{path} does not hold class prototypes: {error}.") from error
+    if pixels_PRR.shape != (len(names), resolution, resolution):
+        raise BundleError(
+            f"{path} holds {tuple(pixels_PRR.shape)} pixels for {len(names)} classes at "
+            f"{resolution} pixels; restore the file, or remove it."
+        )
+    return tuple(names), pixels_PRR.float() / 255
 
 
 def _describe(result: TrialResult, command: str) -> dict[str, Any]:
@@ -298,6 +347,7 @@ def _describe(result: TrialResult, command: str) -> dict[str, Any]:
         "cam_ssim_ceiling_per_class": _by_name(
             names, result.inputs.ceiling(config.resolution, result.grid)
         ),
+        **_errors(data.class_names, result.evaluation.confusion_CC),
         "test_cam_ssim": test.cam_ssim,
         "grid": list(result.grid),
         "images_per_second": last["images_per_second"],
@@ -319,6 +369,16 @@ def _by_name(names: tuple[str, ...], values_P: Tensor) -> dict[str, float]:
     return dict(zip(names, values_P.tolist(), strict=True))
 
 
+def _errors(names: tuple[str, ...], confusion_CC: Tensor) -> dict[str, Any]:
+    """Return how many validation images each class has, and as what how many were taken."""
+    errors = {}
+    for label, row in enumerate(confusion_CC.tolist()):
+        taken = {names[other]: count for other, count in enumerate(row) if count and other != label}
+        errors[names[label]] = dict(sorted(taken.items(), key=lambda item: -item[1]))
+    images = dict(zip(names, confusion_CC.sum(dim=1).tolist(), strict=True))
+    return {"val_images_per_class": images, "val_errors": errors}
+
+
 def _save_weights(path: Path, result: TrialResult) -> None:
     data, config = result.inputs.data, result.config
     description = {
@@ -332,6 +392,14 @@ def _save_weights(path: Path, result: TrialResult) -> None:
     }
     weights = {name: value.contiguous().cpu() for name, value in result.model.state_dict().items()}
     save_file(weights, path, metadata={"format": "pt", _MODEL_KEY: json.dumps(description)})
+
+
+def _save_prototypes(path: Path, result: TrialResult) -> None:
+    """Write the prototypes as they look: 8 bits a pixel."""
+    prototypes_PRR = result.inputs.prototypes("test", result.config.resolution)
+    pixels_PRR = (prototypes_PRR * 255).round().to(torch.uint8).contiguous()
+    names = {_NAMES_KEY: json.dumps(result.inputs.group_names)}
+    save_file({"prototypes": pixels_PRR}, path, metadata={"format": "pt", **names})
 
 
 def _draw_cams(path: Path, result: TrialResult) -> None:

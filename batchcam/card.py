@@ -26,6 +26,16 @@ def loss_name(config: TrialConfig) -> str:
     return " + ".join(terms) or "cross-entropy"
 
 
+def loss_terms(config: TrialConfig) -> list[str]:
+    """Return the names of the terms of a run's loss beside cross-entropy."""
+    weights = {
+        "Prototype Loss": config.lambda_proto,
+        "BCPL": config.lambda_batch,
+        "prototype energy": config.lambda_energy,
+    }
+    return [name for name, weight in weights.items() if weight]
+
+
 def _front_matter(config: TrialConfig, metrics: Mapping[str, Any]) -> str:
     measured = [
         {"type": "accuracy", "value": metrics["test_accuracy"]},

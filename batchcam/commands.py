@@ -194,7 +194,10 @@ class Compare:
 
 @dataclass(frozen=True, kw_only=True)
 class Explain:
-    """Classify pictures and draw what the decision rests on."""
+    """Classify pictures, draw what the decision rests on, and the prototype that it is nearest to.
+
+    A CAM nearest to the prototype of another class than the predicted one deserves a look.
+    """
 
     bundle: tyro.conf.Positional[Path]
     images: tyro.conf.Positional[tuple[Path, ...]]
@@ -214,6 +217,7 @@ class Explain:
         check_writable(self.out)
         self.out.mkdir(exist_ok=True)
         probabilities, maps = model.probabilities(pictures), model.explain(pictures)
+        nearest = None if model.prototypes is None else model.nearest_prototypes(maps)
         records = []
         for number, path in enumerate(self.images):
             label = int(probabilities[number].argmax())
@@ -221,23 +225,22 @@ class Explain:
             drawing = self.out / f"{path.stem}_cam.png"
             if drawing.exists():  # Two pictures of one name, from two folders.
                 drawing = self.out / f"{path.stem}_{number}_cam.png"
-            figures.save(
-                figures.overlay(
-                    pictures[number].numpy(),
-                    torch.from_numpy(maps[number]),
-                    f"{name} ({share:.1%})",
-                ),
-                drawing,
-            )
-            records.append(
-                {
-                    "image": str(path),
-                    "class": name,
-                    "probability": share,
-                    "cam": drawing.name,
-                }
-            )
-            console.print(f"{path}: {name} ({share:.1%}) -> {drawing}")
+            record = {"image": str(path), "class": name, "probability": share, "cam": drawing.name}
+            shown, said = None, ""
+            if nearest is not None and model.prototypes is not None:
+                which, similarity = int(nearest[0][number]), float(nearest[1][number])
+                other = model.prototypes[0][which]
+                record |= {"nearest_prototype": other, "prototype_ssim": similarity}
+                shown = (
+                    f"nearest prototype: {other}\nSSIM {similarity:.2f}",
+                    model.prototypes[1][which],
+                )
+                said = f", its CAM nearest to the prototype of {other} (SSIM {similarity:.2f})"
+            title_ = f"{name} ({share:.1%})"
+            map_RR = torch.from_numpy(maps[number])
+            figures.save(figures.overlay(pictures[number].numpy(), map_RR, title_, shown), drawing)
+            records.append(record)
+            console.print(f"{path}: {name} ({share:.1%}){said} -> {drawing}")
         (self.out / "predictions.json").write_text(
             json.dumps(records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )

@@ -99,16 +99,27 @@ def class_rows(
     return figure
 
 
-def overlay(image_CHW: Image, map_RR: Tensor, title: str) -> Figure:
-    """Draw an image beside itself under its CAM; `image_CHW` is uint8, grey or RGB."""
+def overlay(
+    image_CHW: Image, map_RR: Tensor, title: str, prototype: tuple[str, Tensor] | None = None
+) -> Figure:
+    """Draw an image beside itself under its CAM, and beside a prototype if one is given.
+
+    `image_CHW` is uint8, grey or RGB; `prototype` a line of text and `(R, R)` in [0, 1].
+    """
     picture = image_CHW.transpose(1, 2, 0)
     extent = (0.0, float(picture.shape[1]), float(picture.shape[0]), 0.0)
-    figure = _new_figure(figsize=(5.2, 2.9))
-    plain, explained = figure.subplots(1, 2)
+    panels = 2 if prototype is None else 3
+    figure = _new_figure(figsize=(2.6 * panels, 2.9))
+    plain, explained, *rest = figure.subplots(1, panels)
     for axis in (plain, explained):
         axis.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=extent)
         axis.set_axis_off()
     explained.imshow(map_RR.numpy(), cmap=CAM_COLOURS, vmin=0, vmax=1, alpha=0.6, extent=extent)
+    for axis, text in ((plain, "image"), (explained, "CAM")):
+        axis.set_title(text, fontsize=9)
+    if prototype is not None:
+        _draw_map(rest[0], prototype[1])
+        rest[0].set_title(prototype[0], fontsize=9)
     figure.suptitle(title, fontsize=10)
     return figure
 

@@ -24,10 +24,9 @@ from batchcam.config import TrialConfig
 from batchcam.errors import ConfigError
 from studies.commands import run_command
 from studies.evidence.tables import markdown
+from studies.export import BUNDLES
 from studies.progress import console
 from studies.trial import run_name
-
-BUNDLES = ("accuracy", "ssim", "knee")
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ def best_of_front(
 ) -> list[TrialRecord]:
     """Return the `k` best of a front: those chosen first, then the nearest to the ideal point.
 
+    The baseline, if there is one, is confirmed besides: what they gain is as uncertain as it is.
     Distances are Euclidean, each objective in units of its range on the front.
     """
     values = np.array([[record.metrics[name] for name in objectives] for record in front])
@@ -100,7 +101,9 @@ def best_of_front(
     for record in [*first, *nearest]:
         if record not in order:
             order.append(record)
-    return order[:k]
+    best = order[:k]
+    baseline = chosen.get("baseline")
+    return best if baseline is None or baseline in best else [*best, baseline]
 
 
 def confirming_search(

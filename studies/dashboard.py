@@ -20,23 +20,10 @@ from wandb_workspaces import expr
 from batchcam.errors import ConfigError
 from studies.commands import run_command
 from studies.settings import SETTINGS_FILE, StudySettings, load_settings
-from studies.space import SearchSpace
+from studies.space import SEARCHED, SearchSpace
 from studies.tracking import Mode
 
 DASHBOARD = "dashboard.json"
-SEARCHED = (
-    # Configuration, and whether its axis is logarithmic. λ's may be 0, which a logarithm has not.
-    ("backbone", False),
-    ("resolution", False),
-    ("output_stride", False),
-    ("metric", False),
-    ("lambda_class", True),
-    ("lambda_proto", False),
-    ("lambda_batch", False),
-    ("lambda_energy", False),
-    ("learning_rate", True),
-    ("weight_decay", True),
-)
 OBJECTIVES = ("val_accuracy", "cam_ssim")
 CURVES = ("val_accuracy", "cam_ssim", "cam_ssim_sample", "loss")
 MEDIA = "cams"

@@ -16,6 +16,7 @@ import moocore
 import numpy as np
 
 from batchcam.bundle import save_bundle
+from batchcam.card import loss_terms
 from batchcam.config import TrialConfig
 from batchcam.errors import BatchCamError
 from batchcam.inputs import Inputs
@@ -23,6 +24,9 @@ from batchcam.train import restore
 from studies.checkpoints import Checkpoints
 from studies.ledger import Ledger
 from studies.trial import METRICS, trial_config
+
+BUNDLES = ("accuracy", "ssim", "knee", "baseline")
+"""What is exported: the best by accuracy, by SSIM, between them, and without explanation."""
 
 
 class StudyError(BatchCamError):
@@ -88,11 +92,14 @@ def pareto_front(records: Sequence[TrialRecord], objectives: Sequence[str]) -> l
 def choose(
     records: Sequence[TrialRecord], front: Sequence[TrialRecord], objectives: Sequence[str]
 ) -> dict[str, TrialRecord]:
-    """Return the best by accuracy, the best by SSIM, and the knee between the objectives.
+    """Return the best by accuracy, by SSIM, the knee between the objectives, and the baseline.
 
     The knee is the point of the front nearest to the ideal one, which has the best value of each
     objective. Distances are Euclidean, each objective in units of what separates the median trial
     from the best: a small front says nothing of the scales, and outliers do not stretch them.
+
+    The baseline is the most accurate of the records whose loss is cross-entropy alone, if there is
+    one: what the others are to be compared with.
     """
 
     def best(name: str, then: str) -> TrialRecord:
@@ -104,11 +111,15 @@ def choose(
     unit = ideal - np.median(everyone, axis=0)
     distance = (ideal - values) / np.where(unit > 0, unit, np.ptp(everyone, axis=0) + 1e-12)
     knee = front[int(np.linalg.norm(distance, axis=1).argmin())]
-    return {
+    chosen = {
         "accuracy": best("val_accuracy", "cam_ssim"),
         "ssim": best("cam_ssim", "val_accuracy"),
         "knee": knee,
     }
+    plain = [record for record in records if record.usable and not loss_terms(record.config)]
+    if plain:
+        chosen["baseline"] = max(plain, key=lambda record: record.metrics["val_accuracy"])
+    return chosen
 
 
 def _values(records: Sequence[TrialRecord], objectives: Sequence[str]) -> Any:

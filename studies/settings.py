@@ -56,7 +56,8 @@ class StudySettings:
     """Where trials keep their checkpoints, and the study a copy of its memory: a folder or an
     address such as s3://bucket/folder; by default the study's folder."""
     confirm: int = 0
-    """Train so many of the best again with fresh seeds, and choose by their means."""
+    """Train so many of the best again with fresh seeds, and the best without explanation, and
+    choose by their means."""
     seeds: int = 3
     """Fresh seeds for each of those."""
     warm_start: tuple[Path, ...] = ()

@@ -20,6 +20,21 @@ Range = tuple[float, float]
 Strides = Mapping[tuple[str, int], tuple[int | None, ...]]
 """Output strides to choose from, by backbone and resolution; None is the backbone's own."""
 
+SEARCHED = (
+    ("backbone", False),
+    ("resolution", False),
+    ("output_stride", False),
+    ("metric", False),
+    ("lambda_class", True),
+    ("lambda_proto", False),
+    ("lambda_batch", False),
+    ("lambda_energy", False),
+    ("learning_rate", True),
+    ("weight_decay", True),
+)
+"""What the search decides, and whether an axis of it is logarithmic: λ's may be 0, which a
+logarithm has not."""
+
 _MIN_GRID = 3
 """Cells per side of the CAM grid; see `batchcam.models.resolve_output_stride`."""
 

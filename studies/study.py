@@ -25,6 +25,7 @@ from studies.patience import StorageLostError
 from studies.probe import Probe, kinds, probe_all
 from studies.progress import console
 from studies.recorder import ERRORS
+from studies.report import page as report
 from studies.resources import choose_resources, cluster_device, slots
 from studies.settings import MEMORY, SETTINGS_FILE, StudySettings
 from studies.space import Strides, feasible_strides, first_points, point_of, suggest
@@ -130,7 +131,9 @@ def run_study(settings: StudySettings) -> Path:
         )
         outcome = summary.Outcome(records, front, confirmed, chosen, metrics)
         summary.write_readme(settings.folder / "README.md", settings, outcome, inputs.data.sha256)
+        page = report.write(settings.folder)
         summary.print_summary(console, outcome, settings.folder)
+        console.print(f"Report: {page}", soft_wrap=True)
         return settings.folder
     finally:
         ray.shutdown()

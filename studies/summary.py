@@ -148,8 +148,8 @@ def write_readme(
         )
     lines += [
         "",
-        "All trials: [trials.csv](trials.csv); the front with full configurations: "
-        "[pareto.json](pareto.json).",
+        "With charts: [report.html](report.html), one file to open in a browser. All trials: "
+        "[trials.csv](trials.csv); the front with full configurations: [pareto.json](pareto.json).",
         "",
         "## Reuse",
         "",

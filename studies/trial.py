@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from ray import tune
 
-from batchcam.card import loss_name
+from batchcam.card import loss_name, loss_terms
 from batchcam.config import TrialConfig
 from batchcam.figures import tile
 from batchcam.inputs import Inputs
@@ -80,12 +80,7 @@ def run_name(config: TrialConfig) -> str:
 
 def run_tags(config: TrialConfig) -> tuple[str, ...]:
     """Return words by which a person finds runs of a kind."""
-    losses = {
-        "Prototype Loss": config.lambda_proto,
-        "BCPL": config.lambda_batch,
-        "prototype energy": config.lambda_energy,
-    }
-    used = [name for name, weight in losses.items() if weight] or ["cross-entropy"]
+    used = loss_terms(config) or ["cross-entropy"]
     metric = [config.metric.upper()] if config.uses_cam else []
     return (config.dataset, config.backbone, f"{config.resolution}px", *used, *metric)
 

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import tyro
 
 from batchcam import figures
 from batchcam.data import to_device
 from batchcam.evaluate import error_maps
+from studies.commands import run_command
 from studies.evidence.paper import Cell, Paper, cells_of, choose, final_runs
 from studies.evidence.runs import state_of
 from studies.evidence.training import evaluate_test, load_inputs, train
@@ -55,9 +55,10 @@ def draw(settings: Paper, cells: list[Cell], folder: Path) -> None:
         if not rows:
             rows.append(("prototype", prototypes, None))
         notes = [f"{value:.2f}" for value in seen.cam_ssim_P.tolist()]
-        rows.append((f"{cell.condition}\nSSIM", seen.maps_PRR, notes))
+        label = cell.condition.replace(", ", "\n")
+        rows.append((f"{label}\nSSIM below", seen.maps_PRR, notes))
         wrong = figures.confusion_notes(seen.confusion_CC, names)
-        errors.append((f"{cell.condition}\nerrors", misled, wrong))
+        errors.append((f"{label}\nerrors", misled, wrong))
     if not rows:
         return
     what = f"{cells[0].study}, test images, seed 0"
@@ -70,4 +71,4 @@ def draw(settings: Paper, cells: list[Cell], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Paper, description=__doc__))
+    run_command(main, Paper)
