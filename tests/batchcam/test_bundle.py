@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
 import batchcam
 from batchcam import bundle
-from batchcam.bundle import FILES, check_writable, load, save_bundle
+from batchcam.bundle import FILES, PROTOTYPES, check_writable, load, save_bundle
 from batchcam.config import TrialConfig
 from batchcam.data import to_device
 from batchcam.errors import BundleError, ConfigError
 from batchcam.evaluate import evaluate, explain
+from batchcam.similarity import ssim
 from batchcam.train import TrialResult, fit
 
 
@@ -32,7 +34,7 @@ def copied(bundle_dir: Path, tmp_path: Path) -> Path:
 # --- The round trip --------------------------------------------------------------------------
 
 
-def test_a_bundle_is_its_five_files(bundle_dir: Path) -> None:
+def test_a_bundle_is_its_files(bundle_dir: Path) -> None:
     assert {path.name for path in bundle_dir.iterdir()} == set(FILES)
     assert all(path.stat().st_size > 0 for path in bundle_dir.iterdir())
 
@@ -51,6 +53,43 @@ def test_a_loaded_model_predicts_and_explains_as_the_trained_one(
     assert model.config == trained.config
     for name, value in trained.model.state_dict().items():
         assert torch.equal(model.model.state_dict()[name], value)
+
+
+def test_a_bundle_has_the_prototypes_and_finds_the_nearest(
+    bundle_dir: Path, trained: TrialResult
+) -> None:
+    model = load(bundle_dir)
+    assert model.prototypes is not None
+    names, prototypes = model.prototypes
+    expected = trained.inputs.prototypes("train", trained.config.resolution)
+    assert names == trained.inputs.group_names
+    assert torch.allclose(prototypes, expected, atol=0.51 / 255)
+    # Each prototype is its own nearest; a CAM's SSIM is that to the one found.
+    which, similarity = model.nearest_prototypes(prototypes.numpy())
+    assert which.tolist() == list(range(10))
+    assert similarity == pytest.approx(np.ones(10), abs=1e-5)
+    maps = model.explain(trained.inputs.data.test.images[:5])
+    which, similarity = model.nearest_prototypes(maps)
+    cams = torch.from_numpy(maps)
+    of_all = torch.stack([ssim(cams, each.expand_as(cams)) for each in prototypes])
+    assert which.tolist() == of_all.argmax(dim=0).tolist()
+    assert similarity == pytest.approx(of_all.amax(dim=0).numpy())
+
+
+def test_what_was_taken_for_what_is_that_of_the_evaluation(
+    bundle_dir: Path, trained: TrialResult
+) -> None:
+    metrics = load(bundle_dir).metrics
+    confusion = trained.evaluation.confusion_CC
+    wrong = sum(sum(taken.values()) for taken in metrics["val_errors"].values())
+    images = metrics["val_images_per_class"]
+    assert sum(images.values()) == int(confusion.sum())
+    assert 1 - wrong / sum(images.values()) == pytest.approx(metrics["val_accuracy"])
+    for name, taken in metrics["val_errors"].items():
+        assert name not in taken
+        assert list(taken.values()) == sorted(taken.values(), reverse=True)
+        for other, count in taken.items():
+            assert confusion[int(name), int(other)] == count > 0
 
 
 def test_images_may_be_arrays_lists_or_tensors_with_or_without_a_channel(
@@ -222,10 +261,23 @@ def test_all_missing_files_are_named_at_once(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_figure_and_card_are_not_needed(copied: Path) -> None:
-    (copied / "cams.png").unlink()
-    (copied / "README.md").unlink()
-    assert load(copied).channels == 1
+def test_figure_card_and_prototypes_are_not_needed(copied: Path) -> None:
+    for name in ("cams.png", "README.md", PROTOTYPES):
+        (copied / name).unlink()
+    model = load(copied)
+    assert model.channels == 1
+    with pytest.raises(BundleError, match="has no prototypes"):
+        model.nearest_prototypes(np.zeros((1, 14, 14), np.float32))
+
+
+def test_damaged_prototypes_are_named(copied: Path) -> None:
+    path = copied / PROTOTYPES
+    save_file({"prototypes": torch.zeros(10, 3, 3)}, path, {"names": json.dumps(["a"] * 10)})
+    with pytest.raises(BundleError, match=r"\(10, 3, 3\) pixels for 10 classes"):
+        load(copied)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(BundleError, match="does not hold class prototypes"):
+        load(copied)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -322,6 +322,9 @@ def test_explain_classifies_pictures_and_draws_their_cams(
     model = load(made)
     expected = [model.class_names[label] for label in model.predict(images)]
     assert [record["class"] for record in records] == expected
+    which, similarity = model.nearest_prototypes(model.explain(images))
+    assert [int(record["nearest_prototype"]) for record in records] == which.tolist()
+    assert [record["prototype_ssim"] for record in records] == pytest.approx(similarity.tolist())
     for record in records:
         assert 0 < record["probability"] <= 1
         with Image.open(out / record["cam"]) as picture:

@@ -51,6 +51,15 @@ def test_those_chosen_come_first_then_the_nearest_to_the_ideal(front: list[Trial
     assert best_of_front(front, chosen, OBJECTIVES, 9) == [b, a, d, c]
 
 
+def test_the_baseline_is_confirmed_besides(
+    front: list[TrialRecord], make_record: MakeRecord
+) -> None:
+    a, b, _, d = front
+    chosen = {"knee": b, "accuracy": a, "ssim": d, "baseline": make_record("plain", 0.5, 0.0)}
+    assert best_of_front(front, chosen, OBJECTIVES, 2) == [b, a, chosen["baseline"]]
+    assert best_of_front(front, chosen | {"baseline": a}, OBJECTIVES, 2) == [b, a]
+
+
 def test_every_candidate_meets_every_fresh_seed(front: list[TrialRecord]) -> None:
     settings = replace(StudySettings(study="s", seed=7, max_epochs=9).begun(), seeds=3)
     search = confirming_search(settings, front[:2], 3)

@@ -89,6 +89,19 @@ def test_knee_of_a_front_of_two_gives_up_the_least(make_record: Make) -> None:
     assert chosen_ids(records)["knee"] == "bcpl"
 
 
+def test_baseline_is_the_most_accurate_without_explanation(make_record: Make) -> None:
+    plain = TrialConfig(lambda_batch=0.0)
+    records = [
+        make_record("poor", 0.90, 0.10, config=plain),
+        make_record("plain", 0.95, 0.05, config=plain),
+        make_record("cut", 0.99, 0.05, config=plain, metrics={}),
+        make_record("explained", 0.97, 0.90),
+        make_record("energy", 0.96, 0.10, config=replace(plain, lambda_energy=1.0)),
+    ]
+    assert chosen_ids(records)["baseline"] == "plain"
+    assert "baseline" not in chosen_ids(records[3:])
+
+
 def test_one_trial_is_the_best_of_everything(make_record: Make) -> None:
     assert set(chosen_ids([make_record("only", 0.5, 0.5)]).values()) == {"only"}
 

@@ -18,7 +18,7 @@ import batchcam
 from batchcam.bundle import FILES
 from batchcam.config import TrialConfig
 from batchcam.errors import BackboneError, BundleError, ConfigError, DataError
-from studies.export import StudyError
+from studies.export import BUNDLES, StudyError
 from studies.ledger import LEDGER
 from studies.proposals import JOURNAL
 from studies.recorder import ERRORS
@@ -95,7 +95,7 @@ def test_pareto_front_is_of_trials_of_the_study(
         assert float(row["learning_rate"]) == trial["config"]["learning_rate"]
 
 
-@pytest.mark.parametrize("name", ["accuracy", "ssim", "knee"])
+@pytest.mark.parametrize("name", BUNDLES)
 def test_exported_bundle_loads_and_is_the_trial(
     study: Finished, rows: list[dict[str, str]], name: str
 ) -> None:
@@ -109,6 +109,12 @@ def test_exported_bundle_loads_and_is_the_trial(
     assert model.metrics["cam_ssim"] == pytest.approx(float(row["cam_ssim"]), abs=1e-6)
     assert model.config.learning_rate == float(row["learning_rate"])
     assert model.metrics["epochs"] == int(row["epoch"])
+
+
+def test_a_study_ends_with_its_report(study: Finished) -> None:
+    report = (study.folder / "report.html").read_text()
+    assert "3 trials of up to 2 epochs on digits" in report
+    assert f"Report: {study.folder / 'report.html'}" in study.stdout
 
 
 def test_best_by_accuracy_is_the_most_accurate(study: Finished, rows: list[dict[str, str]]) -> None:
