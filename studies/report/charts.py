@@ -195,11 +195,12 @@ def parallel_rows(content: Content) -> tuple[list[dict[str, Any]], list[dict[str
 def curves(content: Content, column: str, title: str) -> Spec:
     """A metric by epoch, a line for each trial; a triangle where one was stopped early."""
     base = _with_trials(alt.Chart(alt.NamedData("curves")), content)
+    last = max(2, content.settings.max_epochs)
     epoch = alt.X(
         "epoch:Q",
         title="epoch",
-        axis=alt.Axis(format="d", tickMinStep=1),
-        scale=alt.Scale(domain=[1, max(2, content.settings.max_epochs)], nice=False, padding=8),
+        axis=alt.Axis(format="d", values=list(range(1, last + 1, -(-last // 12)))),
+        scale=alt.Scale(domain=[1, last], nice=False, padding=8),
     )
     value = alt.Y(
         f"{column}:Q", title=title, scale=_scale(point[column] for point in content.curves)
@@ -257,7 +258,11 @@ def importance_bars(found: Importance) -> Spec:
         y=alt.Y("parameter:N", sort=order, title=None)
     )
     bars = base.mark_bar(color=_COLOURS[2], opacity=0.8).encode(
-        x=alt.X("mean:Q", title="error added by exchanging its values, in units of the variance"),
+        x=alt.X(
+            "mean:Q",
+            title="error added by exchanging its values, in units of the variance",
+            axis=alt.Axis(tickCount=5),
+        ),
         tooltip=["parameter:N", alt.Tooltip("mean:Q", format=".2f")],
     )
     spread = base.mark_rule(color=_INK, opacity=0.7).encode(x="low:Q", x2="high:Q")

@@ -37,6 +37,7 @@ class Content:
 
     Attributes:
         settings: by which it was started.
+        settings_file: study.json as it is.
         records: its trials, in the order of their proposals.
         front: those of the Pareto front.
         rows: what charts and table show of each trial that reported; see :func:`trial_row`.
@@ -47,6 +48,7 @@ class Content:
     """
 
     settings: StudySettings
+    settings_file: str
     records: Sequence[TrialRecord]
     front: Sequence[TrialRecord]
     rows: Sequence[Mapping[str, Any]]
@@ -89,6 +91,7 @@ def read(folder: Path) -> Content:
     on_front = {record.trial_id for record in front}
     return Content(
         settings=settings,
+        settings_file=path.read_text(encoding="utf-8"),
         records=records,
         front=front,
         rows=[

@@ -1,9 +1,7 @@
 """The page of a report: its words and tables, put around the charts into one file."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -106,7 +104,7 @@ def render(content: Content) -> str:
         cost=_cost(content),
         command=next((str(metrics["command"]) for metrics in content.chosen.values()), None),
         provenance=_provenance(content),
-        settings=json.dumps(asdict(settings), indent=2, default=str, ensure_ascii=False),
+        settings=content.settings_file,
         data=_without_nan(
             {"charts": charts, "data": {"trials": content.rows, "curves": content.curves}}
         ),
@@ -139,7 +137,7 @@ def findings(content: Content) -> list[str]:
     if "confirmed" not in knee:
         text.append(
             "Each of these is one run, chosen among many by the numbers shown: they flatter it. "
-            "--confirm trains the best again with fresh seeds."
+            "The option “confirm” trains the best again with fresh seeds."
         )
     return text
 

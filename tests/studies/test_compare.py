@@ -1,8 +1,10 @@
 """Studies side by side, read from what they exported."""
 
+import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,20 +13,23 @@ from batchcam.errors import ConfigError
 from studies.compare import Compare, bundles_table, main, read, studies_table
 from studies.evidence.tables import markdown
 
-STUDY = Path(__file__).parents[2] / "results" / "fashion_mnist"
+STUDY = Path(__file__).parents[2] / "results" / "fashion"
 
 
-def test_studies_stand_side_by_side_and_their_choices_beneath_each_other(tmp_path: Path) -> None:
+def test_studies_stand_side_by_side_and_their_choices_beneath_each_other(
+    tmp_path: Path, read_csv: Callable[[Path], list[dict[str, str]]]
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(STUDY, other)
     shutil.rmtree(other / "best" / "knee")
     studies = [read(STUDY), read(other)]
     header, rows = studies_table(studies)
-    assert header == ["", "fashion_mnist", "other"]
+    assert header == ["", "fashion", "other"]
     cells = {name: values for name, *values in rows}
-    assert cells["trials"] == ["12", "12"]
-    assert cells["stopped early"] == ["7", "7"]
-    # Three on the front: 0.9292 x 0.3630 and what the two others add to that area.
+    states = [row["state"] for row in read_csv(STUDY / "trials.csv")]
+    assert cells["trials"] == [str(len(states))] * 2
+    assert cells["stopped early"] == [str(states.count("stopped"))] * 2
+    # Of each trial of the front, the part of the area that those of less accuracy leave to it.
     front = sorted(studies[0].front.tolist())
     below = [ssim for _, ssim in front[1:]] + [0.0]
     area = sum(
@@ -33,14 +38,18 @@ def test_studies_stand_side_by_side_and_their_choices_beneath_each_other(tmp_pat
     assert float(cells["its hypervolume"][0]) == pytest.approx(area, abs=1e-4)
     _, chosen = bundles_table(studies)
     assert [row[:2] for row in chosen] == [
-        ["accuracy", "fashion_mnist"],
+        ["accuracy", "fashion"],
         ["accuracy", "other"],
-        ["ssim", "fashion_mnist"],
+        ["ssim", "fashion"],
         ["ssim", "other"],
-        ["knee", "fashion_mnist"],
+        ["knee", "fashion"],
+        ["baseline", "fashion"],
+        ["baseline", "other"],
     ]
-    assert chosen[0][2:5] == ["0.9292", "0.9277", "0.363 / 0.954"]
-    assert chosen[0][5] == "simple_cnn 28px Prototype Loss 0.0249 (L2)"
+    best = json.loads((STUDY / "best" / "accuracy" / "metrics.json").read_text())
+    assert float(chosen[0][2]) == pytest.approx(best["val_accuracy"], abs=5e-5)
+    assert float(chosen[0][3]) == pytest.approx(best["test_accuracy"], abs=5e-5)
+    assert chosen[-1][5] == "simple_cnn 28px cross-entropy"
 
 
 def test_tables_are_written_and_other_data_sets_are_said(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_findings_name_the_compromise_and_what_it_costs(make_study: MakeStudy) -
     assert "95.00%" in compromise
     assert "SSIM 0.900 of 0.990" in compromise
     assert "1.00 points less accurate" in baseline
-    assert "--confirm" in warning
+    assert "one run" in warning
     assert len(findings(read(make_study(confirmed=True)))) == 2
     assert findings(read(make_study(bundles=False))) == ["The study has exported no bundles yet."]
 
