@@ -132,8 +132,8 @@ def run_study(settings: StudySettings) -> Path:
         outcome = summary.Outcome(records, front, confirmed, chosen, metrics)
         summary.write_readme(settings.folder / "README.md", settings, outcome, inputs.data.sha256)
         page = report.write(settings.folder)
-        summary.print_summary(console, outcome, settings.folder)
         console.print(f"Report: {page}", soft_wrap=True)
+        summary.print_summary(console, outcome, settings.folder)
         return settings.folder
     finally:
         ray.shutdown()
