@@ -109,7 +109,9 @@ class LoadedModel:
             BundleError: the bundle has no prototypes.
         """
         if self.prototypes is None:
-            raise BundleError("the bundle has no prototypes; train it again, or leave them out.")
+            raise BundleError(
+                "the bundle has no prototypes; one trained anew from its config.yaml has."
+            )
         _, prototypes_PRR = self.prototypes
         cams_NRR = torch.from_numpy(maps)
         found = torch.stack(
@@ -396,7 +398,7 @@ def _save_weights(path: Path, result: TrialResult) -> None:
 
 def _save_prototypes(path: Path, result: TrialResult) -> None:
     """Write the prototypes as they look: 8 bits a pixel."""
-    prototypes_PRR = result.inputs.prototypes("test", result.config.resolution)
+    prototypes_PRR = result.inputs.prototypes("train", result.config.resolution)
     pixels_PRR = (prototypes_PRR * 255).round().to(torch.uint8).contiguous()
     names = {_NAMES_KEY: json.dumps(result.inputs.group_names)}
     save_file({"prototypes": pixels_PRR}, path, metadata={"format": "pt", **names})

@@ -24,7 +24,7 @@ from batchcam.config import TrialConfig
 from batchcam.errors import ConfigError
 from studies.commands import run_command
 from studies.evidence.tables import markdown
-from studies.export import BUNDLES
+from studies.export import BUNDLES, read_bundles
 from studies.progress import console
 from studies.trial import run_name
 
@@ -68,12 +68,7 @@ def read(folder: Path) -> Exported:
         values = [
             [each["metrics"][name] for name in ("val_accuracy", "cam_ssim")] for each in front
         ]
-        bundles = {}
-        for name in BUNDLES:
-            bundle = folder / "best" / name
-            if bundle.is_dir():
-                metrics = json.loads((bundle / "metrics.json").read_text(encoding="utf-8"))
-                bundles[name] = (TrialConfig.from_yaml(bundle / "config.yaml"), metrics)
+        bundles = read_bundles(folder / "best")
         return Exported(folder.resolve().name, trials, np.array(values, dtype=float), bundles)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(

@@ -155,6 +155,24 @@ def write_pareto(path: Path, front: Sequence[TrialRecord], objectives: Sequence[
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def read_bundles(folder: Path) -> dict[str, tuple[TrialConfig, dict[str, Any]]]:
+    """Return configuration and metrics of each exported bundle, by its name.
+
+    Raises:
+        ConfigError: a config.yaml cannot be used.
+        OSError: a file is missing.
+        ValueError: a metrics.json is not JSON.
+    """
+    return {
+        name: (
+            TrialConfig.from_yaml(folder / name / "config.yaml"),
+            json.loads((folder / name / "metrics.json").read_text(encoding="utf-8")),
+        )
+        for name in BUNDLES
+        if (folder / name).is_dir()
+    }
+
+
 def export_bundles(
     folder: Path, chosen: dict[str, TrialRecord], inputs: Inputs, study: str
 ) -> dict[str, dict[str, Any]]:

@@ -272,7 +272,6 @@ def importance_bars(found: Importance) -> Spec:
 
 def errors(content: Content) -> Spec:
     """Misclassified validation images by class, of each bundle."""
-    names = content.class_names
     rows = [
         {
             "bundle": bundle,
@@ -286,8 +285,9 @@ def errors(content: Content) -> Spec:
         }
         for bundle, metrics in distinct(content.chosen)
         if "val_errors" in metrics
-        for name in names
+        for name in metrics["val_errors"]
     ]
+    names = list(dict.fromkeys(row["class"] for row in rows))
     bundles = list(dict.fromkeys(row["bundle"] for row in rows))
     chart = (
         alt.Chart(alt.InlineData(values=rows))

@@ -6,21 +6,19 @@ whose checkpoints are gone, is left out.
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import PIL.Image
 
 from batchcam.card import loss_terms
 from batchcam.config import TrialConfig
 from batchcam.errors import ConfigError
 from studies.checkpoints import PICTURE
-from studies.export import BUNDLES, TrialRecord, collect, pareto_front
+from studies.export import TrialRecord, collect, pareto_front, read_bundles
 from studies.ledger import LEDGER, Ledger
 from studies.settings import SETTINGS_FILE, StudySettings, load_settings
 from studies.space import SEARCHED
@@ -44,7 +42,7 @@ class Content:
         curves: a row for each epoch of each trial.
         chosen: metrics.json of each bundle, by its name.
         configs: config.yaml of each bundle, by its name.
-        pictures: for the number of a trial, its class prototypes above its class CAMs.
+        pictures: by the id of a trial, its class prototypes above its class CAMs.
     """
 
     settings: StudySettings
@@ -80,14 +78,19 @@ def read(folder: Path) -> Content:
     front = pareto_front(records, settings.objectives)
     if not front:
         raise ConfigError(f"no trial of {folder} has reported yet; there is nothing to show.")
-    chosen, configs = _bundles(folder / "best")
+    try:
+        bundles = read_bundles(folder / "best")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"a bundle in {folder / 'best'} is damaged: {error}; write it again by --resume."
+        ) from error
+    chosen = {name: metrics for name, (_, metrics) in bundles.items()}
     pictures = {record.trial_id: _picture(record.checkpoints) for record in records}
     for metrics in chosen.values():  # A run that confirmed a trial is none of the records.
         confirmed = str(metrics["trial_id"])
         if confirmed not in pictures:
             pictures[confirmed] = _picture(f"{settings.checkpoints}/{confirmed}")
     found = {name: picture for name, picture in pictures.items() if picture is not None}
-    names = {record.trial_id: number for number, record in enumerate(records)}
     on_front = {record.trial_id for record in front}
     return Content(
         settings=settings,
@@ -97,12 +100,12 @@ def read(folder: Path) -> Content:
         rows=[
             trial_row(
                 record,
-                names[record.trial_id],
+                number,
                 record.trial_id in on_front,
                 _thumbnail(found.get(record.trial_id)),
                 sum(report["seconds"] for report in trial.reports),
             )
-            for record, trial in zip(records, ledger.trials, strict=True)
+            for number, (record, trial) in enumerate(zip(records, ledger.trials, strict=True))
             if record.usable
         ],
         curves=[
@@ -117,7 +120,7 @@ def read(folder: Path) -> Content:
             for report in trial.reports
         ],
         chosen=chosen,
-        configs=configs,
+        configs={name: config for name, (config, _) in bundles.items()},
         pictures=found,
     )
 
@@ -192,19 +195,7 @@ def _picture(checkpoints: str) -> PIL.Image.Image | None:
         copy = Path(scratch) / PICTURE
         try:
             copy_file(f"{checkpoints}/{PICTURE}", str(copy))
-            return PIL.Image.fromarray(np.asarray(PIL.Image.open(copy).convert("RGB")))
+            with PIL.Image.open(copy) as picture:
+                return picture.convert("RGB")
         except OSError:
             return None
-
-
-def _bundles(folder: Path) -> tuple[dict[str, Any], dict[str, TrialConfig]]:
-    metrics, configs = {}, {}
-    for name in BUNDLES:
-        path = folder / name
-        if (path / "metrics.json").is_file() and (path / "config.yaml").is_file():
-            try:
-                metrics[name] = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ConfigError(f"{path / 'metrics.json'} is not JSON: {error}.") from error
-            configs[name] = TrialConfig.from_yaml(path / "config.yaml")
-    return metrics, configs

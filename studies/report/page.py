@@ -111,6 +111,12 @@ def render(content: Content) -> str:
     )
 
 
+def measured(metrics: Mapping[str, Any], name: str) -> float:
+    """Return a metric of a bundle: the mean over fresh seeds where it was confirmed."""
+    confirmed = metrics.get("confirmed")
+    return float(metrics[name] if confirmed is None else confirmed[name]["mean"])
+
+
 def findings(content: Content) -> list[str]:
     """Return what the study found, in sentences; nothing without bundles."""
     chosen = content.chosen
@@ -119,8 +125,9 @@ def findings(content: Content) -> list[str]:
     knee = chosen["knee"]
     text = [
         f"Between accuracy and explanation, {run_name(content.configs['knee'])} is the best "
-        f"compromise: {knee['val_accuracy']:.2%} of the validation images, SSIM "
-        f"{knee['cam_ssim']:.3f} of {knee['cam_ssim_ceiling']:.3f} that its grid can reach."
+        f"compromise: {measured(knee, 'val_accuracy'):.2%} of the validation images, SSIM "
+        f"{measured(knee, 'cam_ssim'):.3f} of {knee['cam_ssim_ceiling']:.3f} that its grid can "
+        "reach."
     ]
     baseline = chosen.get("baseline")
     if baseline is None:
@@ -128,10 +135,11 @@ def findings(content: Content) -> list[str]:
     elif baseline["trial_id"] == knee["trial_id"]:
         text.append("It is the baseline itself: explanation in the loss has brought nothing here.")
     else:
-        gained = 100 * (knee["val_accuracy"] - baseline["val_accuracy"])
+        accuracy = measured(baseline, "val_accuracy")
+        gained = 100 * (measured(knee, "val_accuracy") - accuracy)
         text.append(
             f"The baseline, {run_name(content.configs['baseline'])}, has "
-            f"{baseline['val_accuracy']:.2%} and SSIM {baseline['cam_ssim']:.3f}: the compromise "
+            f"{accuracy:.2%} and SSIM {measured(baseline, 'cam_ssim'):.3f}: the compromise "
             f"is {abs(gained):.2f} points {'more' if gained >= 0 else 'less'} accurate."
         )
     if "confirmed" not in knee:
@@ -216,7 +224,8 @@ def _space(content: Content) -> list[tuple[str, str]]:
 
 
 def _importance(content: Content, name: str) -> Importance | None:
-    usable = [record for record in content.records if record.usable]
+    # SSIM is no number where a model's features were none.
+    usable = [each for each in content.records if math.isfinite(each.metrics.get(name, math.nan))]
     points = [searched_values(record.config) for record in usable]
     values = [record.metrics[name] for record in usable]
     return importance(points, values, content.settings.seed)

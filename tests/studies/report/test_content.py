@@ -1,3 +1,4 @@
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from batchcam.config import TrialConfig
 from batchcam.errors import ConfigError
 from studies.report.charts import all_charts, distinct, filter_options, parallel_rows
 from studies.report.content import halves, read, searched_values
-from studies.report.page import findings, wilson
+from studies.report.page import findings, render, wilson
 
 MakeStudy = Any
 
@@ -42,6 +43,25 @@ def test_a_folder_without_reports_is_said(make_study: MakeStudy, tmp_path: Path)
         read(tmp_path)
     with pytest.raises(ConfigError, match="nothing to show"):
         read(make_study(1))
+
+
+def test_a_damaged_bundle_is_said(make_study: MakeStudy) -> None:
+    folder = make_study(6)
+    (folder / "best" / "knee" / "metrics.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"damaged.*--resume"):
+        read(folder)
+
+
+def test_a_trial_whose_ssim_is_no_number_is_shown(make_study: MakeStudy) -> None:
+    folder = make_study()
+    ledger = folder / "ledger.jsonl"
+    lines = ledger.read_text().splitlines()
+    (last,) = [n for n, line in enumerate(lines) if '"number":1,' in line and '"epoch":4' in line]
+    lines[last] = re.sub(r'"cam_ssim":[0-9.]+', '"cam_ssim":NaN', lines[last])
+    assert "NaN" in lines[last]
+    ledger.write_text("\n".join(lines) + "\n")
+    page = render(read(folder))
+    assert "NaN" not in page.partition('id="content">')[2].partition("</script>")[0]
 
 
 def test_values_of_a_term_that_is_off_say_so() -> None:
@@ -107,7 +127,10 @@ def test_findings_name_the_compromise_and_what_it_costs(make_study: MakeStudy) -
     assert "SSIM 0.900 of 0.990" in compromise
     assert "1.00 points less accurate" in baseline
     assert "one run" in warning
-    assert len(findings(read(make_study(confirmed=True)))) == 2
+    confirmed = findings(read(make_study(confirmed=True)))
+    assert len(confirmed) == 2
+    # Means over the fresh seeds, which are the same for all here, and not the bundles' own runs.
+    assert "0.00 points more accurate" in confirmed[1]
     assert findings(read(make_study(bundles=False))) == ["The study has exported no bundles yet."]
 
 
