@@ -31,7 +31,7 @@ from batchcam.config import TrialConfig
 from batchcam.data import Preprocess, to_device
 from batchcam.devices import resolve_device
 from batchcam.errors import BundleError
-from batchcam.evaluate import Evaluation, evaluate, explain
+from batchcam.evaluate import Evaluation, error_maps, evaluate, explain
 from batchcam.models import ExplainableModel, create_model, resolve_output_stride
 from batchcam.provenance import command_line, git_commit, package_versions
 from batchcam.similarity import ssim
@@ -88,7 +88,9 @@ class LoadedModel:
     def explain(
         self, images: npt.ArrayLike | Tensor, targets: npt.ArrayLike | None = None
     ) -> npt.NDArray[np.float32]:
-        """Return one Grad-CAM per image at the model's resolution, `(N, R, R)` in [0, 1].
+        """Return one CAM per image at the model's resolution, `(N, R, R)` in [0, 1].
+
+        Of the kind that the model was trained with: a Grad-CAM, or a HiResCAM.
 
         Args:
             images: as for :meth:`predict`.
@@ -141,6 +143,18 @@ class LoadedModel:
             prototypes_PRR.to(device),
             self.preprocess,
             groups=None if groups is None else groups.to(device),
+            cam=self.config.cam,
+        )
+
+    def error_maps(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what misled the model; see :func:`batchcam.evaluate.error_maps`."""
+        return error_maps(
+            self.model,
+            images.to(self._device),
+            labels.to(self._device),
+            len(self.class_names),
+            self.preprocess,
+            cam=self.config.cam,
         )
 
     def _run(
@@ -166,7 +180,9 @@ class LoadedModel:
                     f"targets must be {len(checked)} class numbers from 0 to "
                     f"{len(self.class_names) - 1}, one per image."
                 )
-        probabilities, maps = explain(self.model, checked, self.preprocess, chosen)
+        probabilities, maps = explain(
+            self.model, checked, self.preprocess, chosen, cam=self.config.cam
+        )
         return probabilities.numpy(), maps.numpy()
 
     def _checked(self, images: npt.ArrayLike | Tensor) -> Tensor:
@@ -336,6 +352,7 @@ def _describe(result: TrialResult, command: str) -> dict[str, Any]:
         prototypes,
         result.preprocess,
         groups=result.inputs.groups("test").to(device),
+        cam=config.cam,
         precision=config.precision,
     )
     last, names = result.metrics, result.inputs.group_names

@@ -102,12 +102,35 @@ def pooled(gradients_NKHW: Tensor) -> Tensor:
     return sums_NK / (gradients_NKHW.shape[2] * gradients_NKHW.shape[3])
 
 
+def of_targets(gradients_CKHW: Tensor, targets_N: Tensor, features_NKHW: Tensor) -> Tensor:
+    """Return the gradient of each image's target score, `(N, K, H, W)`, from those of all classes.
+
+    Args:
+        gradients_CKHW: the same for all images; H and W may be 1, if they are so for all cells.
+        targets_N: int64, a class for each image.
+        features_NKHW: whose order in memory the result takes, for which see
+            :func:`weighted_sums`.
+    """
+    if features_NKHW.is_contiguous(memory_format=torch.channels_last):
+        gradients_CHWK = gradients_CKHW.permute(0, 2, 3, 1).contiguous()
+        return gradients_CHWK[targets_N].permute(0, 3, 1, 2)
+    return gradients_CKHW.contiguous()[targets_N]
+
+
 def attribution(gradients_NKHW: Tensor, features_NKHW: Tensor) -> Tensor:
     """Return what each cell adds to a score: `sum_k A_k dS/dA_k`, signed, `(N, H, W)`.
 
     HiResCAM before its ReLU (Draelos and Carin 2020). Where the head is linear, the cells sum to
-    the score but for its bias: a faithful map, which Grad-CAM's pooled gradients do not give.
+    the score but for its bias: a faithful map. Grad-CAM's is so only where gradients are the same
+    in all cells, as where the head averages each channel; then the two are one.
+
+    Args:
+        gradients_NKHW: H and W may be 1, if gradients are the same in all cells.
+        features_NKHW: of the grid that is explained.
     """
+    if gradients_NKHW.shape[2:] == (1, 1):
+        weights_NK = gradients_NKHW.flatten(1).to(at_least_float32(gradients_NKHW))
+        return weighted_sums(weights_NK, features_NKHW)
     with torch.autocast(features_NKHW.device.type, enabled=False):
         return (gradients_NKHW * features_NKHW).sum(dim=1, dtype=at_least_float32(features_NKHW))
 

@@ -17,10 +17,11 @@ def title(config: TrialConfig) -> str:
 def loss_name(config: TrialConfig) -> str:
     """Return the name of a run's loss, with its weights."""
     terms = []
+    how = config.metric.upper() + (", HiResCAM" if config.cam == "hires_cam" else "")
     if config.lambda_proto:
-        terms.append(f"Prototype Loss {config.lambda_proto:.3g} ({config.metric.upper()})")
+        terms.append(f"Prototype Loss {config.lambda_proto:.3g} ({how})")
     if config.lambda_batch:
-        terms.append(f"BCPL {config.lambda_batch:.3g} ({config.metric.upper()})")
+        terms.append(f"BCPL {config.lambda_batch:.3g} ({how})")
     if config.lambda_energy:
         terms.append(f"prototype energy {config.lambda_energy:.3g}")
     return " + ".join(terms) or "cross-entropy"
@@ -72,8 +73,8 @@ def model_card(result: TrialResult, metrics: Mapping[str, Any]) -> str:
 
 ![Class CAMs beside their prototypes](cams.png)
 
-An image classifier for {config.resolution}x{config.resolution} pixels, trained with its Grad-CAMs
-in the loss (Batch-CAM, arXiv:2510.00664).
+An image classifier for {config.resolution}x{config.resolution} pixels, trained by
+{loss_name(config)} with batchcam (Batch-CAM, arXiv:2510.00664).
 
 | | |
 |---|---|

@@ -21,7 +21,6 @@ from batchcam.card import loss_name, title
 from batchcam.config import TrialConfig
 from batchcam.data import to_device
 from batchcam.errors import BundleError, ConfigError
-from batchcam.evaluate import error_maps
 from batchcam.inputs import Inputs, prepare
 from batchcam.portable import export
 from batchcam.sources import read_picture
@@ -130,14 +129,7 @@ class Evaluate:
             ),
             self.out / "cams.png",
         )
-        device = next(model.model.parameters()).device
-        wrong_maps, _ = error_maps(
-            model.model,
-            images.to(device),
-            labels.to(device),
-            len(model.class_names),
-            model.preprocess,
-        )
+        wrong_maps, _ = model.error_maps(images, labels)
         figures.save(
             figures.misclassified(
                 wrong_maps,

@@ -24,6 +24,7 @@ DATASETS = (
     "imagefolder",
 )
 METRICS = ("l1", "l2", "ssim")
+CAMS = ("grad_cam", "hires_cam")
 PROTOTYPES = ("mean", "median", "kmeans")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("one_cycle", "constant")
@@ -35,6 +36,7 @@ MIN_RESOLUTION = 8
 _CHOICES = {
     "dataset": DATASETS,
     "metric": METRICS,
+    "cam": CAMS,
     "prototype": PROTOTYPES,
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
@@ -69,6 +71,9 @@ class TrialConfig:
     """Start from timm's pretrained weights."""
     metric: str = "l1"
     """Distance between CAM and prototype: l1, l2 or ssim."""
+    cam: str = "grad_cam"
+    """What is compared with prototypes: grad_cam (the paper's), or hires_cam, whose gradients are
+    not pooled: faithful where the head tells cells apart, as simple_cnn's does; else the same."""
     lambda_class: float = 1.0
     """Weight of the cross-entropy."""
     lambda_proto: float = 0.0

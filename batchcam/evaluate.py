@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchcam.cam import channel_weights, class_weighted_sums, render, weighted_maps, weighted_sums
+from batchcam.cam import (
+    attribution,
+    class_weighted_sums,
+    of_targets,
+    pooled,
+    render,
+    score_gradients,
+    weighted_maps,
+    weighted_sums,
+)
 from batchcam.data import Preprocess, batches
 from batchcam.devices import autocast
 from batchcam.models import ExplainableModel
@@ -27,8 +36,7 @@ class Evaluation:
     Attributes:
         accuracy: share of images classified correctly, in [0, 1].
         cam_ssim: class level; the mean over prototypes of `cam_ssim_P`.
-        cam_ssim_sample: the mean over images of the SSIM between an image's Grad-CAM and its
-            prototype.
+        cam_ssim_sample: the mean over images of the SSIM between an image's CAM and its prototype.
         cam_ssim_P: SSIM between each prototype and the CAM of the images that go with it (Eqs. 4-6
             over the whole split), which are those of a class; NaN where there are none.
         maps_PRR: those CAMs, rendered: the reconstructed prototypes of the paper's Figs. 2-5.
@@ -98,6 +106,7 @@ def evaluate(
     preprocess: Preprocess,
     *,
     groups: Tensor | None = None,
+    cam: str = "grad_cam",
     batch_size: int = 512,
     precision: str = "fp32",
 ) -> Evaluation:
@@ -110,20 +119,21 @@ def evaluate(
         prototypes_PRR: scaled to [0, 1], R the input's resolution, on the same device.
         preprocess: turns images into the model's input.
         groups: int64 `(N,)`, the prototype that each image goes with; None: that of its class.
+        cam: grad_cam or hires_cam; see :class:`batchcam.objective.Objective`.
         batch_size: images at a time; it does not change the result.
         precision: fp32, bf16 or fp16, of the forward pass.
     """
     resolution = prototypes_PRR.shape[-1]
     class_cam = ClassCam(len(prototypes_PRR))
-    linear = model.class_weights(1) is not None
+    by_maps = cam == "hires_cam" or model.class_weights(1) is not None
     sample_ssim, predictions, num_classes = [], [], 0
     was_training = model.training
     model.eval()
     together = (images, labels, labels if groups is None else groups)
     for batch, batch_labels, batch_groups in batches(together, batch_size):
-        seen = _explained(model, preprocess(batch), precision, batch_labels)
+        seen = _explained(model, preprocess(batch), cam, precision, batch_labels)
         with torch.no_grad():
-            if linear:
+            if by_maps:
                 class_cam.add_maps(seen.sums_NHW, batch_groups)
             else:
                 class_cam.add(seen.weights_NK, seen.features_NKHW, batch_groups)
@@ -156,6 +166,7 @@ def error_maps(
     num_classes: int,
     preprocess: Preprocess,
     *,
+    cam: str = "grad_cam",
     batch_size: int = 512,
     precision: str = "fp32",
 ) -> tuple[Tensor, Tensor]:
@@ -171,10 +182,13 @@ def error_maps(
     was_training = model.training
     model.eval()
     for batch, batch_labels in batches((images, labels), batch_size):
-        seen = _explained(model, preprocess(batch), precision)
+        seen = _explained(model, preprocess(batch), cam, precision)
         predicted = seen.logits_NC.argmax(dim=1)
         wrong = predicted != batch_labels
-        class_cam.add(seen.weights_NK[wrong], seen.features_NKHW[wrong], batch_labels[wrong])
+        if cam == "hires_cam":
+            class_cam.add_maps(seen.sums_NHW[wrong], batch_labels[wrong])
+        else:
+            class_cam.add(seen.weights_NK[wrong], seen.features_NKHW[wrong], batch_labels[wrong])
     model.train(was_training)
     maps_CHW, present_C = class_cam.maps()
     return render(maps_CHW, preprocess.resolution).cpu(), present_C.cpu()
@@ -186,10 +200,11 @@ def explain(
     preprocess: Preprocess,
     targets: Tensor | None = None,
     *,
+    cam: str = "grad_cam",
     batch_size: int = 512,
     precision: str = "fp32",
 ) -> tuple[Tensor, Tensor]:
-    """Return class probabilities `(N, C)` and rendered Grad-CAMs `(N, R, R)`, on the CPU.
+    """Return class probabilities `(N, C)` and rendered CAMs `(N, R, R)`, on the CPU.
 
     The CAMs explain `targets`, or the predicted classes where that is None.
     """
@@ -201,6 +216,7 @@ def explain(
         seen = _explained(
             model,
             preprocess(images[chosen]),
+            cam,
             precision,
             None if targets is None else targets[chosen],
         )
@@ -219,27 +235,43 @@ class _Explained(NamedTuple):
     weights_NK: Tensor
     """The channel weights of each image's target."""
     sums_NHW: Tensor
-    """The features weighted by them: a CAM before its ReLU."""
+    """The CAM of each image before its ReLU."""
 
 
 def _explained(
-    model: ExplainableModel, x_NCHW: Tensor, precision: str, targets_N: Tensor | None = None
+    model: ExplainableModel,
+    x_NCHW: Tensor,
+    cam: str,
+    precision: str,
+    targets_N: Tensor | None = None,
 ) -> _Explained:
     """Classify a batch, and explain the targets, or the predicted classes.
 
-    The backbone runs without a graph; the head with one, unless its weights are known without.
+    The backbone runs without a graph; the head with one, unless its gradients are known without.
     """
     with autocast(x_NCHW.device, precision):
         with torch.no_grad():
             features = model.features(x_NCHW)
-            known_CK = model.class_weights(features.shape[2] * features.shape[3])
+            rows, columns = features.shape[2:]
+            known_CK = model.class_weights(rows * columns)
         with torch.set_grad_enabled(known_CK is None):
             features = features.detach().requires_grad_(known_CK is None)
             logits = model.head(features)
     chosen_N = logits.argmax(dim=1) if targets_N is None else targets_N
-    if known_CK is not None:
+    if known_CK is not None and cam == "grad_cam":
         sums_NHW = class_weighted_sums(known_CK, features, chosen_N)
         return _Explained(logits, features, known_CK[chosen_N], sums_NHW)
-    weights_NK = channel_weights(logits, features, chosen_N, create_graph=False)
     with torch.no_grad():
-        return _Explained(logits, features, weights_NK, weighted_sums(weights_NK, features))
+        known_CKHW = model.class_gradients(rows, columns)
+        gradients_NKHW = (
+            score_gradients(logits, features, chosen_N, create_graph=False)
+            if known_CKHW is None
+            else of_targets(known_CKHW, chosen_N, features)
+        )
+        weights_NK = pooled(gradients_NKHW)
+        sums_NHW = (
+            attribution(gradients_NKHW, features)
+            if cam == "hires_cam"
+            else weighted_sums(weights_NK, features)
+        )
+        return _Explained(logits, features, weights_NK, sums_NHW)

@@ -52,6 +52,19 @@ class ExplainableModel(nn.Module):
         del cells
         return None
 
+    def class_gradients(self, rows: int, columns: int) -> Tensor | None:
+        """Return the gradient of each class score with respect to the features, as above.
+
+        Args:
+            rows: H of the feature grid.
+            columns: W of it.
+
+        Returns:
+            `(C, K, H, W)`, or `(C, K, 1, 1)` where it is the same in all cells, or None.
+        """
+        weights_CK = self.class_weights(rows * columns)
+        return None if weights_CK is None else weights_CK[:, :, None, None]
+
 
 class SimpleCNN(ExplainableModel):
     """The paper's baseline: convolutions, flattened features, one linear layer (Section 3.2).
@@ -97,6 +110,16 @@ class SimpleCNN(ExplainableModel):
     def class_weights(self, cells: int) -> Tensor:
         """See :class:`ExplainableModel`; a pooled cell is an average, which shares out its gain."""
         return self.classifier.weight.view(-1, 64, 7 * 7).sum(dim=2) / cells
+
+    def class_gradients(self, rows: int, columns: int) -> Tensor:
+        """See :class:`ExplainableModel`: each cell has a part in the 7x7 that it is pooled into."""
+        weight_CKAB = self.classifier.weight.view(-1, 64, 7, 7)
+        if rows % 7 == 0 and columns % 7 == 0:
+            shared = weight_CKAB / (rows * columns // 49)
+            return shared.repeat_interleave(rows // 7, 2).repeat_interleave(columns // 7, 3)
+        parts_HA = F.adaptive_avg_pool1d(torch.eye(rows).to(weight_CKAB), 7)
+        parts_WB = F.adaptive_avg_pool1d(torch.eye(columns).to(weight_CKAB), 7)
+        return torch.einsum("ckab,ha,wb->ckhw", weight_CKAB, parts_HA, parts_WB)
 
 
 class TimmCNN(ExplainableModel):

@@ -17,6 +17,7 @@ from batchcam.cam import (
     class_maps,
     class_weighted_sums,
     mean_maps,
+    of_targets,
     pooled,
     render,
     score_gradients,
@@ -32,6 +33,10 @@ class Objective:
     `lambda_class` alone is the cross-entropy baseline, and costs what it costs: no CAM is computed.
     With `lambda_proto` it is Eq. 11, with `lambda_batch` Eq. 12, with both their sum.
     `lambda_energy` is ours; see :func:`energy_loss`.
+
+    `cam` is "grad_cam", or "hires_cam": then a map is what each cell adds to the score
+    (:func:`batchcam.cam.attribution`), cut by a ReLU, and that of a class the mean of its images',
+    cut after it. Eqs. 4 to 6 have no mean gradient to pool then, so this is ours.
     """
 
     metric: str
@@ -39,6 +44,7 @@ class Objective:
     lambda_proto: float
     lambda_batch: float
     lambda_energy: float = 0.0
+    cam: str = "grad_cam"
 
     def __call__(
         self,
@@ -49,6 +55,7 @@ class Objective:
         weights_CK: Tensor | None = None,
         groups_N: Tensor | None = None,
         outside_CHW: Tensor | None = None,
+        gradients_CKHW: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the total loss, and its terms before weighting, detached.
 
@@ -58,10 +65,13 @@ class Objective:
             labels_N: int64, the class of each image, whose score is explained.
             prototypes_PRR: square, scaled to [0, 1].
             weights_CK: the channel weights of each class, where they are the same for all images;
-                see :meth:`batchcam.models.ExplainableModel.class_weights`. Else they are computed
-                for each image.
+                see :meth:`batchcam.models.ExplainableModel.class_weights`. Else, if wanted, they
+                are computed for each image.
             groups_N: int64, the prototype that each image goes with; None: that of its class.
             outside_CHW: 1 where a class has no support, else 0; needed for the energy loss.
+            gradients_CKHW: those of each class's score, where they are the same for all images;
+                see :meth:`batchcam.models.ExplainableModel.class_gradients`. Else, if wanted, they
+                are computed for each image.
 
         Returns:
             The scalar total; and `class`, `proto`, `batch`, `energy`, where their weight is not 0.
@@ -73,20 +83,29 @@ class Objective:
         if self.lambda_class:
             precise_NC = logits_NC.to(at_least_float32(logits_NC))
             terms["class"] = F.cross_entropy(precise_NC, labels_N)
-        gradients_NKHW = None
-        if self.lambda_energy or (self._compares and weights_CK is None):
+        gradients_NKHW = evidence_NHW = None
+        if self.wants_gradients and gradients_CKHW is not None:
+            gradients_NKHW = of_targets(gradients_CKHW, labels_N, features_NKHW)
+        elif self.wants_gradients or (self.wants_weights and weights_CK is None):
             gradients_NKHW = score_gradients(logits_NC, features_NKHW, labels_N, create_graph=True)
+        if self.wants_gradients:
+            assert gradients_NKHW is not None
+            evidence_NHW = attribution(gradients_NKHW, features_NKHW)
         if self._compares:
             distance = METRICS[self.metric]
             groups_N = labels_N if groups_N is None else groups_N
             slots_N, wanted_SRR = _slots(groups_N, prototypes_PRR)
-            if weights_CK is None:
+            sums_NHW = None
+            if not self.wants_weights:
+                sums_NHW = evidence_NHW
+            elif weights_CK is not None:
+                sums_NHW = class_weighted_sums(weights_CK, features_NKHW, labels_N)
+            if sums_NHW is None:
                 assert gradients_NKHW is not None
                 weights_NK = pooled(gradients_NKHW)
                 proto = partial(weighted_maps, weights_NK, features_NKHW)
                 batch = partial(class_maps, weights_NK, features_NKHW, slots_N, len(wanted_SRR))
             else:
-                sums_NHW = class_weighted_sums(weights_CK, features_NKHW, labels_N)
                 proto = partial(F.relu, sums_NHW)
                 batch = partial(mean_maps, sums_NHW, slots_N, len(wanted_SRR))
             if self.lambda_proto:
@@ -98,14 +117,23 @@ class Objective:
                 raise ValueError(
                     "the energy loss needs outside_CHW, where classes have no support."
                 )
-            assert gradients_NKHW is not None
-            evidence_NHW = attribution(gradients_NKHW, features_NKHW)
+            assert evidence_NHW is not None
             terms["energy"] = energy_loss(evidence_NHW, outside_CHW[labels_N])
         total = sum(
             (getattr(self, f"lambda_{name}") * term for name, term in terms.items()),
             logits_NC.new_zeros(()),
         )
         return total, {name: term.detach() for name, term in terms.items()}
+
+    @property
+    def wants_weights(self) -> bool:
+        """Whether channel weights go into the loss."""
+        return self._compares and self.cam == "grad_cam"
+
+    @property
+    def wants_gradients(self) -> bool:
+        """Whether gradients of every cell go into the loss."""
+        return self.lambda_energy > 0 or (self._compares and self.cam == "hires_cam")
 
     @property
     def _compares(self) -> bool:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchcam.bundle import LoadedModel
-from batchcam.cam import render, weighted_sums
+from batchcam.cam import attribution, of_targets, render, weighted_sums
 from batchcam.errors import BundleError
 from batchcam.models import TimmCNN
 
@@ -66,7 +66,8 @@ def write_onnx(loaded: LoadedModel, path: Path) -> None:
     """Write a model of a linear head as ONNX.
 
     Its input is `images`, uint8 `(N, channels, R, R)`; its outputs `probabilities`, `(N, C)`, and
-    `cams`, `(N, R, R)` in [0, 1], the Grad-CAM of each image's predicted class.
+    `cams`, `(N, R, R)` in [0, 1], the CAM of each image's predicted class, of the kind that the
+    model was trained with.
 
     Raises:
         BundleError: the head is not linear, or the extra `onnx` is missing.
@@ -103,6 +104,7 @@ class _WithCam(nn.Module):
         super().__init__()
         self.model = loaded.model.cpu()
         self._resolution = loaded.preprocess.resolution
+        self._cam = loaded.config.cam
         for name in ("mean", "std"):
             values = torch.tensor(getattr(loaded.preprocess, name))
             self.register_buffer(name, values.view(1, -1, 1, 1))
@@ -111,10 +113,17 @@ class _WithCam(nn.Module):
         x = (images.float() / 255 - self.mean) / self.std
         features = self.model.features(x)
         logits = self.model.head(features)
-        weights_CK = self.model.class_weights(features.shape[2] * features.shape[3])
-        assert weights_CK is not None
-        maps = F.relu(weighted_sums(weights_CK[logits.argmax(dim=1)], features))
-        return logits.softmax(dim=1), render(maps, self._resolution)
+        rows, columns = features.shape[2:]
+        predicted = logits.argmax(dim=1)
+        if self._cam == "hires_cam":
+            gradients_CKHW = self.model.class_gradients(rows, columns)
+            assert gradients_CKHW is not None
+            sums = attribution(of_targets(gradients_CKHW, predicted, features), features)
+        else:
+            weights_CK = self.model.class_weights(rows * columns)
+            assert weights_CK is not None
+            sums = weighted_sums(weights_CK[predicted], features)
+        return logits.softmax(dim=1), render(F.relu(sums), self._resolution)
 
 
 def _is_linear(loaded: LoadedModel) -> bool:

@@ -52,6 +52,7 @@ class TrainingStep:
             config.lambda_proto,
             config.lambda_batch,
             config.lambda_energy,
+            config.cam,
         )
         self.optimizer = make_optimizer(model, config)
         self._prototypes_PRR = prototypes_PRR
@@ -80,9 +81,21 @@ class TrainingStep:
         with self._autocast():
             features = self._features(x_NCHW)
             logits = self.model.head(features)
-        weights = self.model.class_weights(features.shape[2] * features.shape[3])
+        rows, columns = features.shape[2:]
+        weights = gradients = None
+        if self.objective.wants_weights:
+            weights = self.model.class_weights(rows * columns)
+        if self.objective.wants_gradients:
+            gradients = self.model.class_gradients(rows, columns)
         loss, terms = self.objective(
-            logits, features, labels_N, self._prototypes_PRR, weights, groups_N, self._outside_CHW
+            logits,
+            features,
+            labels_N,
+            self._prototypes_PRR,
+            weights,
+            groups_N,
+            self._outside_CHW,
+            gradients,
         )
         self.update(loss)
         return {"loss": loss.detach(), **{f"loss_{name}": term for name, term in terms.items()}}

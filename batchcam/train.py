@@ -237,6 +237,7 @@ class Trainer:
             self.validation_prototypes,
             self.preprocess,
             groups=self._validation_groups,
+            cam=self.config.cam,
             precision=self.config.precision,
         )
 

@@ -22,6 +22,11 @@ OBJECTIVES = {CROSS_ENTROPY: Objective("l1", 1.0, 0.0, 0.0)} | {
     for metric in ("l1", "l2", "ssim")
 }
 """The seven training conditions of the paper (Section 3.5)."""
+EXTENSIONS = {name: OBJECTIVES[name] for name in (CROSS_ENTROPY, "BCPL, L1")} | {
+    "BCPL, L1, HiResCAM": Objective("l1", 1.0, 0.0, 0.1, cam="hires_cam"),
+    "prototype energy": Objective("l1", 1.0, 0.0, 0.0, 1.0),
+}
+"""What the paper does not have, beside what it has."""
 
 
 def random_inputs(images: int, num_classes: int, side: int, seed: int = 0) -> Inputs:
@@ -50,12 +55,14 @@ class Bench:
     @classmethod
     def build(cls, config: TrialConfig, device: torch.device, num_classes: int = 10) -> "Bench":
         """Return a bench of `config`'s model, batch size, precision and compilation."""
-        inputs = random_inputs(config.batch_size, num_classes, config.resolution, config.seed)
+        count = max(config.batch_size, num_classes)  # Supports are made of images of every class.
+        inputs = random_inputs(count, num_classes, config.resolution, config.seed)
         torch.manual_seed(config.seed)
         trainer = Trainer(config, inputs, device)
         trainer.model.train()
         images, labels = to_device(inputs.data.train, device)
-        return cls(trainer, images, labels, device)
+        batch = slice(config.batch_size)
+        return cls(trainer, images[batch], labels[batch], device)
 
     def step(self, objective: Objective) -> Callable[[], None]:
         """Return a function that trains on the batch once, as `batchcam.fit` does."""

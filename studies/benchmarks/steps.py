@@ -13,10 +13,10 @@ that is cut goes on where it was, and one of another commit measures anew.
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -30,7 +30,14 @@ from batchcam.provenance import command_line, git_commit, package_versions
 from studies.baselines.predecessor import Reach
 from studies.baselines.predecessor import training_step as predecessor_step
 from studies.baselines.tapped import Tapped
-from studies.benchmarks.batches import CROSS_ENTROPY, OBJECTIVES, Bench, config, peak_bytes
+from studies.benchmarks.batches import (
+    CROSS_ENTROPY,
+    EXTENSIONS,
+    OBJECTIVES,
+    Bench,
+    config,
+    peak_bytes,
+)
 from studies.benchmarks.pairs import CLOCKS, Seconds, median_ratio, race
 
 BCPL = "BCPL, L1"
@@ -45,7 +52,8 @@ SPEEDUPS = {
 }
 """The least by which BCPL's step is to be faster, by the first word of the rival and backbone."""
 
-Rivals = Literal["losses", "baselines", "predecessor_model"]
+Rivals = Literal["losses", "extensions", "baselines", "predecessor_model"]
+_OURS = ("losses", "extensions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +69,9 @@ class Steps:
     precisions: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
     """Of the passes forwards."""
     rivals: tuple[Rivals, ...] = ("losses", "baselines")
-    """What is timed: the seven objectives; BCPL beside other ways to CAMs; and (minutes for a step)
-    the predecessor whose pass for each image goes through the whole model."""
+    """What is timed: the seven objectives; those that go beyond the paper; BCPL beside other ways
+    to CAMs; and (minutes for a step) the predecessor whose pass for each image goes through the
+    whole model."""
     batch_size: int = 128
     """Images in a batch."""
     seconds: float = 60.0
@@ -96,7 +105,7 @@ class Condition:
     @property
     def base(self) -> str:
         """The rival that the others are compared with."""
-        return CROSS_ENTROPY if self.rivals == "losses" else BCPL
+        return CROSS_ENTROPY if self.rivals in _OURS else BCPL
 
 
 def conditions(settings: Steps) -> Iterator[Condition]:
@@ -104,10 +113,10 @@ def conditions(settings: Steps) -> Iterator[Condition]:
     for rivals, backbone in product(settings.rivals, settings.backbones):
         large = backbone.startswith("convnext")
         batch_size = max(1, settings.batch_size // 4) if large else settings.batch_size
-        if rivals != "losses" and large:
+        if rivals not in _OURS and large:
             continue
         variants = list(product(settings.modes, settings.precisions))
-        for mode, precision in variants if rivals == "losses" else [("eager", "fp32")]:
+        for mode, precision in variants if rivals in _OURS else [("eager", "fp32")]:
             yield Condition(
                 rivals, backbone, mode, precision, batch_size, settings.threads, settings.device
             )
@@ -117,15 +126,15 @@ def measure(condition: Condition, settings: Steps) -> dict[str, Any]:
     """Return a condition's entry in steps.json."""
     torch._dynamo.reset()  # Else the models of earlier conditions count as recompilations.
     device = resolve_device(condition.device)
-    bench = Bench.build(
-        config(
-            condition.backbone,
-            condition.batch_size,
-            compiled=condition.mode == "compiled",
-            precision=condition.precision,
-        ),
-        device,
+    settled = config(
+        condition.backbone,
+        condition.batch_size,
+        compiled=condition.mode == "compiled",
+        precision=condition.precision,
     )
+    if condition.rivals == "extensions":  # Each step has its own objective; one needs supports.
+        settled = replace(settled, lambda_energy=1.0)
+    bench = Bench.build(settled, device)
     steps = rival_steps(condition, bench)
     once = condition.rivals == "predecessor_model"
     seconds = race(
@@ -149,8 +158,9 @@ def measure(condition: Condition, settings: Steps) -> dict[str, Any]:
 
 def rival_steps(condition: Condition, bench: Bench) -> dict[str, Callable[[], object]]:
     """Return the steps of a condition by name."""
-    if condition.rivals == "losses":
-        return {name: bench.step(objective) for name, objective in OBJECTIVES.items()}
+    if condition.rivals in _OURS:
+        objectives = OBJECTIVES if condition.rivals == "losses" else EXTENSIONS
+        return {name: bench.step(objective) for name, objective in objectives.items()}
     trainer, labels = bench.trainer, bench.labels
     tapped = Tapped(trainer.model)
     pictures = bench.images[:, 0].float() / 255
@@ -233,7 +243,7 @@ def _place(entry: dict[str, Any]) -> tuple[Any, ...]:
     backbone = entry["backbone"]
     rank = BACKBONES.index(backbone) if backbone in BACKBONES else len(BACKBONES)
     return (
-        entry["rivals"] != "losses",
+        get_args(Rivals).index(entry["rivals"]),
         (rank, backbone),
         entry["mode"] != "eager",
         entry["precision"] != "fp32",
@@ -249,7 +259,7 @@ def table(entries: list[dict[str, Any]], clock: str) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for entry in entries:
-        base = CROSS_ENTROPY if entry["rivals"] == "losses" else BCPL
+        base = CROSS_ENTROPY if entry["rivals"] in _OURS else BCPL
         where = f"{entry['mode']}, {entry['precision']}, threads {entry['threads']}"
         memory = entry["memory_bytes"]
         for name, milliseconds in entry["milliseconds"][clock].items():

@@ -44,6 +44,9 @@ METHODS: Mapping[str, tuple[dict[str, Any], ...]] = {
     "BCPL, L1, median prototypes": tuple(
         {"lambda_batch": value, "prototype": "median"} for value in (0.1, 1.0, 10.0)
     ),
+    "BCPL, L1, HiResCAM": tuple(
+        {"lambda_batch": value, "cam": "hires_cam"} for value in (0.1, 1.0, 10.0)
+    ),
     "prototype energy": tuple({"lambda_energy": value} for value in (3.0, 10.0, 30.0)),
     "prototype energy and BCPL, SSIM": tuple(
         {"lambda_energy": value, "lambda_batch": 0.1, "metric": "ssim", "prototype": "median"}
@@ -194,6 +197,7 @@ def _accuracy(result: TrialResult, split: Split) -> float:
         labels,
         prototypes,
         result.preprocess,
+        cam=result.config.cam,
         precision=result.config.precision,
     ).accuracy
 

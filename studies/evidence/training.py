@@ -52,6 +52,7 @@ def evaluate_test(result: TrialResult) -> Evaluation:
         inputs.prototypes("test", result.config.resolution).to(device),
         result.preprocess,
         groups=inputs.groups("test").to(device),
+        cam=result.config.cam,
         precision=result.config.precision,
     )
 

@@ -7,11 +7,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from batchcam.cam import (
+    attribution,
     batch_cam,
     class_maps,
     class_weighted_sums,
     grad_cam,
+    of_targets,
+    pooled,
     render,
+    score_gradients,
     weighted_maps,
     weighted_sums,
 )
@@ -289,6 +293,38 @@ def test_weighted_sums_are_the_same_in_any_layout_for_few_classes_and_many(
         torch.testing.assert_close(gradients, wanted)
         # In another layout it would slow down all that it goes back through.
         assert layout == torch.contiguous_format or gradients[0].is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("cells", [(1, 1), (3, 2)], ids=["same in all cells", "cell by cell"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_attribution_by_known_gradients_is_the_same_in_any_layout(
+    cells: tuple[int, int], layout: torch.memory_format
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(5, 8, 3, 2, generator=generator).to(memory_format=layout)
+    features.requires_grad_()
+    known = torch.randn(4, 8, *cells, generator=generator, requires_grad=True)
+    targets = torch.tensor([0, 1, 1, 0, 3])
+    expected = (known[targets] * features).sum(dim=1)
+    wanted = torch.autograd.grad(expected.square().sum(), (features, known))
+    found = attribution(of_targets(known, targets, features), features)
+    torch.testing.assert_close(found, expected)
+    gradients = torch.autograd.grad(found.square().sum(), (features, known))
+    torch.testing.assert_close(gradients, wanted)
+    assert gradients[0].is_contiguous(memory_format=layout)
+
+
+def test_attribution_of_a_linear_head_sums_to_the_score() -> None:
+    """Draelos and Carin's faithfulness, which pooled gradients do not have."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(3, 2, 4, 4, generator=generator, requires_grad=True)
+    weight = torch.randn(5, 2, 4, 4, generator=generator)
+    logits, targets = torch.einsum("nkhw,ckhw->nc", features, weight), torch.tensor([4, 0, 2])
+    gradients = score_gradients(logits, features, targets, create_graph=False)
+    scores = logits.gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(attribution(gradients, features).sum(dim=(1, 2)), scores)
+    pooled_sums = weighted_sums(pooled(gradients), features).sum(dim=(1, 2))
+    assert not torch.allclose(pooled_sums, scores, rtol=0.1)
 
 
 def test_sums_of_bfloat16_features_are_rounded_once_and_have_no_copy() -> None:

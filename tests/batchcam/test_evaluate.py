@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchcam.cam import batch_cam, grad_cam, render
+from batchcam.cam import attribution, batch_cam, grad_cam, render, score_gradients
 from batchcam.data import Preprocess, to_device
 from batchcam.evaluate import ClassCam, error_maps, evaluate, explain
 from batchcam.models import ExplainableModel
@@ -59,21 +59,60 @@ def test_the_sample_level_is_the_mean_over_grad_cams_of_the_true_class(
     assert found.cam_ssim_sample == pytest.approx(expected, abs=1e-5)
 
 
+def test_hires_cams_are_the_means_of_what_each_cell_adds(
+    trained: TrialResult, model: ExplainableModel, split: tuple[Tensor, Tensor], prototypes: Tensor
+) -> None:
+    images, labels = split
+    found = evaluate(
+        model, images, labels, prototypes, trained.preprocess, cam="hires_cam", batch_size=7
+    )
+    features = model.features(trained.preprocess(images))
+    logits = model.head(features)
+    maps = attribution(
+        score_gradients(logits, features, labels, create_graph=False), features
+    ).detach()
+    means = torch.stack([maps[labels == label].mean(dim=0) for label in range(10)])
+    torch.testing.assert_close(found.maps_PRR, render(means.relu(), 14), atol=1e-5, rtol=1e-5)
+    single = render(maps.relu(), 14)
+    assert found.cam_ssim_sample == pytest.approx(
+        ssim(single, prototypes[labels]).mean().item(), abs=1e-5
+    )
+    _, explained = explain(model, images, trained.preprocess, labels, cam="hires_cam")
+    torch.testing.assert_close(explained, single, atol=1e-5, rtol=1e-5)
+    pooled = evaluate(model, images, labels, prototypes, trained.preprocess)
+    assert not torch.allclose(found.maps_PRR, pooled.maps_PRR, atol=0.05)
+
+    wrong = logits.argmax(dim=1) != labels
+    taken = score_gradients(
+        model.head(features), features, logits.argmax(dim=1), create_graph=False
+    )
+    misled, present = error_maps(model, images, labels, 10, trained.preprocess, cam="hires_cam")
+    assert present.equal(labels[wrong].bincount(minlength=10) > 0)
+    erring = int(labels[wrong][0])
+    mean = attribution(taken, features).detach()[wrong & (labels == erring)].mean(dim=0)
+    torch.testing.assert_close(
+        misled[erring], render(mean.relu()[None], 14)[0], atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("cam", ["grad_cam", "hires_cam"])
 def test_weights_read_off_a_linear_head_give_what_gradients_give(
     trained: TrialResult,
     model: ExplainableModel,
     split: tuple[Tensor, Tensor],
     prototypes: Tensor,
+    cam: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    known = evaluate(model, *split, prototypes, trained.preprocess, batch_size=7)
-    explained = explain(model, split[0], trained.preprocess)
+    known = evaluate(model, *split, prototypes, trained.preprocess, cam=cam, batch_size=7)
+    explained = explain(model, split[0], trained.preprocess, cam=cam)
     monkeypatch.setattr(model, "class_weights", lambda _: None)
-    found = evaluate(model, *split, prototypes, trained.preprocess, batch_size=7)
+    monkeypatch.setattr(model, "class_gradients", lambda *_: None)
+    found = evaluate(model, *split, prototypes, trained.preprocess, cam=cam, batch_size=7)
     assert found.accuracy == known.accuracy
     torch.testing.assert_close(found.maps_PRR, known.maps_PRR, atol=1e-5, rtol=1e-5)
     assert found.cam_ssim_sample == pytest.approx(known.cam_ssim_sample, abs=1e-5)
-    again = explain(model, split[0], trained.preprocess)
+    again = explain(model, split[0], trained.preprocess, cam=cam)
     torch.testing.assert_close(again, explained, atol=1e-5, rtol=1e-5)
 
 

@@ -10,7 +10,7 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
-from batchcam.cam import batch_cam, grad_cam
+from batchcam.cam import batch_cam, grad_cam, pooled
 from batchcam.errors import BackboneError
 from batchcam.models import (
     ExplainableModel,
@@ -231,6 +231,46 @@ def test_weights_of_a_linear_head_are_the_pooled_gradients(
     (slow, slow_gradients), (fast, fast_gradients) = losses
     torch.testing.assert_close(fast, slow)
     torch.testing.assert_close(fast_gradients, slow_gradients)
+
+
+@pytest.mark.parametrize("resolution", [28, 40, 56])
+@pytest.mark.parametrize("lambda_energy", [0.0, 0.4])
+def test_known_gradients_are_those_of_the_scores(
+    backbone: Backbone, model: ExplainableModel, resolution: int, lambda_energy: float
+) -> None:
+    """HiResCAM and energy: values and their gradients, with no backward pass through the head."""
+    model = copy.deepcopy(model).double()
+    images = torch.randn(backbone.images, 1, resolution, resolution, dtype=torch.float64)
+    labels = torch.arange(backbone.images) % 2 * 7
+    with torch.no_grad():
+        fixed = model.eval().features(images)
+    known = model.class_gradients(*fixed.shape[2:])
+    if backbone.name not in LINEAR_HEADS:
+        assert known is None
+        return
+    assert known is not None
+    generator = torch.Generator().manual_seed(0)
+    prototypes = torch.rand(10, 14, 14, generator=generator).double()
+    outside = (torch.rand(10, *fixed.shape[2:], generator=generator) < 0.5).double()
+    objective = Objective("l2", 0.0, 0.7, 0.3, lambda_energy, "hires_cam")
+    losses = []
+    for given in (None, known):
+        features = fixed.clone().requires_grad_()
+        loss, _ = objective(
+            model.head(features),
+            features,
+            labels,
+            prototypes,
+            outside_CHW=outside,
+            gradients_CKHW=given,
+        )
+        wanted = [features, *model.parameters()]
+        losses.append((loss, torch.autograd.grad(loss, wanted, materialize_grads=True)))
+    (slow, slow_gradients), (fast, fast_gradients) = losses
+    torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(fast_gradients, slow_gradients)
+    weights = model.class_weights(fixed.shape[2] * fixed.shape[3])
+    torch.testing.assert_close(pooled(known), weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

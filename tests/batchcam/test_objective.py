@@ -180,6 +180,42 @@ def test_the_whole_objective_passes_gradcheck_through_its_cams(metric: str) -> N
 
 
 @metrics
+def test_hires_cam_compares_what_each_cell_adds(metric: str) -> None:
+    features, weight, labels, prototypes = _problem(6)
+    logits = _head(features, weight)
+    total, terms = Objective(metric, 0.0, 0.7, 0.3, cam="hires_cam")(
+        logits, features, labels, prototypes
+    )
+    scores = logits.gather(1, labels[:, None]).sum()
+    (gradients,) = torch.autograd.grad(scores, features, create_graph=True)
+    maps = (gradients * features).sum(dim=1)
+    own = [maps[labels == each].mean(dim=0).relu() for each in range(CLASSES)]
+    present = torch.tensor([bool((labels == each).any()) for each in range(CLASSES)])
+    wanted = {
+        "proto": prototype_loss(maps.relu(), labels, prototypes, METRICS[metric]),
+        "batch": batch_cam_loss(
+            torch.stack(own).nan_to_num(), present, prototypes, METRICS[metric]
+        ),
+    }
+    for name, value in wanted.items():
+        torch.testing.assert_close(terms[name], value.detach())
+    torch.testing.assert_close(total, 0.7 * wanted["proto"] + 0.3 * wanted["batch"])
+    pooled, _ = Objective(metric, 0.0, 0.7, 0.3)(logits, features, labels, prototypes)
+    assert not torch.allclose(total, pooled)
+
+
+def test_hires_cam_passes_gradcheck_through_the_head() -> None:
+    features, weight, labels, prototypes = _problem(6)
+    objective = Objective("l2", 0.5, 0.7, 0.3, cam="hires_cam")
+
+    def loss(a: Tensor, w: Tensor) -> Tensor:
+        total: Tensor = objective(_head(a, w), a, labels, prototypes)[0]
+        return total
+
+    assert torch.autograd.gradcheck(loss, (features, weight))
+
+
+@metrics
 @given(seed=seeds)
 def test_permuting_a_batch_leaves_the_loss(metric: str, seed: int) -> None:
     features, weight, labels, prototypes = _problem(seed)

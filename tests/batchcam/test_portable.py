@@ -21,7 +21,7 @@ from batchcam.portable import export, write_onnx
 SIDE = 32
 
 
-def _loaded(backbone: str, stride: int | None = None) -> LoadedModel:
+def _loaded(backbone: str, stride: int | None = None, cam: str = "grad_cam") -> LoadedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = create_model(backbone, 3, 1, stride)
@@ -30,7 +30,7 @@ def _loaded(backbone: str, stride: int | None = None) -> LoadedModel:
                 assert part.running_mean is not None
                 part.running_mean.uniform_(-0.1, 0.1)
     return LoadedModel(
-        config=TrialConfig(backbone=backbone, resolution=SIDE, output_stride=stride),
+        config=TrialConfig(backbone=backbone, resolution=SIDE, output_stride=stride, cam=cam),
         metrics={},
         class_names=("ape", "bee", "cat"),
         model=model.eval(),
@@ -45,11 +45,18 @@ def _images(count: int) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize(("backbone", "stride"), [("simple_cnn", None), ("resnet18", 8)])
+@pytest.mark.parametrize(
+    ("backbone", "stride", "cam"),
+    [
+        ("simple_cnn", None, "grad_cam"),
+        ("simple_cnn", None, "hires_cam"),
+        ("resnet18", 8, "grad_cam"),
+    ],
+)
 def test_onnx_gives_the_same_probabilities_and_cams(
-    backbone: str, stride: int | None, tmp_path: Path
+    backbone: str, stride: int | None, cam: str, tmp_path: Path
 ) -> None:
-    loaded = _loaded(backbone, stride)
+    loaded = _loaded(backbone, stride, cam)
     written = export(loaded, tmp_path)
     assert "model.onnx" in written
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")

@@ -128,11 +128,12 @@ def test_losses_are_means_over_images_not_batches(tiny_inputs: Inputs) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("cam", ["grad_cam", "hires_cam"])
 @pytest.mark.parametrize("metric", ["l1", "l2", "ssim"])
 def test_every_metric_brings_cams_closer_than_cross_entropy(
-    tiny_inputs: Inputs, tiny_config: TrialConfig, metric: str
+    tiny_inputs: Inputs, tiny_config: TrialConfig, metric: str, cam: str
 ) -> None:
-    config = replace(tiny_config, metric=metric, lambda_batch=1.0)
+    config = replace(tiny_config, metric=metric, cam=cam, lambda_batch=1.0)
     baseline = fit(replace(config, lambda_batch=0.0), inputs=tiny_inputs)
     guided = fit(config, inputs=tiny_inputs)
     assert guided.metrics["cam_ssim"] > baseline.metrics["cam_ssim"]

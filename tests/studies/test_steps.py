@@ -101,7 +101,7 @@ def test_cheap_conditions_are_what_is_asked_for(tmp_path: Path) -> None:
     assert {target(name) for name in OBJECTIVES if name != CROSS_ENTROPY} == {1.02, 1.03, 1.05}
 
 
-@pytest.mark.parametrize("rivals", ["losses", "baselines", "predecessor_model"])
+@pytest.mark.parametrize("rivals", ["losses", "extensions", "baselines", "predecessor_model"])
 def test_what_is_measured_is_kept(
     tmp_path: Path,
     rivals: steps_module.Rivals,
@@ -126,7 +126,7 @@ def test_what_is_measured_is_kept(
     main(settings)
     text = (tmp_path / "steps.json").read_text()
     (entry,) = json.loads(text)
-    base = CROSS_ENTROPY if rivals == "losses" else BCPL
+    base = CROSS_ENTROPY if rivals in ("losses", "extensions") else BCPL
     assert base in entry["milliseconds"]["wall"]
     assert base not in entry["ratios"]["cpu"]
     assert entry["seed"] == 0
