@@ -85,7 +85,7 @@ def main(settings: RightReasons) -> None:
     """Choose λ, make the final runs, and write the table."""
     settings.out.mkdir(parents=True, exist_ok=True)
     cells = list(product(settings.datasets, settings.methods))
-    chosen = _choose(settings, cells)
+    chosen = choose(settings, cells)
     # Seed by seed: stopped halfway, all methods have as many.
     final = [
         replace(run, stage="final", config=replace(run.config, seed=seed))
@@ -130,7 +130,7 @@ def candidates(settings: RightReasons, dataset: str, method: str) -> list[Run]:
     ]
 
 
-def _choose(settings: RightReasons, cells: list[tuple[str, str]]) -> dict[tuple[str, str], Run]:
+def choose(settings: RightReasons, cells: list[tuple[str, str]]) -> dict[tuple[str, str], Run]:
     """Return for each data set and method the candidate of the highest validation accuracy.
 
     Methods without one, for candidates that are not made, are left out.

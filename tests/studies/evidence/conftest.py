@@ -11,7 +11,7 @@ from batchcam.data import ImageData, load_data, to_device
 from batchcam.decoy import paint_decoys, paint_random_decoys
 from batchcam.inputs import Inputs
 from batchcam.prototypes import class_prototypes
-from studies.evidence import paper, pictures, right_reasons
+from studies.evidence import decoy_pictures, paper, pictures, right_reasons
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def on_digits(small: dict[str, ImageData], monkeypatch: pytest.MonkeyPatch) -> N
         )
         return Inputs(data, train, validation)
 
-    for study in (paper, pictures, right_reasons):
+    for study in (paper, pictures, right_reasons, decoy_pictures):
         monkeypatch.setattr(study, "load_inputs", inputs)
     for study in (paper, right_reasons):
         monkeypatch.setattr(study, "_EXPLAINED", 40)

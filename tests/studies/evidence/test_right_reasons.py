@@ -70,9 +70,9 @@ def test_lambda_is_chosen_by_the_validation_images_with_random_patches(tmp_path:
     table = replace(settings, table_only=True)
     cell = ("mnist", "prototype energy")
     complete(tmp_path, runs[:2], measure)
-    assert right_reasons._choose(table, [cell]) == {}
+    assert right_reasons.choose(table, [cell]) == {}
     complete(tmp_path, runs, measure)
-    assert right_reasons._choose(table, [cell]) == {cell: runs[1]}
+    assert right_reasons.choose(table, [cell]) == {cell: runs[1]}
 
 
 @pytest.mark.parametrize("method", METHODS)
