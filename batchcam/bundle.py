@@ -6,6 +6,7 @@
     cams.png            each class's CAM beside its prototype
     README.md           the model card
     prototypes.safetensors   the class prototypes of the training images
+    config.json         of a timm backbone: timm's own description, by which timm loads the folder
 
 Nothing in it is ever unpickled: loading a bundle runs no code that came with it.
 """
@@ -32,7 +33,8 @@ from batchcam.data import Preprocess, to_device
 from batchcam.devices import resolve_device
 from batchcam.errors import BundleError
 from batchcam.evaluate import Evaluation, error_maps, evaluate, explain
-from batchcam.models import ExplainableModel, create_model, resolve_output_stride
+from batchcam.hub import CONFIG_FILE, load_weights, own_weights, write_config
+from batchcam.models import ExplainableModel, TimmCNN, create_model, resolve_output_stride
 from batchcam.provenance import command_line, git_commit, package_versions
 from batchcam.similarity import ssim
 from batchcam.train import TrialResult
@@ -236,6 +238,7 @@ def save_bundle(
     try:
         result.config.to_yaml(staging / "config.yaml")
         _save_weights(staging / "model.safetensors", result)
+        _save_timm_config(staging / CONFIG_FILE, result)
         _write_json(staging / "metrics.json", metrics)
         _save_prototypes(staging / PROTOTYPES, result)
         _draw_cams(staging / "cams.png", result)
@@ -304,7 +307,7 @@ def load(directory: str | Path) -> LoadedModel:
             description["channels"],
             description["output_stride"],
         )
-        model.load_state_dict(weights)
+        load_weights(model, weights)
         return LoadedModel(
             config=config,
             metrics=metrics,
@@ -409,8 +412,14 @@ def _save_weights(path: Path, result: TrialResult) -> None:
             config.backbone, config.resolution, data.channels, config.output_stride
         ),
     }
-    weights = {name: value.contiguous().cpu() for name, value in result.model.state_dict().items()}
-    save_file(weights, path, metadata={"format": "pt", _MODEL_KEY: json.dumps(description)})
+    metadata = {"format": "pt", _MODEL_KEY: json.dumps(description)}
+    save_file(own_weights(result.model), path, metadata=metadata)
+
+
+def _save_timm_config(path: Path, result: TrialResult) -> None:
+    if isinstance(result.model, TimmCNN):
+        data = result.inputs.data
+        write_config(result.model, data.class_names, data.channels, result.preprocess, path)
 
 
 def _save_prototypes(path: Path, result: TrialResult) -> None:

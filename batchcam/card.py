@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from batchcam.config import TrialConfig
+from batchcam.models import TimmCNN
 from batchcam.train import TrialResult
 
 
@@ -58,6 +59,15 @@ def _front_matter(config: TrialConfig, metrics: Mapping[str, Any]) -> str:
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
+def _elsewhere(result: TrialResult) -> str:
+    if isinstance(result.model, TimmCNN):
+        return (
+            'Without batchcam: `timm.create_model("local-dir:path/to/this/folder", '
+            "pretrained=True)`."
+        )
+    return "Without batchcam: `batchcam export DIR --out DIR2` writes it as ONNX."
+
+
 def model_card(result: TrialResult, metrics: Mapping[str, Any]) -> str:
     """Return the README.md of a bundle: front matter in Hugging Face's format, and Markdown."""
     config = result.config
@@ -103,7 +113,7 @@ classes = model.predict(images)  # uint8, (N, {result.inputs.data.channels}, H, 
 maps = model.explain(images)  # (N, {config.resolution}, {config.resolution}), in [0, 1]
 ```
 
-Without batchcam: `batchcam export DIR --out DIR2` writes it for timm, or as ONNX.
+{_elsewhere(result)}
 
 `batchcam verify DIR` retrains it from config.yaml and compares the metrics;
 `batchcam train --config DIR/config.yaml --out DIR2` trains it anew.

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from batchcam.bundle import LoadedModel
 from batchcam.cam import attribution, of_targets, render, weighted_sums
 from batchcam.errors import BundleError
+from batchcam.hub import CONFIG_FILE, own_weights, write_config
 from batchcam.models import TimmCNN
 
 ONNX_FILE = "model.onnx"
@@ -35,7 +37,7 @@ def export(loaded: LoadedModel, folder: Path) -> list[str]:
     written = []
     if isinstance(loaded.model, TimmCNN):
         write_timm(loaded, folder)
-        written += ["config.json", "model.safetensors"]
+        written += [CONFIG_FILE, "model.safetensors"]
     if _is_linear(loaded):
         write_onnx(loaded, folder / ONNX_FILE)
         written.append(ONNX_FILE)
@@ -44,22 +46,11 @@ def export(loaded: LoadedModel, folder: Path) -> list[str]:
 
 def write_timm(loaded: LoadedModel, folder: Path) -> None:
     """Write a timm backbone as timm saves its own, with class names and preprocessing."""
-    from timm.models._hub import save_for_hf
-
-    side = loaded.preprocess.resolution
-    save_for_hf(
-        loaded.model.get_submodule("model"),
-        str(folder),
-        model_config={"label_names": list(loaded.class_names)},
-        data_config={
-            "input_size": (loaded.channels, side, side),
-            "mean": loaded.preprocess.mean,
-            "std": loaded.preprocess.std,
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-        },
-        safe_serialization=True,
-    )
+    model = loaded.model
+    assert isinstance(model, TimmCNN)
+    path = folder / CONFIG_FILE
+    write_config(model, loaded.class_names, loaded.channels, loaded.preprocess, path)
+    save_file(own_weights(model), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_onnx(loaded: LoadedModel, path: Path) -> None:

@@ -10,8 +10,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
+import timm
 import torch
 from huggingface_hub import ModelCard
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import batchcam
@@ -21,6 +23,7 @@ from batchcam.config import TrialConfig
 from batchcam.data import to_device
 from batchcam.errors import BundleError, ConfigError
 from batchcam.evaluate import evaluate, explain
+from batchcam.inputs import Inputs
 from batchcam.similarity import ssim
 from batchcam.train import TrialResult, fit
 
@@ -244,6 +247,32 @@ def test_weights_that_are_a_pickle_are_refused(copied: Path) -> None:
     torch.save({"weight": torch.zeros(3)}, copied / "model.safetensors")
     with pytest.raises(BundleError, match=r"model\.safetensors does not hold the weights"):
         load(copied)
+
+
+def test_a_bundle_of_a_timm_backbone_is_one_of_timms(
+    tmp_path: Path, tiny_inputs: Inputs, tiny_config: TrialConfig
+) -> None:
+    config = replace(tiny_config, backbone="resnet10t", output_stride=8, epochs=1, resolution=28)
+    result = fit(config, inputs=tiny_inputs)
+    folder = tmp_path / "timm"
+    save_bundle(folder, result, command="made here")
+    theirs: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = result.preprocess(torch.from_numpy(tiny_inputs.data.test.images))
+    with torch.no_grad():
+        expected = result.model(images)
+        torch.testing.assert_close(theirs(images), expected)
+        torch.testing.assert_close(load(folder).model(images), expected)
+    assert theirs.pretrained_cfg["label_names"] == list(tiny_inputs.data.class_names)
+    assert 'timm.create_model("local-dir:path/to/this/folder"' in (folder / "README.md").read_text()
+
+    # As bundles were once written: by the names of the whole model's weights.
+    path = folder / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    weights = {n: w.contiguous() for n, w in result.model.state_dict().items()}
+    save_file(weights, path, metadata)
+    with torch.no_grad():
+        torch.testing.assert_close(load(folder).model(images), expected)
 
 
 # --- Spoilt bundles --------------------------------------------------------------------------
