@@ -50,6 +50,7 @@ def draw(settings: Paper, cells: list[Cell], folder: Path) -> None:
             labels,
             len(names),
             result.preprocess,
+            cam=run.config.cam,
             precision=run.config.precision,
         )
         if not rows:
