@@ -27,32 +27,39 @@ from studies.commands import run_command
 from studies.evidence.measures import explain, mass_share
 from studies.evidence.runs import Run, complete, finished, state_of
 from studies.evidence.tables import interval, markdown
-from studies.evidence.training import load_inputs, train
+from studies.evidence.training import CORNERS_OUTSIDE, load_inputs, train
 from studies.evidence.workers import Workers
 
 _EXPLAINED = 500
 """Test images whose explanations are looked at."""
 CLEAN = "cross-entropy, clean data"
+ENERGY_CLEAN = "prototype energy, clean data"
+_CLEAN = (CLEAN, ENERGY_CLEAN)
+"""What is trained without decoys."""
+_BEYOND = ("rrr", CORNERS_OUTSIDE)
+"""What a run can be trained with beside the fields of its configuration."""
+_COMPARED = (0.1, 1.0, 10.0, 100.0)
 METHODS: Mapping[str, tuple[dict[str, Any], ...]] = {
-    # Fields of TrialConfig, a choice of them for each λ that is tried; "rrr" is no field of it.
+    # Fields of TrialConfig and of _BEYOND, a choice of them for each λ that is tried.
     CLEAN: ({},),
     "cross-entropy": ({},),
-    "Prototype Loss, SSIM": tuple(
-        {"metric": "ssim", "lambda_proto": value} for value in (0.1, 1.0, 10.0)
-    ),
-    "BCPL, L1": tuple({"lambda_batch": value} for value in (0.1, 1.0, 10.0)),
+    "Prototype Loss, SSIM": tuple({"metric": "ssim", "lambda_proto": w} for w in _COMPARED),
+    "BCPL, L1": tuple({"lambda_batch": w} for w in _COMPARED),
     "BCPL, L1, median prototypes": tuple(
-        {"lambda_batch": value, "prototype": "median"} for value in (0.1, 1.0, 10.0)
+        {"lambda_batch": w, "prototype": "median"} for w in _COMPARED
     ),
-    "BCPL, L1, HiResCAM": tuple(
-        {"lambda_batch": value, "cam": "hires_cam"} for value in (0.1, 1.0, 10.0)
-    ),
-    "prototype energy": tuple({"lambda_energy": value} for value in (3.0, 10.0, 30.0)),
+    "BCPL, L1, HiResCAM": tuple({"lambda_batch": w, "cam": "hires_cam"} for w in _COMPARED),
+    "prototype energy": tuple({"lambda_energy": w} for w in (3.0, 10.0, 30.0, 100.0, 300.0)),
     "prototype energy and BCPL, SSIM": tuple(
-        {"lambda_energy": value, "lambda_batch": 0.1, "metric": "ssim", "prototype": "median"}
-        for value in (3.0, 10.0, 30.0)
+        {"lambda_energy": w, "lambda_batch": 0.1, "metric": "ssim", "prototype": "median"}
+        for w in (1.0, 3.0, 10.0, 30.0, 100.0)
     ),
-    "RRR, given the masks": tuple({"rrr": value} for value in (1.0, 10.0, 100.0)),
+    # What the energy loss costs by itself, and what it would do if supports left the corners out.
+    ENERGY_CLEAN: tuple({"lambda_energy": w} for w in (10.0, 30.0, 100.0)),
+    "prototype energy, told of the corners": tuple(
+        {"lambda_energy": w, CORNERS_OUTSIDE: 1.0} for w in (3.0, 10.0, 30.0, 100.0)
+    ),
+    "RRR, given the masks": tuple({"rrr": w} for w in _COMPARED),
 }
 
 
@@ -109,7 +116,7 @@ def _made(settings: RightReasons, runs: list[Run]) -> list[dict[str, Any]]:
 
 def candidates(settings: RightReasons, dataset: str, method: str) -> list[Run]:
     """Return the runs by which a method's λ is chosen: one for each value that is tried."""
-    study = dataset if method == CLEAN else f"decoy_{dataset}"
+    study = dataset if method in _CLEAN else f"decoy_{dataset}"
     base = TrialConfig(
         dataset=study,
         backbone=settings.backbone,
@@ -123,8 +130,8 @@ def candidates(settings: RightReasons, dataset: str, method: str) -> list[Run]:
             study=f"decoy_{dataset}",
             method=method,
             stage="selection",
-            config=replace(base, **{name: v for name, v in fields.items() if name != "rrr"}),
-            beyond={name: v for name, v in fields.items() if name == "rrr"},
+            config=replace(base, **{name: v for name, v in fields.items() if name not in _BEYOND}),
+            beyond={name: v for name, v in fields.items() if name in _BEYOND},
         )
         for fields in METHODS[method]
     ]
