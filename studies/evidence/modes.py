@@ -10,7 +10,6 @@ was given: how much the CAM of an image resembles the mean of the images of its 
 that of the other digit of its pair.
 """
 
-import csv
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -31,7 +30,7 @@ from batchcam.splits import Split
 from studies.commands import run_command
 from studies.evidence.measures import diversity
 from studies.evidence.runs import Run, complete, finished, state_of
-from studies.evidence.tables import interval, markdown
+from studies.evidence.tables import Column, intervals, markdown, titles, values, write_csv
 from studies.evidence.training import evaluate_test, train
 from studies.evidence.workers import Workers
 
@@ -168,34 +167,30 @@ def _partner(digits: Tensor) -> Tensor:
     return digits + 1 - 2 * (digits % _MERGED)
 
 
-_COLUMNS: Mapping[str, tuple[str, float, int]] = {
-    # What a column shows, by what it is multiplied, and its decimals.
-    "test_accuracy": ("test accuracy, %", 100, 2),
-    "own_digit_ssim": ("image SSIM, own digit", 1, 3),
-    "own_less_other_digit_ssim": ("less the other digit", 1, 3),
-    "test_cam_ssim": ("SSIM, own prototypes", 1, 3),
-    "cam_ssim_ceiling": ("its ceiling", 1, 3),
-    "diversity": ("diversity", 1, 2),
+_COLUMNS = {
+    "test_accuracy": Column("test accuracy, %", scale=100),
+    "own_digit_ssim": Column("image SSIM, own digit", 3),
+    "own_less_other_digit_ssim": Column("less the other digit", 3),
+    "test_cam_ssim": Column("SSIM, own prototypes", 3),
+    "cam_ssim_ceiling": Column("its ceiling", 3),
+    "diversity": Column("diversity"),
 }
 
 
 def write_tables(out: Path, made: Mapping[str, list[dict[str, Any]]]) -> None:
     """Write modes.md and modes.csv: means over seeds with 95 % intervals of Student's t."""
-    header = ["data set", "method", "seeds", *(name for name, _, _ in _COLUMNS.values())]
-    lines = []
-    with (out / "modes.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["study", "method", "seed", *_COLUMNS])
-        for method, contents in made.items():
-            cells = [
-                interval([each["metrics"][name] for each in contents], scale, digits)
-                for name, (_, scale, digits) in _COLUMNS.items()
-            ]
-            lines.append([contents[0]["study"], method, str(len(contents)), *cells])
-            for each in contents:
-                values = (f"{each['metrics'][name]:.6f}" for name in _COLUMNS)
-                table.writerow([each["study"], method, each["seed"], *values])
+    lines = [
+        [runs[0]["study"], method, str(len(runs)), *intervals(_COLUMNS, runs)]
+        for method, runs in made.items()
+    ]
+    header = ["data set", "method", "seeds", *titles(_COLUMNS)]
     (out / "modes.md").write_text(markdown(header, lines), encoding="utf-8")
+    rows = [
+        [run["study"], method, run["seed"], *values(_COLUMNS, run)]
+        for method, runs in made.items()
+        for run in runs
+    ]
+    write_csv(out / "modes.csv", [["study", "method", "seed", *_COLUMNS], *rows])
 
 
 def draw(out: Path, runs: list[Run]) -> None:

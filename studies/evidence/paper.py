@@ -13,7 +13,6 @@ that is still empty. Other resolutions take over what was chosen at 28×28, as t
 its best.
 """
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,7 +29,18 @@ from batchcam.train import TrialResult
 from studies.commands import run_command
 from studies.evidence import measures
 from studies.evidence.runs import Run, complete, finished, state_of
-from studies.evidence.tables import Paired, holm, interval, markdown, paired
+from studies.evidence.tables import (
+    Column,
+    Paired,
+    holm,
+    interval,
+    intervals,
+    markdown,
+    paired,
+    titles,
+    values,
+    write_csv,
+)
 from studies.evidence.training import evaluate_test, load_inputs, train
 from studies.evidence.workers import Workers
 
@@ -282,23 +292,20 @@ def _tested(result: TrialResult) -> dict[str, float]:
 
 
 Rows = Mapping[Cell, tuple[Run, list[dict[str, Any]]]]
-_EXPLANATIONS: Mapping[str, tuple[str, float, int]] = {
-    # What a column shows, by what it is multiplied, and its decimals.
-    "test_cam_ssim": ("class SSIM", 1, 3),
-    "cam_ssim_ceiling": ("its ceiling", 1, 3),
-    "test_cam_ssim_sample": ("image SSIM", 1, 3),
-    "prototype_gap": ("own − other SSIM", 1, 3),
-    "diversity": ("diversity", 1, 2),
-    "cam_nil": ("empty CAMs, %", 100, 1),
-    "cam_concentration": ("CAM on figure", 1, 2),
-    "attribution_concentration": ("attribution on it", 1, 2),
-    "integrated_gradients_concentration": ("integrated gradients on it", 1, 2),
-    "road": ("ROAD", 1, 3),
-    "cam_ssim_random_head": ("SSIM, random head", 1, 2),
-    "cam_ssim_random_weights": ("SSIM, random weights", 1, 2),
+_EXPLANATIONS = {
+    "test_cam_ssim": Column("class SSIM", 3),
+    "cam_ssim_ceiling": Column("its ceiling", 3),
+    "test_cam_ssim_sample": Column("image SSIM", 3),
+    "prototype_gap": Column("own − other SSIM", 3),
+    "diversity": Column("diversity"),
+    "cam_nil": Column("empty CAMs, %", 1, scale=100),
+    "cam_concentration": Column("CAM on figure"),
+    "attribution_concentration": Column("attribution on it"),
+    "integrated_gradients_concentration": Column("integrated gradients on it"),
+    "road": Column("ROAD", 3),
+    "cam_ssim_random_head": Column("SSIM, random head"),
+    "cam_ssim_random_weights": Column("SSIM, random weights"),
 }
-
-
 _RUN_COLUMNS = (
     "backbone",
     "output_stride",
@@ -318,36 +325,20 @@ def write_tables(out: Path, cells: Sequence[Cell], rows: Rows) -> None:
     (out / f"accuracy_{size}.md").write_text(
         markdown(header, list(_accuracy_rows(cells, rows))), encoding="utf-8"
     )
-    header = ["architecture", "data set", "loss", "seeds"]
-    header += [name for name, _, _ in _EXPLANATIONS.values()]
     lines = []
     for cell in cells:
         _, made = rows.get(cell, (None, []))
-        values = [
-            interval([content["metrics"][name] for content in made], scale, digits)
-            for name, (_, scale, digits) in _EXPLANATIONS.items()
-        ]
-        lines.append([_model(cell), cell.dataset, cell.condition, str(len(made)), *values])
+        lead = [_model(cell), cell.dataset, cell.condition, str(len(made))]
+        lines.append([*lead, *intervals(_EXPLANATIONS, made)])
+    header = ["architecture", "data set", "loss", "seeds", *titles(_EXPLANATIONS)]
     (out / f"explanations_{size}.md").write_text(markdown(header, lines), encoding="utf-8")
-    with (out / f"runs_{size}.csv").open("w", newline="", encoding="utf-8") as file:
-        names = ["validation_accuracy", "test_accuracy", *_EXPLANATIONS]
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow([*_RUN_COLUMNS, *names])
-        for cell, (run, made) in rows.items():
-            for content in made:
-                metrics = content["metrics"]
-                table.writerow(
-                    [
-                        cell.backbone,
-                        cell.output_stride or "",
-                        cell.dataset,
-                        cell.condition,
-                        _weight(run),
-                        f"{run.config.learning_rate:g}",
-                        content["seed"],
-                        *(f"{metrics[name]:.6f}" for name in names),
-                    ]
-                )
+    names = ["validation_accuracy", "test_accuracy", *_EXPLANATIONS]
+    table: list[list[object]] = [[*_RUN_COLUMNS, *names]]
+    for cell, (run, made) in rows.items():
+        rate = f"{run.config.learning_rate:g}"
+        lead = [cell.backbone, str(cell.output_stride or ""), cell.dataset, cell.condition]
+        table += [[*lead, _weight(run), rate, each["seed"], *values(names, each)] for each in made]
+    write_csv(out / f"runs_{size}.csv", table)
 
 
 def _accuracy_rows(cells: Sequence[Cell], rows: Rows) -> Iterator[list[str]]:

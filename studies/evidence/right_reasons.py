@@ -26,7 +26,7 @@ from batchcam.train import TrialResult
 from studies.commands import run_command
 from studies.evidence.measures import explain, mass_share
 from studies.evidence.runs import Run, complete, finished, state_of
-from studies.evidence.tables import interval, markdown
+from studies.evidence.tables import Column, intervals, markdown, titles, values, write_csv
 from studies.evidence.training import CORNERS_OUTSIDE, load_inputs, train
 from studies.evidence.workers import Workers
 
@@ -211,28 +211,25 @@ def _accuracy(result: TrialResult, split: Split) -> float:
 
 Row = tuple[str, Run, list[dict[str, Any]]]
 _COLUMNS = {
-    "test_accuracy_random_decoys": "decoy test, %",
-    "test_accuracy_clean": "clean test, %",
-    "attribution_on_patch": "attribution on the patch, %",
-    "integrated_gradients_on_patch": "integrated gradients on it, %",
-    "cam_on_patch": "Grad-CAM on it, %",
+    "test_accuracy_random_decoys": Column("decoy test, %", scale=100),
+    "test_accuracy_clean": Column("clean test, %", scale=100),
+    "attribution_on_patch": Column("attribution on the patch, %", scale=100),
+    "integrated_gradients_on_patch": Column("integrated gradients on it, %", scale=100),
+    "cam_on_patch": Column("Grad-CAM on it, %", scale=100),
 }
 
 
 def write_table(out: Path, rows: list[Row]) -> None:
     """Write decoy.md and decoy.csv: means over seeds with 95 % intervals of Student's t."""
     lines = []
-    table = ["dataset,method,weights,seed," + ",".join(_COLUMNS)]
+    table: list[list[object]] = [["dataset", "method", "weights", "seed", *_COLUMNS]]
     for dataset, chosen, made in rows:
-        weights, method = ", ".join(_weights(chosen)) or "—", chosen.method
-        cells = [interval([each["metrics"][name] for each in made], 100) for name in _COLUMNS]
-        lines.append([dataset, method, weights, str(len(made)), *cells])
-        for content in made:
-            values = ",".join(f"{content['metrics'][name]:.6f}" for name in _COLUMNS)
-            table.append(f'{dataset},"{method}","{weights}",{content["seed"]},{values}')
-    text = markdown(["data set", "method", "λ", "seeds", *_COLUMNS.values()], lines)
-    (out / "decoy.md").write_text(text, encoding="utf-8")
-    (out / "decoy.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
+        lead = [dataset, chosen.method, ", ".join(_weights(chosen)) or "—"]
+        lines.append([*lead, str(len(made)), *intervals(_COLUMNS, made)])
+        table += [[*lead, run["seed"], *values(_COLUMNS, run)] for run in made]
+    header = ["data set", "method", "λ", "seeds", *titles(_COLUMNS)]
+    (out / "decoy.md").write_text(markdown(header, lines), encoding="utf-8")
+    write_csv(out / "decoy.csv", table)
 
 
 def _weights(run: Run) -> Iterator[str]:

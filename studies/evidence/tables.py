@@ -1,8 +1,11 @@
 """Tables of runs: means over seeds, their intervals, paired comparisons."""
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from scipy import stats
 
@@ -13,6 +16,45 @@ def interval(values: Sequence[float], scale: float = 1.0, digits: int = 2) -> st
         return ""
     centre = f"{scale * mean(values):.{digits}f}"
     return f"{centre} ± {scale * _margin(values):.{digits}f}" if len(values) > 1 else centre
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a table shows a metric of runs."""
+
+    title: str
+    digits: int = 2
+    """Behind the point."""
+    scale: float = 1.0
+    """By what the metric is multiplied: 100 for one in percent."""
+
+
+Columns = Mapping[str, Column]
+"""By the name of the metric."""
+
+
+def intervals(columns: Columns, runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what runs of several seeds have in each column; see :func:`interval`."""
+    return [
+        interval([run["metrics"][name] for run in runs], column.scale, column.digits)
+        for name, column in columns.items()
+    ]
+
+
+def titles(columns: Columns) -> list[str]:
+    """Return the header of the columns."""
+    return [column.title for column in columns.values()]
+
+
+def values(names: Iterable[str], run: Mapping[str, Any]) -> list[str]:
+    """Return a run's metrics as they are."""
+    return [f"{run['metrics'][name]:.6f}" for name in names]
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Write rows, the header first."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 @dataclass(frozen=True)
