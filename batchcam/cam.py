@@ -6,6 +6,8 @@ with respect to the features alone, and stays differentiable, so a map can be pa
 Shapes: N images, C classes, K channels, H and W cells of the feature grid.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -159,17 +161,16 @@ def mean_maps(sums_NHW: Tensor, labels_N: Tensor, num_classes: int) -> tuple[Ten
     Returns:
         `maps_CHW`, >= 0, zero for a class without images; and `present_C`, bool.
     """
-    means_CHW, present_C = _class_means(sums_NHW, labels_N, num_classes)
-    return F.relu(means_CHW), present_C
+    means_CS, present_C = _class_means(sums_NHW.flatten(1), labels_N, num_classes)
+    return F.relu(means_CS.view(num_classes, *sums_NHW.shape[1:])), present_C
 
 
-def _class_means(values_N: Tensor, labels_N: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+def _class_means(values_NF: Tensor, labels_N: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Return the mean of each class, zero for one without images; and which classes have any."""
-    ones_N = values_N.new_ones(len(labels_N))
-    counts_C = values_N.new_zeros(num_classes).index_add(0, labels_N, ones_N)
-    share_N = (1 / counts_C[labels_N]).view(-1, *[1] * (values_N.dim() - 1))
-    means_C = values_N.new_zeros(num_classes, *values_N.shape[1:])
-    return means_C.index_add(0, labels_N, values_N * share_N), counts_C > 0
+    classes_C = torch.arange(num_classes, device=labels_N.device)
+    members_CN = (classes_C[:, None] == labels_N).to(values_NF.dtype)
+    counts_C1 = members_CN.sum(dim=1, keepdim=True)
+    return (members_CN / counts_C1.clamp(min=1)) @ values_NF, counts_C1.squeeze(1) > 0
 
 
 def render(maps_BHW: Tensor, resolution: int) -> Tensor:
@@ -181,48 +182,103 @@ def render(maps_BHW: Tensor, resolution: int) -> Tensor:
     Returns:
         `(B, resolution, resolution)`, in [0, 1].
     """
-    size = (resolution, resolution)
-    scaled = F.interpolate(maps_BHW.unsqueeze(1), size=size, mode="bilinear", align_corners=False)
-    scaled = scaled.squeeze(1)
+    height, width = maps_BHW.shape[1:]
+    rows_RH = _bilinear(height, resolution, maps_BHW)
+    columns_RW = rows_RH if height == width else _bilinear(width, resolution, maps_BHW)
+    scaled = rows_RH @ (maps_BHW @ columns_RW.T)
     return scaled / (scaled.amax(dim=(1, 2), keepdim=True) + 1e-6)
 
 
-def weighted_sums(weights_NK: Tensor, features_NKHW: Tensor) -> Tensor:
-    """Return `sum_k weights_k A_k` per image, negative evidence included, `(N, H, W)`."""
-    with torch.autocast(features_NKHW.device.type, enabled=False):
-        precise_NKHW = features_NKHW.to(weights_NK.dtype)
-        if not features_NKHW.is_contiguous(memory_format=torch.channels_last):
-            return torch.einsum("nk,nkhw->nhw", weights_NK, precise_NKHW)
-        # In the order of the features' memory, so that their gradient is in it too: added to that
-        # of the logits, one in another order would slow down every layer that it goes back through.
-        features_NHWK = precise_NKHW.permute(0, 2, 3, 1)
-        sums_NS1 = torch.bmm(features_NHWK.flatten(1, 2), weights_NK.unsqueeze(2))
-        return sums_NS1.view(features_NHWK.shape[:3])
+def _bilinear(cells: int, pixels: int, like: Tensor) -> Tensor:
+    """Return the matrix `(pixels, cells)` that upsamples a line.
 
-
-def class_weighted_sums(weights_CK: Tensor, features_NKHW: Tensor, targets_N: Tensor) -> Tensor:
-    """Return :func:`weighted_sums` by the weights of each image's target, `(N, H, W)`.
-
-    Where classes are few, all of them are computed in one matrix product, which takes less time
-    than as many products of a matrix and a vector as there are images. Of bfloat16 features they
-    are computed in bfloat16, as logits are: terms are added in float32, sums rounded to 8 bits.
+    Two products with it take a fifth of the time of `F.interpolate` and its backward pass.
     """
-    precise_CK = weights_CK.to(at_least_float32(weights_CK))
-    num_classes, channels = weights_CK.shape
-    if num_classes > channels // _FEW:
-        return weighted_sums(precise_CK[targets_N], features_NKHW)
+    eye_11CC = torch.eye(cells, dtype=like.dtype, device=like.device)[None, None]
+    return F.interpolate(eye_11CC, (pixels, cells), mode="bilinear", align_corners=False)[0, 0]
+
+
+def weighted_sums(weights_NK: Tensor, features_NKHW: Tensor) -> Tensor:
+    """Return `sum_k weights_k A_k` per image, negative evidence included, `(N, H, W)`.
+
+    At least float32. Of bfloat16 features they are computed in bfloat16, as logits are: terms are
+    added in float32, sums rounded to 8 bits.
+    """
+    return tap(weights_NK, features_NKHW)[1]
+
+
+def tap(weights_NK: Tensor, features_NKHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the features, to go on with, and :func:`weighted_sums` of them.
+
+    To what comes back to the features that are returned the part of the sums is added in place.
+    Apart, that part would be written for itself and then added: three passes over memory instead
+    of one, and one more tensor of the features' size. So the features that are returned go into
+    one function, the head, which must not need its gradient for anything else, as it would if it
+    added them to something: a linear head does not.
+    """
     # bfloat16 has the range of float32: as exact as the logits, and no copy of the features.
     kept = features_NKHW.dtype == torch.bfloat16
-    dtype = features_NKHW.dtype if kept else precise_CK.dtype
+    dtype = torch.bfloat16 if kept else torch.promote_types(features_NKHW.dtype, weights_NK.dtype)
     with torch.autocast(features_NKHW.device.type, enabled=False):
-        features_NHWK = features_NKHW.to(dtype).permute(0, 2, 3, 1)
-        sums_NHWC = features_NHWK @ precise_CK.T.to(dtype)
-    wanted_NHW1 = targets_N.view(-1, 1, 1, 1).expand(*sums_NHWC.shape[:3], 1)
-    return sums_NHWC.gather(3, wanted_NHW1).squeeze(3).to(precise_CK.dtype)
+        same_NKHW, sums_NHW = _Tap.apply(weights_NK.to(dtype), features_NKHW)
+    return same_NKHW, sums_NHW.to(at_least_float32(sums_NHW))
 
 
-_FEW = 4
-"""Classes are few where there are this many channels to each, or more."""
+class _Tap(torch.autograd.Function):
+    """Features and their weighted sums; backwards in the features' own order in memory.
+
+    In another order their gradient would slow down every layer that it goes back through.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights_NK: Tensor, features_NKHW: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(weights_NK, features_NKHW)
+        ctx.set_materialize_grads(False)
+        features_NKS = features_NKHW.flatten(2).to(weights_NK.dtype)
+        # The vector first: as a product of matrix and vector it takes up to eight times as long.
+        sums_N1S = torch.bmm(weights_NK.unsqueeze(1), features_NKS)
+        return features_NKHW.view_as(features_NKHW), sums_N1S.view(-1, *features_NKHW.shape[2:])
+
+    @staticmethod
+    def backward(
+        ctx: Any, onward_NKHW: Tensor | None, sums_NHW: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        weights_NK, features_NKHW = ctx.saved_tensors
+        if sums_NHW is None:
+            return None, onward_NKHW
+        weights_grad_NK = features_grad_NKHW = None
+        if ctx.needs_input_grad[0]:
+            features_NSK = features_NKHW.flatten(2).transpose(1, 2).to(weights_NK.dtype)
+            weights_grad_NK = torch.bmm(sums_NHW.flatten(1).unsqueeze(1), features_NSK).squeeze(1)
+        if ctx.needs_input_grad[1]:
+            features_grad_NKHW = _outer(weights_NK, sums_NHW, onward_NKHW, features_NKHW)
+        return weights_grad_NK, features_grad_NKHW
+
+
+def _outer(
+    weights_NK: Tensor, maps_NHW: Tensor, plus_NKHW: Tensor | None, like_NKHW: Tensor
+) -> Tensor:
+    """Return `weights_k maps_hw` per image, added to what is given, of type and order of `like`.
+
+    What is given is added to in place, unless it is to be differentiated or shares its memory.
+    """
+    last = like_NKHW.is_contiguous(memory_format=torch.channels_last)
+    order = torch.channels_last if last else torch.contiguous_format
+    weights_NK11 = weights_NK.to(like_NKHW.dtype)[:, :, None, None]
+    maps_N1HW = maps_NHW.to(like_NKHW.dtype).unsqueeze(1)
+    if plus_NKHW is None:
+        return (weights_NK11 * maps_N1HW).contiguous(memory_format=order)
+    if torch.is_grad_enabled() or not plus_NKHW.is_contiguous(memory_format=order):
+        plus_NKHW = plus_NKHW.clone(memory_format=order)
+    if like_NKHW.dtype != torch.bfloat16:
+        return plus_NKHW.addcmul_(weights_NK11, maps_N1HW)
+    # CPUs multiply matrices of bfloat16 faster than they multiply it number by number.
+    sums, weights, maps = (each.flatten(2) for each in (plus_NKHW, weights_NK11, maps_N1HW))
+    if last:
+        sums.transpose(1, 2).baddbmm_(maps.transpose(1, 2), weights.transpose(1, 2))
+    else:
+        sums.baddbmm_(weights, maps)
+    return plus_NKHW
 
 
 def at_least_float32(tensor: Tensor) -> torch.dtype:

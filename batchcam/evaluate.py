@@ -15,7 +15,6 @@ from torch import Tensor
 
 from batchcam.cam import (
     attribution,
-    class_weighted_sums,
     of_targets,
     pooled,
     render,
@@ -138,7 +137,7 @@ def evaluate(
             else:
                 class_cam.add(seen.weights_NK, seen.features_NKHW, batch_groups)
             maps_NRR = render(F.relu(seen.sums_NHW), resolution)
-            sample_ssim.append(ssim(maps_NRR, prototypes_PRR[batch_groups]))
+            sample_ssim.append(ssim(maps_NRR, prototypes_PRR, pairs_B=batch_groups))
             predictions.append(seen.logits_NC.argmax(dim=1))
             num_classes = seen.logits_NC.shape[1]
     model.train(was_training)
@@ -259,8 +258,8 @@ def _explained(
             logits = model.head(features)
     chosen_N = logits.argmax(dim=1) if targets_N is None else targets_N
     if known_CK is not None and cam == "grad_cam":
-        sums_NHW = class_weighted_sums(known_CK, features, chosen_N)
-        return _Explained(logits, features, known_CK[chosen_N], sums_NHW)
+        weights_NK = known_CK[chosen_N]
+        return _Explained(logits, features, weights_NK, weighted_sums(weights_NK, features))
     with torch.no_grad():
         known_CKHW = model.class_gradients(rows, columns)
         gradients_NKHW = (

@@ -4,7 +4,6 @@ Shapes: N images, C classes, P prototypes (one or several per class), S slots fo
 channels, H and W cells of the feature grid, R pixels.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +14,6 @@ from batchcam.cam import (
     at_least_float32,
     attribution,
     class_maps,
-    class_weighted_sums,
     mean_maps,
     of_targets,
     pooled,
@@ -23,7 +21,7 @@ from batchcam.cam import (
     score_gradients,
     weighted_maps,
 )
-from batchcam.similarity import METRICS
+from batchcam.similarity import METRICS, Distance
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Objective:
         features_NKHW: Tensor,
         labels_N: Tensor,
         prototypes_PRR: Tensor,
-        weights_CK: Tensor | None = None,
+        sums_NHW: Tensor | None = None,
         groups_N: Tensor | None = None,
         outside_CHW: Tensor | None = None,
         gradients_CKHW: Tensor | None = None,
@@ -64,8 +62,9 @@ class Objective:
             features_NKHW: the feature maps, part of the graph of `logits_NC`.
             labels_N: int64, the class of each image, whose score is explained.
             prototypes_PRR: square, scaled to [0, 1].
-            weights_CK: the channel weights of each class, where they are the same for all images;
-                see :meth:`batchcam.models.ExplainableModel.class_weights`. Else, if wanted, they
+            sums_NHW: :func:`batchcam.cam.weighted_sums` by the channel weights of each image's
+                class, where they are known without a backward pass; see
+                :meth:`batchcam.models.ExplainableModel.class_weights`. Else, if wanted, weights
                 are computed for each image.
             groups_N: int64, the prototype that each image goes with; None: that of its class.
             outside_CHW: 1 where a class has no support, else 0; needed for the energy loss.
@@ -86,7 +85,7 @@ class Objective:
         gradients_NKHW = evidence_NHW = None
         if self.wants_gradients and gradients_CKHW is not None:
             gradients_NKHW = of_targets(gradients_CKHW, labels_N, features_NKHW)
-        elif self.wants_gradients or (self.wants_weights and weights_CK is None):
+        elif self.wants_gradients or (self.wants_weights and sums_NHW is None):
             gradients_NKHW = score_gradients(logits_NC, features_NKHW, labels_N, create_graph=True)
         if self.wants_gradients:
             assert gradients_NKHW is not None
@@ -95,11 +94,8 @@ class Objective:
             distance = METRICS[self.metric]
             groups_N = labels_N if groups_N is None else groups_N
             slots_N, wanted_SRR = _slots(groups_N, prototypes_PRR)
-            sums_NHW = None
             if not self.wants_weights:
                 sums_NHW = evidence_NHW
-            elif weights_CK is not None:
-                sums_NHW = class_weighted_sums(weights_CK, features_NKHW, labels_N)
             if sums_NHW is None:
                 assert gradients_NKHW is not None
                 weights_NK = pooled(gradients_NKHW)
@@ -154,15 +150,12 @@ def _slots(groups_N: Tensor, prototypes_PRR: Tensor) -> tuple[Tensor, Tensor]:
     return first_N, prototypes_PRR[groups_N]
 
 
-Distance = Callable[[Tensor, Tensor], Tensor]
-
-
 def prototype_loss(
     maps_NHW: Tensor, groups_N: Tensor, prototypes_PRR: Tensor, distance: Distance
 ) -> Tensor:
     """Return the Prototype Loss: the mean over images of `φ(M_i, P_y)` (Eq. 11)."""
     rendered_NRR = render(maps_NHW, prototypes_PRR.shape[-1])
-    return distance(rendered_NRR, prototypes_PRR[groups_N]).mean()
+    return distance(rendered_NRR, prototypes_PRR, pairs_B=groups_N).mean()
 
 
 def batch_cam_loss(

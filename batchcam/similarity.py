@@ -1,10 +1,12 @@
 """How alike a saliency map and a prototype are: the metric φ as L1, L2 and SSIM (Eqs. 7-10).
 
 Each function compares maps pairwise and returns one value per map; nothing is averaged over the
-batch. Maps are float tensors of shape `(B, H, W)` scaled to [0, 1].
+batch. Maps are float tensors of shape `(B, H, W)` scaled to [0, 1]. Where many are compared with
+few, `pairs_B` says which of the few each goes with: what is computed of these is computed once.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,25 +15,36 @@ WINDOW = 7
 """Pixels. Side of the Gaussian window of SSIM; maps must be at least this large."""
 
 
-def l1(x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
+class Distance(Protocol):
+    """The φ of Eqs. 11 and 12, 0 where maps are equal."""
+
+    def __call__(self, x_BHW: Tensor, y_PHW: Tensor, *, pairs_B: Tensor | None = None) -> Tensor:
+        """Return the distance of each map, shape `(B,)`.
+
+        Args:
+            x_BHW: maps.
+            y_PHW: maps to compare with.
+            pairs_B: int64, with which of them each map is compared; None: with its own, P is B.
+        """
+
+
+def l1(x_BHW: Tensor, y_PHW: Tensor, *, pairs_B: Tensor | None = None) -> Tensor:
     """Return the mean absolute difference per map, shape `(B,)`, in [0, 1] for maps in [0, 1]."""
-    _check_shapes(x_BHW, y_BHW)
-    return (x_BHW - y_BHW).abs().mean(dim=(1, 2))
+    return (x_BHW - _paired(x_BHW, y_PHW, pairs_B)).abs().mean(dim=(1, 2))
 
 
-def l2(x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
+def l2(x_BHW: Tensor, y_PHW: Tensor, *, pairs_B: Tensor | None = None) -> Tensor:
     """Return the mean squared difference per map, shape `(B,)`, in [0, 1] for maps in [0, 1].
 
     The paper names the "L2 norm" without a formula. The mean of squares is used, not the norm
     itself: it is smooth at 0, and its scale does not change with the resolution.
     """
-    _check_shapes(x_BHW, y_BHW)
-    return (x_BHW - y_BHW).square().mean(dim=(1, 2))
+    return (x_BHW - _paired(x_BHW, y_PHW, pairs_B)).square().mean(dim=(1, 2))
 
 
 def ssim(
     x_BHW: Tensor,
-    y_BHW: Tensor,
+    y_PHW: Tensor,
     alpha: float = 1.0,
     beta: float = 1.0,
     gamma: float = 1.0,
@@ -40,6 +53,8 @@ def ssim(
     epsilon_3: float = 4.5e-4,
     window: int = WINDOW,
     sigma: float = 1.5,
+    *,
+    pairs_B: Tensor | None = None,
 ) -> Tensor:
     """Return the structural similarity index per map: `L^alpha * C^beta * S^gamma` of Eqs. 7-10.
 
@@ -57,7 +72,7 @@ def ssim(
 
     Args:
         x_BHW: maps, float, `(B, H, W)`, in [0, 1].
-        y_BHW: maps to compare with, of the same shape.
+        y_PHW: maps to compare with, of the same height and width.
         alpha: exponent of luminance.
         beta: exponent of contrast.
         gamma: exponent of structure.
@@ -66,6 +81,7 @@ def ssim(
         epsilon_3: stabiliser of structure, > 0.
         window: side of the Gaussian window in pixels, odd.
         sigma: standard deviation of the window in pixels.
+        pairs_B: int64, with which of them each map is compared; None: with its own, P is B.
 
     Returns:
         One value per map, shape `(B,)`, at most 1; 1 where the maps are equal.
@@ -73,22 +89,23 @@ def ssim(
     Raises:
         ValueError: shapes differ, or a side is smaller than the window.
     """
-    _check_shapes(x_BHW, y_BHW)
+    y_BHW = _paired(x_BHW, y_PHW, pairs_B)
     if min(x_BHW.shape[1:]) < window:
         raise ValueError(
             f"maps of {tuple(x_BHW.shape[1:])} pixels are smaller than the SSIM window of "
             f"{window}; use larger maps or a smaller window."
         )
-    mu_x, mu_y, mean_xx, mean_yy, mean_xy = _window_means(
-        torch.stack([x_BHW, y_BHW, x_BHW * x_BHW, y_BHW * y_BHW, x_BHW * y_BHW]), window, sigma
-    )
-    var_x, var_y = mean_xx - mu_x.square(), mean_yy - mu_y.square()
-    covariance = mean_xy - mu_x * mu_y
+    mu_x, mean_xx, mean_xy = _window_means((x_BHW, x_BHW * x_BHW, x_BHW * y_BHW), window, sigma)
+    mu_yP, mean_yyP = _window_means((y_PHW, y_PHW * y_PHW), window, sigma)
+    of_y = torch.stack([mu_yP, mu_yP.square(), mean_yyP - mu_yP.square()])
+    mu_y, square_y, var_y = of_y if pairs_B is None else of_y[:, pairs_B]
+    both, square_x = mu_x * mu_y, mu_x * mu_x
+    var_x, covariance = mean_xx - square_x, mean_xy - both
 
-    luminance = (2 * mu_x * mu_y + epsilon_1) / (mu_x.square() + mu_y.square() + epsilon_1)
+    luminance = (2 * both + epsilon_1) / (square_x + (square_y + epsilon_1))
     if beta == gamma == 1 and 2 * epsilon_3 == epsilon_2:
         # The product of the two terms, without the roots: their slope at 0 is infinite.
-        contrast_structure = (2 * covariance + epsilon_2) / (var_x + var_y + epsilon_2)
+        contrast_structure = (2 * covariance + epsilon_2) / (var_x + (var_y + epsilon_2))
     else:
         product = (_root(var_x) * _root(var_y)).clamp(min=0)
         contrast = (2 * product + epsilon_2) / (var_x + var_y + epsilon_2)
@@ -98,29 +115,34 @@ def ssim(
     return index
 
 
-def ssim_distance(x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
+def ssim_distance(x_BHW: Tensor, y_PHW: Tensor, *, pairs_B: Tensor | None = None) -> Tensor:
     """Return `1 - ssim` per map, shape `(B,)`, in [0, 2] (Eq. 7 with α = β = γ = 1)."""
-    return 1 - ssim(x_BHW, y_BHW)
+    return 1 - ssim(x_BHW, y_PHW, pairs_B=pairs_B)
 
 
-METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": l1, "l2": l2, "ssim": ssim_distance}
-"""The φ of Eqs. 11 and 12 by name: functions `(B, H, W), (B, H, W) -> (B,)`, 0 where equal."""
+METRICS: dict[str, Distance] = {"l1": l1, "l2": l2, "ssim": ssim_distance}
+"""The distances by name."""
 
 
-def _check_shapes(x_BHW: Tensor, y_BHW: Tensor) -> None:
-    if x_BHW.dim() != 3 or x_BHW.shape != y_BHW.shape:
+def _paired(x_BHW: Tensor, y_PHW: Tensor, pairs_B: Tensor | None) -> Tensor:
+    """Return what each map is compared with, `(B, H, W)`."""
+    fits = x_BHW.dim() == y_PHW.dim() == 3 and x_BHW.shape[1:] == y_PHW.shape[1:]
+    if not fits or len(x_BHW) != len(y_PHW if pairs_B is None else pairs_B):
+        also = "" if pairs_B is None else f", paired by {tuple(pairs_B.shape)}"
         raise ValueError(
             "expected two stacks of maps of one shape (B, H, W), got "
-            f"{tuple(x_BHW.shape)} and {tuple(y_BHW.shape)}."
+            f"{tuple(x_BHW.shape)} and {tuple(y_PHW.shape)}{also}."
         )
+    return y_PHW if pairs_B is None else y_PHW[pairs_B]
 
 
-def _window_means(stack_SBHW: Tensor, window: int, sigma: float) -> Tensor:
+def _window_means(maps: Sequence[Tensor], window: int, sigma: float) -> Tensor:
     """Return Gaussian-weighted means around each pixel that a whole window fits around.
 
     As matrix products, along the rows and along the columns: a convolution of one channel takes
     several times as long, most of it in its backward pass.
     """
+    stack_SBHW = torch.stack(list(maps))
     height, width = stack_SBHW.shape[-2:]
     columns = _smoothing(width, window, sigma, stack_SBHW)
     rows = columns if height == width else _smoothing(height, window, sigma, stack_SBHW)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchcam.cam import tap
 from batchcam.config import TrialConfig
 from batchcam.devices import autocast, compile_mode, prefers_channels_last
 from batchcam.models import ExplainableModel
@@ -80,11 +81,14 @@ class TrainingStep:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         with self._autocast():
             features = self._features(x_NCHW)
-            logits = self.model.head(features)
         rows, columns = features.shape[2:]
-        weights = gradients = None
+        weights = sums = gradients = None
         if self.objective.wants_weights:
             weights = self.model.class_weights(rows * columns)
+        if weights is not None:
+            features, sums = tap(weights[labels_N], features)
+        with self._autocast():
+            logits = self.model.head(features)
         if self.objective.wants_gradients:
             gradients = self.model.class_gradients(rows, columns)
         loss, terms = self.objective(
@@ -92,7 +96,7 @@ class TrainingStep:
             features,
             labels_N,
             self._prototypes_PRR,
-            weights,
+            sums,
             groups_N,
             self._outside_CHW,
             gradients,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -10,12 +11,12 @@ from batchcam.cam import (
     attribution,
     batch_cam,
     class_maps,
-    class_weighted_sums,
     grad_cam,
     of_targets,
     pooled,
     render,
     score_gradients,
+    tap,
     weighted_maps,
     weighted_sums,
 )
@@ -272,27 +273,65 @@ def test_class_maps_average_weights_and_features_separately(images: int) -> None
     torch.testing.assert_close(maps, expected)
 
 
-@pytest.mark.parametrize("classes", [2, 40])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_weighted_sums_are_the_same_in_any_layout_for_few_classes_and_many(
-    classes: int, layout: torch.memory_format
+def test_weighted_sums_are_the_same_in_any_layout_and_precision(
+    dtype: torch.dtype, layout: torch.memory_format
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(5, 8, 3, 2, generator=generator).to(memory_format=layout)
+    features = torch.randn(5, 8, 3, 2, generator=generator).to(dtype, memory_format=layout)
     features.requires_grad_()
-    weights = torch.randn(classes, 8, generator=generator, requires_grad=True)
-    targets = torch.tensor([0, 1, 1, 0, classes - 1])
-    expected = (weights[targets][:, :, None, None] * features).sum(dim=1)
-    wanted = torch.autograd.grad(expected.square().sum(), (features, weights))
-    for found in (
-        weighted_sums(weights[targets], features),
-        class_weighted_sums(weights, features, targets),
-    ):
-        torch.testing.assert_close(found, expected)
-        gradients = torch.autograd.grad(found.square().sum(), (features, weights))
-        torch.testing.assert_close(gradients, wanted)
-        # In another layout it would slow down all that it goes back through.
-        assert layout == torch.contiguous_format or gradients[0].is_contiguous(memory_format=layout)
+    weights = torch.randn(5, 8, generator=generator).to(dtype).requires_grad_()
+    upstream = torch.randn(5, 3, 2, generator=generator).to(dtype)
+    precise = [each.detach().double().requires_grad_() for each in (weights, features)]
+    expected = (precise[0][:, :, None, None] * precise[1]).sum(dim=1)
+    wanted = torch.autograd.grad(expected, precise, upstream.double())
+
+    found = weighted_sums(weights, features)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    close = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=close, atol=close)
+    gradients = torch.autograd.grad(found, (weights, features), upstream.to(found.dtype))
+    for gradient, other in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient.double(), other, rtol=close, atol=close)
+    # In another layout it would slow down all that it goes back through.
+    assert gradients[1].is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("head", ["flattens", "averages"])
+def test_a_tap_adds_its_gradient_to_what_comes_back_from_the_head(
+    head: str, layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(5, 8, 3, 2, generator=generator).to(dtype, memory_format=layout)
+    features.requires_grad_()
+    weights = torch.randn(5, 8, generator=generator).to(dtype).requires_grad_()
+    upstream = torch.randn(5, 8, 3, 2, generator=generator).to(dtype)
+
+    def onward(features: Tensor) -> Tensor:
+        return (features * upstream).sum() if head == "flattens" else features.mean()
+
+    same, sums = tap(weights, features)
+    assert torch.equal(same, features)
+    found = torch.autograd.grad(onward(same) + sums.square().sum(), (weights, features))
+    apart = onward(features) + weighted_sums(weights, features).square().sum()
+    wanted = torch.autograd.grad(apart, (weights, features))
+    close = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found, wanted, rtol=close, atol=close)
+    assert found[1].is_contiguous(memory_format=layout)
+
+
+def test_a_tap_passes_gradcheck_twice() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 3, 2, 2, generator=generator, dtype=torch.float64)
+    weights = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+    inputs = (weights.requires_grad_(), features.requires_grad_())
+    assert torch.autograd.gradcheck(tap, inputs)
+    assert torch.autograd.gradgradcheck(tap, inputs)
+    assert torch.autograd.gradcheck(lambda w, f: tap(w, f)[0], inputs)
+    assert torch.autograd.gradcheck(weighted_sums, inputs)
 
 
 @pytest.mark.parametrize("cells", [(1, 1), (3, 2)], ids=["same in all cells", "cell by cell"])
@@ -332,7 +371,7 @@ def test_sums_of_bfloat16_features_are_rounded_once_and_have_no_copy() -> None:
     features = torch.rand(6, 64, 5, 5, generator=generator).bfloat16()
     weights = torch.randn(4, 64, generator=generator).bfloat16().float()
     targets = torch.arange(6) % 4
-    found = class_weighted_sums(weights, features, targets)
+    found = weighted_sums(weights[targets], features)
     assert found.dtype == torch.float32
     exact = torch.einsum("nk,nkhw->nhw", weights[targets].double(), features.double())
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=0)
@@ -354,6 +393,14 @@ def test_render_upsamples_and_scales_the_maximum_to_one() -> None:
     maps = torch.tensor([[[0.0, 4.0], [0.0, 4.0]]])
     row = torch.tensor([0.0, 1.0, 3.0, 4.0]) / (4 + 1e-6)
     torch.testing.assert_close(render(maps, 4), row.expand(1, 4, 4))
+
+
+@pytest.mark.parametrize(("rows", "columns", "pixels"), [(3, 3, 28), (14, 7, 28), (9, 9, 4)])
+def test_render_upsamples_as_interpolate_does(rows: int, columns: int, pixels: int) -> None:
+    maps = torch.rand(3, rows, columns, generator=torch.Generator().manual_seed(0)).double()
+    expected = F.interpolate(maps[:, None], (pixels, pixels), mode="bilinear").squeeze(1)
+    expected /= expected.amax(dim=(1, 2), keepdim=True) + 1e-6
+    torch.testing.assert_close(render(maps, pixels), expected)
 
 
 def test_render_scales_each_map_by_itself() -> None:

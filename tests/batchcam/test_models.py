@@ -10,7 +10,7 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
-from batchcam.cam import batch_cam, grad_cam, pooled
+from batchcam.cam import batch_cam, grad_cam, pooled, tap
 from batchcam.errors import BackboneError
 from batchcam.models import (
     ExplainableModel,
@@ -221,12 +221,13 @@ def test_weights_of_a_linear_head_are_the_pooled_gradients(
         return
     assert weights is not None
     losses = []
-    for known in (None, weights):
-        features = fixed.clone().requires_grad_()
-        objective = Objective("l2", 0.0, 0.7, 0.3)
+    for known in (False, True):
+        given = fixed.clone().requires_grad_()
+        features, sums = tap(weights[labels], given) if known else (given, None)
+        objective = Objective("l2", 0.5, 0.7, 0.3)
         prototypes = torch.rand(10, 14, 14, generator=torch.Generator().manual_seed(0)).double()
-        loss, _ = objective(model.head(features), features, labels, prototypes, known)
-        wanted = [features, *model.parameters()]
+        loss, _ = objective(model.head(features), features, labels, prototypes, sums)
+        wanted = [given, *model.parameters()]
         losses.append((loss, torch.autograd.grad(loss, wanted, materialize_grads=True)))
     (slow, slow_gradients), (fast, fast_gradients) = losses
     torch.testing.assert_close(fast, slow)

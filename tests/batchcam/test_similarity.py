@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pytorch_msssim import ssim as reference_ssim
 from torch import Tensor
 
-from batchcam.similarity import METRICS, l1, l2, ssim, ssim_distance
+from batchcam.similarity import METRICS, Distance, l1, l2, ssim, ssim_distance
 
 seeds = st.integers(0, 2**16)
 
@@ -156,12 +156,22 @@ def test_maps_are_compared_one_by_one(seed: int) -> None:
         torch.testing.assert_close(metric(x, y), alone)
 
 
+@given(seeds)
+def test_many_compared_with_few_are_as_each_with_its_own(seed: int) -> None:
+    x, y = _pair(seed, count=5)
+    few, pairs = y[:2], torch.tensor([1, 0, 0, 1, 1])
+    for metric in (*METRICS.values(), partial(ssim, gamma=2.0)):
+        torch.testing.assert_close(metric(x, few, pairs_B=pairs), metric(x, few[pairs]))
+
+
 @pytest.mark.parametrize("metric", [l1, l2, ssim, ssim_distance])
-def test_maps_of_different_shape_are_refused(metric: Callable[[Tensor, Tensor], Tensor]) -> None:
+def test_maps_of_different_shape_are_refused(metric: Distance) -> None:
     with pytest.raises(ValueError, match=r"\(2, 9, 9\) and \(3, 9, 9\)"):
         metric(torch.rand(2, 9, 9), torch.rand(3, 9, 9))
     with pytest.raises(ValueError, match=r"one shape \(B, H, W\)"):
         metric(torch.rand(9, 9), torch.rand(9, 9))
+    with pytest.raises(ValueError, match=r"\(2, 9, 9\) and \(3, 9, 9\), paired by \(4,\)"):
+        metric(torch.rand(2, 9, 9), torch.rand(3, 9, 9), pairs_B=torch.zeros(4).long())
 
 
 def test_maps_smaller_than_the_window_are_refused() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from batchcam.cam import tap
 from batchcam.objective import Objective
 from studies.benchmarks.batches import peak_bytes
 from studies.benchmarks.growth import AXES, Growth, main, points
@@ -45,9 +46,9 @@ def test_absent_classes_take_no_memory(linear: bool) -> None:
     objective = Objective("l1", 1.0, 0.1, 0.1)
 
     def step() -> None:
-        logits = features.mean(dim=(2, 3)) @ weights.T
-        known = weights / side**2 if linear else None
-        torch.autograd.backward(objective(logits, features, labels, prototypes, known)[0])
+        same, sums = tap(weights[labels] / side**2, features) if linear else (features, None)
+        logits = same.mean(dim=(2, 3)) @ weights.T
+        torch.autograd.backward(objective(logits, same, labels, prototypes, sums)[0])
         features.grad = weights.grad = None
 
     every_class = 4 * classes * channels * side**2
