@@ -1,5 +1,7 @@
 """Which device a model runs on, and in which precision."""
 
+import ctypes
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -61,3 +63,31 @@ def compile_mode(device: torch.device) -> str | None:
 def prefers_channels_last(device: torch.device, precision: str) -> bool:
     """Whether convolutions run faster channels last: on CUDA's tensor cores, in half precision."""
     return device.type == "cuda" and precision != "fp32"
+
+
+def evaluation_batch(device: torch.device) -> int:
+    """Return how many images to evaluate at a time: few kernels on a GPU, small tensors else."""
+    return 128 if device.type == "cpu" else 512
+
+
+def keep_freed_memory() -> bool:
+    """Have this process keep the memory that tensors on the CPU no longer need, for those to come.
+
+    glibc gives large blocks back to the system, so each step asks for them again and waits for
+    their pages. The process then stays as large as it once was, which is no larger than without.
+
+    Returns:
+        Whether it does: not with another C library than glibc, and not where the environment
+        already says what is to be done (`MALLOC_MMAP_MAX_`, `MALLOC_TRIM_THRESHOLD_`).
+    """
+    if os.environ.keys() & {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}:
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError, OSError):
+        return False
+    return bool(mallopt(_TRIM_THRESHOLD, -1) and mallopt(_MMAP_MAX, 0))
+
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+"""Of `mallopt`: the free memory from which some is given back, -1 for none; blocks apart."""

@@ -23,7 +23,7 @@ from batchcam.cam import (
     weighted_sums,
 )
 from batchcam.data import Preprocess, batches
-from batchcam.devices import autocast
+from batchcam.devices import autocast, evaluation_batch
 from batchcam.models import ExplainableModel
 from batchcam.similarity import ssim
 
@@ -106,7 +106,7 @@ def evaluate(
     *,
     groups: Tensor | None = None,
     cam: str = "grad_cam",
-    batch_size: int = 512,
+    batch_size: int | None = None,
     precision: str = "fp32",
 ) -> Evaluation:
     """Classify and explain every image of a split; each CAM explains the image's true class.
@@ -119,7 +119,7 @@ def evaluate(
         preprocess: turns images into the model's input.
         groups: int64 `(N,)`, the prototype that each image goes with; None: that of its class.
         cam: grad_cam or hires_cam; see :class:`batchcam.objective.Objective`.
-        batch_size: images at a time; it does not change the result.
+        batch_size: images at a time, None: what suits the device; it does not change the result.
         precision: fp32, bf16 or fp16, of the forward pass.
     """
     resolution = prototypes_PRR.shape[-1]
@@ -129,7 +129,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     together = (images, labels, labels if groups is None else groups)
-    for batch, batch_labels, batch_groups in batches(together, batch_size):
+    size = batch_size or evaluation_batch(images.device)
+    for batch, batch_labels, batch_groups in batches(together, size):
         seen = _explained(model, preprocess(batch), cam, precision, batch_labels)
         with torch.no_grad():
             if by_maps:
@@ -166,7 +167,7 @@ def error_maps(
     preprocess: Preprocess,
     *,
     cam: str = "grad_cam",
-    batch_size: int = 512,
+    batch_size: int | None = None,
     precision: str = "fp32",
 ) -> tuple[Tensor, Tensor]:
     """Return what misled the model: class-level CAMs of the wrong answers (the paper's Fig. 6).
@@ -180,7 +181,8 @@ def error_maps(
     class_cam = ClassCam(num_classes)
     was_training = model.training
     model.eval()
-    for batch, batch_labels in batches((images, labels), batch_size):
+    size = batch_size or evaluation_batch(images.device)
+    for batch, batch_labels in batches((images, labels), size):
         seen = _explained(model, preprocess(batch), cam, precision)
         predicted = seen.logits_NC.argmax(dim=1)
         wrong = predicted != batch_labels
@@ -200,7 +202,7 @@ def explain(
     targets: Tensor | None = None,
     *,
     cam: str = "grad_cam",
-    batch_size: int = 512,
+    batch_size: int | None = None,
     precision: str = "fp32",
 ) -> tuple[Tensor, Tensor]:
     """Return class probabilities `(N, C)` and rendered CAMs `(N, R, R)`, on the CPU.
@@ -210,8 +212,9 @@ def explain(
     probabilities, maps = [], []
     was_training = model.training
     model.eval()
-    for start in range(0, len(images), batch_size):
-        chosen = slice(start, start + batch_size)
+    size = batch_size or evaluation_batch(images.device)
+    for start in range(0, len(images), size):
+        chosen = slice(start, start + size)
         seen = _explained(
             model,
             preprocess(images[chosen]),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from batchcam.config import TrialConfig
 from batchcam.data import Preprocess, batches, to_device
-from batchcam.devices import resolve_device
+from batchcam.devices import keep_freed_memory, resolve_device
 from batchcam.errors import ConfigError, DivergedError
 from batchcam.evaluate import Evaluation, evaluate
 from batchcam.inputs import Inputs, prepare
@@ -147,6 +147,8 @@ class Trainer:
     """The state of a run between its epochs: what :func:`fit` goes through them with."""
 
     def __init__(self, config: TrialConfig, inputs: Inputs, device: torch.device) -> None:
+        if device.type == "cpu":
+            keep_freed_memory()
         data = inputs.data
         self.config = config
         self._inputs = inputs

@@ -110,3 +110,12 @@ def wait_for(device: torch.device | None) -> None:
     """Wait until a device that works asynchronously has done what it was given."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of a run, waited for."""
+    wait_for(device)
+    began = time.perf_counter()
+    run()
+    wait_for(device)
+    return time.perf_counter() - began

@@ -2,18 +2,19 @@
 
 python -m studies.benchmarks.throughput --out results/speed
 
-In each round, in one process: the bare step of cross-entropy (both passes and the optimiser on one
-batch that lies there, normalised), and the same untuned, as PyTorch and timm have it by default; an
-epoch of `batchcam.fit` with BCPL, and its evaluation; an epoch of a plain script
+In each round, in turns: the bare step of cross-entropy (both passes and the optimiser on one batch
+that lies there, normalised), and the same untuned, as PyTorch and timm have it by default; an epoch
+of `batchcam.fit` with BCPL, and its evaluation; an epoch of a plain script
 (`studies.baselines.plain`) with the same loss; a forward pass over the images, and their
-evaluation. What is reported are medians of ratios within a round.
+evaluation. What is untuned, and the plain script, run in a process of their own, for the trainer
+changes how its process allocates memory. What is reported are medians of ratios within a round.
 """
 
 import json
 import os
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from torch import Tensor
 
 from batchcam.config import TrialConfig
-from batchcam.data import batches, to_device
-from batchcam.devices import autocast, resolve_device
+from batchcam.data import Preprocess, batches, to_device
+from batchcam.devices import autocast, evaluation_batch, resolve_device
 from batchcam.evaluate import evaluate
 from batchcam.inputs import Inputs
-from batchcam.models import create_model
+from batchcam.models import ExplainableModel, create_model, resolve_output_stride
 from batchcam.objective import Objective
 from batchcam.provenance import command_line, git_commit, package_versions
 from batchcam.splits import Split
 from batchcam.train import fit
 from studies.baselines import plain
 from studies.benchmarks.batches import Bench, random_inputs
-from studies.benchmarks.pairs import median_ratio, wait_for
-
-_EVALUATION_BATCH = 512
+from studies.benchmarks.elsewhere import Elsewhere
+from studies.benchmarks.pairs import median_ratio, timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,25 +100,25 @@ def measure(settings: Throughput, backbone: str, precision: str) -> dict[str, An
     inputs = _inputs(steps * config.batch_size)
     fit(config, inputs=_inputs(config.batch_size))  # Warms up allocator and kernels.
     bare = _bare_step(config)
-    untuned = _bare_step(replace(config, precision="fp32"), tuned=False)
     with_plain = settings.plain and backbone == "simple_cnn" and device.type == "cpu"
-    run_plain = _plain_epoch(config, inputs, settings.threads) if with_plain else None
+    other = Elsewhere(start_untuned, config, inputs, steps, settings.threads, with_plain)
     forward, evaluation = _evaluations(config, inputs)
     seconds: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:
         seconds.setdefault(name, []).append(value)
 
-    for _ in range(settings.rounds):
-        note("bare", _timed(lambda: [bare() for _ in range(steps)], device))
-        note("untuned", _timed(lambda: [untuned() for _ in range(steps)], device))
-        metrics = fit(config, inputs=inputs).metrics
-        note("training", steps * config.batch_size / metrics["images_per_second"])
-        note("epoch", metrics["seconds"])
-        if run_plain is not None:
-            note("plain", _timed(run_plain, device))
-        note("forward", _timed(forward, device))
-        note("evaluation", _timed(evaluation, device))
+    with other:
+        for _ in range(settings.rounds):
+            note("bare", timed(lambda: [bare() for _ in range(steps)], device))
+            note("untuned", other("untuned"))
+            metrics = fit(config, inputs=inputs).metrics
+            note("training", steps * config.batch_size / metrics["images_per_second"])
+            note("epoch", metrics["seconds"])
+            if with_plain:
+                note("plain", other("plain"))
+            note("forward", timed(forward, device))
+            note("evaluation", timed(evaluation, device))
     times = {name: np.array(values) for name, values in seconds.items()}
     pairs = {
         "training_of_bare": ("bare", "training"),
@@ -164,32 +165,62 @@ def _inputs(images: int) -> Inputs:
     return replace(inputs, data=replace(inputs.data, validation=validation))
 
 
-def _bare_step(config: TrialConfig, *, tuned: bool = True) -> Callable[[], object]:
-    """Return both passes and the optimiser's step of cross-entropy, on a batch that lies there.
+def _bare_step(config: TrialConfig) -> Callable[[], None]:
+    """Return both passes and the optimiser's step of cross-entropy, on a batch that lies there."""
+    bench = Bench.build(config, resolve_device(config.device))
+    x_NCHW = bench.trainer.preprocess(bench.images)
+    optimizer = torch.optim.AdamW(bench.trainer.model.parameters(), lr=1e-6, fused=True)
+    return _step(bench.trainer.model, optimizer, x_NCHW, bench.labels, config.precision)
 
-    Not `tuned`: with layouts, convolutions and the optimiser as PyTorch has them by default.
-    """
-    device = resolve_device(config.device)
-    bench = Bench.build(config, device)
-    model, x_NCHW = bench.trainer.model, bench.trainer.preprocess(bench.images)
-    if not tuned:
-        plain.plain_model(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=tuned or None)
 
+def _step(
+    model: ExplainableModel,
+    optimizer: torch.optim.Optimizer,
+    x_NCHW: Tensor,
+    labels_N: Tensor,
+    precision: str,
+) -> Callable[[], None]:
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with autocast(device, config.precision):
+        with autocast(x_NCHW.device, precision):
             logits = model(x_NCHW)
-        torch.autograd.backward(F.cross_entropy(logits.float(), bench.labels))
+        torch.autograd.backward(F.cross_entropy(logits.float(), labels_N))
         optimizer.step()
 
     return step
 
 
-def _plain_epoch(config: TrialConfig, inputs: Inputs, workers: int) -> Callable[[], object]:
-    data = inputs.data
+def start_untuned(
+    config: TrialConfig, inputs: Inputs, steps: int, threads: int, with_plain: bool
+) -> dict[str, Callable[[], object]]:
+    """Return what runs beside: bare steps as PyTorch has them, in fp32, and the plain script."""
+    torch.set_num_threads(threads)
     torch.manual_seed(config.seed)
-    model = plain.plain_model(create_model(config.backbone, data.num_classes, data.channels))
+    data, device = inputs.data, resolve_device(config.device)
+    stride = resolve_output_stride(config.backbone, config.resolution, data.channels)
+
+    def model() -> ExplainableModel:
+        made = create_model(config.backbone, data.num_classes, data.channels, stride)
+        return plain.plain_model(made).to(device)
+
+    bare = model()
+    images, labels = to_device(data.train.take(np.arange(config.batch_size)), device)
+    x_NCHW = Preprocess(config.resolution, data.mean, data.std)(images)
+    step = _step(bare, torch.optim.AdamW(bare.parameters(), lr=1e-6), x_NCHW, labels, "fp32")
+    step()
+    runs: dict[str, Callable[[], object]] = {
+        "untuned": partial(timed, lambda: [step() for _ in range(steps)], device)
+    }
+    if with_plain:
+        epoch = _plain_epoch(model(), config, inputs, threads)
+        runs["plain"] = partial(timed, epoch, device)
+    return runs
+
+
+def _plain_epoch(
+    model: ExplainableModel, config: TrialConfig, inputs: Inputs, workers: int
+) -> Callable[[], object]:
+    data = inputs.data
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     objective = Objective(config.metric, 1.0, config.lambda_proto, config.lambda_batch)
@@ -214,29 +245,13 @@ def _evaluations(
 
     def forward() -> None:
         with torch.no_grad(), autocast(device, config.precision):
-            for (batch,) in batches((images,), _EVALUATION_BATCH):
+            for (batch,) in batches((images,), evaluation_batch(device)):
                 model(preprocess(batch)).argmax(dim=1)
 
     def evaluation() -> None:
-        evaluate(
-            model,
-            images,
-            labels,
-            prototypes,
-            preprocess,
-            batch_size=_EVALUATION_BATCH,
-            precision=config.precision,
-        )
+        evaluate(model, images, labels, prototypes, preprocess, precision=config.precision)
 
     return forward, evaluation
-
-
-def _timed(run: Callable[[], object], device: torch.device) -> float:
-    wait_for(device)
-    began = time.perf_counter()
-    run()
-    wait_for(device)
-    return time.perf_counter() - began
 
 
 TARGETS = {

@@ -1,5 +1,10 @@
 """Devices and precisions: found where there, refused by name where not."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -57,3 +62,32 @@ def test_matrix_products_run_in_the_precision_asked_for(precision: str, dtype: s
 def test_fp16_is_refused_without_cuda() -> None:
     with pytest.raises(ConfigError, match="precision='fp16' needs CUDA, not cpu; use bf16 or fp32"):
         autocast(torch.device("cpu"), "fp16")
+
+
+def _resident_after_freeing(variables: dict[str, str]) -> int:
+    """Return the MiB that a process still holds of 256 that it has had in blocks and freed."""
+    program = (
+        "import resource, torch\n"
+        "from batchcam.devices import keep_freed_memory\n"
+        "def resident():\n"
+        "    with open('/proc/self/statm') as file:\n"
+        "        return int(file.read().split()[1]) * resource.getpagesize()\n"
+        "print(keep_freed_memory())\n"
+        "before = resident()\n"
+        "blocks = [torch.ones(16 << 20, dtype=torch.uint8) for _ in range(16)]\n"
+        "del blocks\n"
+        "print((resident() - before) >> 20)\n"
+    )
+    environment = {**os.environ, **variables}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    kept, resident = ended.stdout.split()
+    assert kept == str(not variables)
+    return int(resident)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_memory_that_is_freed_is_kept_unless_the_environment_says_otherwise() -> None:
+    assert _resident_after_freeing({}) > 200
+    assert _resident_after_freeing({"MALLOC_TRIM_THRESHOLD_": "131072"}) < 100
