@@ -10,15 +10,23 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Results are promised per number of threads, and idle cores are not: one thread is both the
-# reproducible and, on a busy machine, the fast choice.
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # For fixtures that live longer than a test; see _one_thread.
 
 settings.register_profile("batchcam", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("batchcam")
 
 # Not BATCHCAM_DATA, by which tests find real files.
 _PRIVATE = ("WANDB_", "RAY_", "BATCHCAM_OPTUNA_", "XDG_", "NETRC", "COLUMNS")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Compute with one thread, whatever the test before has set.
+
+    Results are promised per number of threads, and idle cores are not: one thread is both the
+    reproducible and, on a busy machine, by far the fast choice.
+    """
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
