@@ -24,10 +24,11 @@ from batchcam.evaluate import evaluate
 from batchcam.splits import Split
 from batchcam.train import TrialResult
 from studies.commands import run_command
+from studies.evidence.controls import CONTROLS, CORNERS_OUTSIDE, SIGHT_OUTSIDE
 from studies.evidence.measures import explain, mass_share
 from studies.evidence.runs import Run, complete, finished, state_of
 from studies.evidence.tables import Column, intervals, markdown, titles, values, write_csv
-from studies.evidence.training import CORNERS_OUTSIDE, load_inputs, train
+from studies.evidence.training import load_inputs, train
 from studies.evidence.workers import Workers
 
 _EXPLAINED = 500
@@ -36,7 +37,7 @@ CLEAN = "cross-entropy, clean data"
 ENERGY_CLEAN = "prototype energy, clean data"
 _CLEAN = (CLEAN, ENERGY_CLEAN)
 """What is trained without decoys."""
-_BEYOND = ("rrr", CORNERS_OUTSIDE)
+_BEYOND = ("rrr", *CONTROLS)
 """What a run can be trained with beside the fields of its configuration."""
 _COMPARED = (0.1, 1.0, 10.0, 100.0)
 METHODS: Mapping[str, tuple[dict[str, Any], ...]] = {
@@ -54,10 +55,14 @@ METHODS: Mapping[str, tuple[dict[str, Any], ...]] = {
         {"lambda_energy": w, "lambda_batch": 0.1, "metric": "ssim", "prototype": "median"}
         for w in (1.0, 3.0, 10.0, 30.0, 100.0)
     ),
-    # What the energy loss costs by itself, and what it would do if supports left the corners out.
+    # What the energy loss costs by itself, and what it would do if supports left out the corners,
+    # or all cells that have a corner in sight.
     ENERGY_CLEAN: tuple({"lambda_energy": w} for w in (10.0, 30.0, 100.0)),
     "prototype energy, told of the corners": tuple(
         {"lambda_energy": w, CORNERS_OUTSIDE: 1.0} for w in (3.0, 10.0, 30.0, 100.0)
+    ),
+    "prototype energy, told of what sees the corners": tuple(
+        {"lambda_energy": w, SIGHT_OUTSIDE: 1.0} for w in (3.0, 10.0, 30.0, 100.0)
     ),
     "RRR, given the masks": tuple({"rrr": w} for w in _COMPARED),
 }

@@ -2,42 +2,20 @@
 
 import time
 from functools import lru_cache
-from math import ceil
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from batchcam.config import TrialConfig
 from batchcam.data import batches, to_device
-from batchcam.decoy import PATCH
 from batchcam.devices import resolve_device
 from batchcam.evaluate import Evaluation, evaluate
 from batchcam.inputs import Inputs, prepare
 from batchcam.train import EpochReport, Trainer, TrialResult, fit
 from studies.baselines.rrr import train_epoch
+from studies.evidence.controls import CONTROLS, controlled
 from studies.evidence.runs import Run
-
-CORNERS_OUTSIDE = "corners_outside"
-"""In a run's `beyond`: no class has support where decoys are painted."""
-
-
-class CornersOutside(Inputs):
-    """Inputs of the energy loss that are told where decoys lie: no support has a part in them.
-
-    A control: what is lost by supports that reach the corners, and what is not.
-    """
-
-    def outside(self, grid: tuple[int, int]) -> Tensor:
-        """Return :meth:`Inputs.outside`, and 1 in every cell that a decoy touches."""
-        outside_CHW = super().outside(grid)
-        height, width = self.data.train.images.shape[2:]
-        rows, columns = ceil(PATCH * grid[0] / height), ceil(PATCH * grid[1] / width)
-        for vertical in (slice(rows), slice(-rows, None)):
-            for horizontal in (slice(columns), slice(-columns, None)):
-                outside_CHW[:, vertical, horizontal] = 1
-        return outside_CHW
 
 
 @lru_cache(maxsize=4)
@@ -50,17 +28,15 @@ def train(run: Run, inputs: Inputs, state: Path) -> TrialResult:
     """Train a run's model, from where `state` left it, and keep it there.
 
     Args:
-        run: its `beyond` may name the weight of RRR, or :data:`CORNERS_OUTSIDE`.
+        run: its `beyond` may name the weight of RRR, or one of :data:`CONTROLS`.
         inputs: data and prototypes.
         state: a file; see :func:`studies.evidence.runs.state_of`.
     """
     state.parent.mkdir(parents=True, exist_ok=True)
     if "rrr" in run.beyond:
         return _train_by_rrr(run, inputs, state)
-    if CORNERS_OUTSIDE in run.beyond:
-        inputs = CornersOutside(
-            inputs.data, inputs.train_prototypes, inputs.validation_prototypes, inputs.centres_PHW
-        )
+    for control in run.beyond.keys() & set(CONTROLS):
+        inputs = controlled(inputs, run.config, control)
 
     def keep(report: EpochReport) -> None:
         report.save_state(state)

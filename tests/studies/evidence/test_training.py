@@ -10,11 +10,10 @@ import torch
 from batchcam import train as batchcam_train
 from batchcam.config import TrialConfig
 from batchcam.data import ImageData, to_device
-from batchcam.decoy import paint_decoys
 from batchcam.inputs import Inputs
 from batchcam.prototypes import class_prototypes
 from studies.evidence.runs import Run
-from studies.evidence.training import CornersOutside, train
+from studies.evidence.training import train
 
 
 @pytest.mark.parametrize("beyond", [{}, {"rrr": 1.0}], ids=["own loss", "RRR"])
@@ -55,21 +54,3 @@ def test_a_run_that_is_cut_goes_on_to_the_same_model(
         for name, value in whole.model.state_dict().items():
             torch.testing.assert_close(other.model.state_dict()[name], value, rtol=0, atol=0)
         assert other.metrics["val_accuracy"] == whole.metrics["val_accuracy"]
-
-
-def test_with_corners_outside_no_class_has_support_where_decoys_lie(
-    small: dict[str, ImageData],
-) -> None:
-    clean = small["mnist"].train
-    large = replace(clean, images=clean.images.repeat(2, axis=2).repeat(2, axis=3))
-    decoyed = paint_decoys(large, large.labels, np.random.default_rng(0))
-    data = replace(small["mnist"], train=decoyed)
-    prototypes = class_prototypes(*to_device(data.train, torch.device("cpu")), 10)
-    told = CornersOutside(data, prototypes, prototypes).outside((8, 8))
-    usual = Inputs(data, prototypes, prototypes).outside((8, 8))
-    assert decoyed.masks is not None
-    touched = torch.from_numpy(decoyed.masks).any(dim=0).view(8, 2, 8, 2).any(dim=3).any(dim=1)
-    assert touched.sum() == 4 * 2 * 2
-    assert (told[:, touched] == 1).all()
-    assert (usual[:, touched] == 0).any()
-    torch.testing.assert_close(told[:, ~touched], usual[:, ~touched])

@@ -1,0 +1,74 @@
+"""Controls of the prototype energy loss: supports that know where decoys lie, as it does not."""
+
+from dataclasses import dataclass, field
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from batchcam.config import TrialConfig
+from batchcam.decoy import PATCH
+from batchcam.inputs import Inputs
+from batchcam.models import create_model, feature_grid, resolve_output_stride
+
+CORNERS_OUTSIDE = "corners_outside"
+"""In a run's `beyond`: no class has support in cells that a decoy touches."""
+SIGHT_OUTSIDE = "sight_outside"
+"""In a run's `beyond`: nor in any cell whose features depend on a decoy."""
+CONTROLS = (CORNERS_OUTSIDE, SIGHT_OUTSIDE)
+
+
+@dataclass(frozen=True)
+class CellsOutside(Inputs):
+    """Inputs by which no class has support in some cells, bool, of the CAM grid."""
+
+    cells_HW: Tensor = field(kw_only=True)
+
+    def outside(self, grid: tuple[int, int]) -> Tensor:
+        """Return :meth:`Inputs.outside`, and 1 in those cells."""
+        outside_CHW = super().outside(grid)
+        outside_CHW[:, self.cells_HW] = 1
+        return outside_CHW
+
+
+def controlled(inputs: Inputs, config: TrialConfig, control: str) -> Inputs:
+    """Return inputs with the supports of a control, one of :data:`CONTROLS`."""
+    stride = resolve_output_stride(
+        config.backbone, config.resolution, inputs.data.channels, config.output_stride
+    )
+    if control == CORNERS_OUTSIDE:
+        grid = feature_grid(config.backbone, config.resolution, inputs.data.channels, stride)
+        cells_HW = touched_cells(grid, inputs.data.train.images.shape[2:])
+    else:
+        cells_HW = seeing_cells(config.backbone, config.resolution, inputs.data.channels, stride)
+    return CellsOutside(
+        inputs.data,
+        inputs.train_prototypes,
+        inputs.validation_prototypes,
+        inputs.centres_PHW,
+        cells_HW=cells_HW,
+    )
+
+
+def touched_cells(grid: tuple[int, int], size: tuple[int, ...]) -> Tensor:
+    """Return which cells of a grid lie, in part or whole, where decoys are painted, bool."""
+    touched_HW = torch.zeros(grid, dtype=torch.bool)
+    rows, columns = (ceil(PATCH * cells / side) for cells, side in zip(grid, size, strict=True))
+    for vertical in (slice(rows), slice(-rows, None)):
+        for horizontal in (slice(columns), slice(-columns, None)):
+            touched_HW[vertical, horizontal] = True
+    return touched_HW
+
+
+def seeing_cells(backbone: str, resolution: int, channels: int, stride: int | None) -> Tensor:
+    """Return which cells' features change when decoys do, bool: those that have one in sight.
+
+    Found by asking a model that is not trained; pixels are those of its input.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = create_model(backbone, in_chans=channels, output_stride=stride).eval()
+        one, other = torch.rand(2, 16, channels, resolution, resolution)
+        corners = touched_cells((resolution, resolution), (resolution, resolution))
+        changed = model.features(torch.where(corners, other, one)) - model.features(one)
+    return changed.abs().amax(dim=(0, 1)) > 1e-6
