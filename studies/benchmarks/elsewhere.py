@@ -1,44 +1,32 @@
 """What is timed in a process of its own, beside what is timed here."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
-from types import TracebackType
 from typing import Any
+
+Runs = Mapping[str, Callable[[], Any]]
 
 _runs: dict[str, Callable[[], Any]] = {}
 
 
-class Elsewhere:
-    """A process that makes its runs ready once, and then runs what is asked for, and waits."""
+@contextmanager
+def elsewhere(start: Callable[..., Runs], *given: Any) -> Iterator[Callable[[str], Any]]:
+    """Have a process that makes its runs ready once, and then runs what is asked for, and waits.
 
-    def __init__(self, start: Callable[..., Mapping[str, Callable[[], Any]]], *given: Any) -> None:
-        """Start the process.
+    Args:
+        start: a function of a module, which is called there; returns runs by name.
+        given: what it is called with.
 
-        Args:
-            start: a function of a module, which is called there; returns runs by name.
-            given: what it is called with.
-        """
-        context = get_context("spawn")
-        self._process = ProcessPoolExecutor(1, context, _begin, (start, given))
-
-    def __call__(self, name: str) -> Any:
-        """Return what a run returns."""
-        return self._process.submit(_run, name).result()
-
-    def __enter__(self) -> "Elsewhere":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._process.shutdown()
+    Yields:
+        A function that takes the name of a run, and returns what the run returns.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn"), _begin, (start, given)) as process:
+        yield lambda name: process.submit(_run, name).result()
 
 
-def _begin(start: Callable[..., Mapping[str, Callable[[], Any]]], given: tuple[Any, ...]) -> None:
+def _begin(start: Callable[..., Runs], given: tuple[Any, ...]) -> None:
     _runs.update(start(*given))
 
 

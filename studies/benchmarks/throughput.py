@@ -36,7 +36,7 @@ from batchcam.splits import Split
 from batchcam.train import fit
 from studies.baselines import plain
 from studies.benchmarks.batches import Bench, random_inputs
-from studies.benchmarks.elsewhere import Elsewhere
+from studies.benchmarks.elsewhere import elsewhere
 from studies.benchmarks.pairs import median_ratio, timed
 
 
@@ -101,14 +101,14 @@ def measure(settings: Throughput, backbone: str, precision: str) -> dict[str, An
     fit(config, inputs=_inputs(config.batch_size))  # Warms up allocator and kernels.
     bare = _bare_step(config)
     with_plain = settings.plain and backbone == "simple_cnn" and device.type == "cpu"
-    other = Elsewhere(start_untuned, config, inputs, steps, settings.threads, with_plain)
     forward, evaluation = _evaluations(config, inputs)
     seconds: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:
         seconds.setdefault(name, []).append(value)
 
-    with other:
+    given = config, inputs, steps, settings.threads, with_plain
+    with elsewhere(start_untuned, *given) as other:
         for _ in range(settings.rounds):
             note("bare", timed(lambda: [bare() for _ in range(steps)], device))
             note("untuned", other("untuned"))

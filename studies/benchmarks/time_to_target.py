@@ -31,7 +31,7 @@ from batchcam.objective import Objective
 from batchcam.provenance import command_line, git_commit, package_versions
 from batchcam.train import EpochReport, fit
 from studies.baselines import plain
-from studies.benchmarks.elsewhere import Elsewhere
+from studies.benchmarks.elsewhere import elsewhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def main(settings: TimeToTarget) -> None:
     inputs = prepare(settings.config())
     entry: dict[str, Any] = {"trainer": by_trainer(settings, inputs)}
     if settings.plain:
-        with Elsewhere(start_plain_script, settings, inputs) as other:
+        with elsewhere(start_plain_script, settings, inputs) as other:
             entry["plain"] = other("plain script")
         if entry["trainer"]["reached"] and entry["plain"]["reached"]:
             entry["ratio"] = round(entry["plain"]["seconds"] / entry["trainer"]["seconds"], 3)
