@@ -64,12 +64,11 @@ def test_throughput_is_measured_in_pairs_and_replaced_when_measured_again(tmp_pa
         steps=2,
         rounds=2,
         threads=1,
-        plain=False,
     )
     for _ in range(2):
         throughput.main(settings)
     (entry,) = json.loads((tmp_path / "throughput.json").read_text())
-    assert set(entry["ratios"]) == set(TARGETS) - {"over_plain"}
+    assert set(entry["ratios"]) == set(TARGETS)
     assert entry["images_per_second"]["epoch"] < entry["images_per_second"]["training"]
     for median, low, high in entry["ratios"].values():
         assert 0 < low <= median <= high
