@@ -78,7 +78,8 @@ def keep_freed_memory() -> bool:
 
     Returns:
         Whether it does: not with another C library than glibc, and not where the environment
-        already says what is to be done (`MALLOC_MMAP_MAX_`, `MALLOC_TRIM_THRESHOLD_`).
+        already says what is to be done (`MALLOC_MMAP_MAX_`, `MALLOC_TRIM_THRESHOLD_`, or
+        `GLIBC_TUNABLES`).
     """
     if os.environ.keys() & {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}:
         return False
