@@ -6,6 +6,7 @@ with respect to the features alone, and stays differentiable, so a map can be pa
 Shapes: N images, C classes, K channels, H and W cells of the feature grid.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -133,7 +134,7 @@ def attribution(gradients_NKHW: Tensor, features_NKHW: Tensor) -> Tensor:
     if gradients_NKHW.shape[2:] == (1, 1):
         weights_NK = gradients_NKHW.flatten(1).to(at_least_float32(gradients_NKHW))
         return weighted_sums(weights_NK, features_NKHW)
-    with torch.autocast(features_NKHW.device.type, enabled=False):
+    with _exact(features_NKHW.device):
         return (gradients_NKHW * features_NKHW).sum(dim=1, dtype=at_least_float32(features_NKHW))
 
 
@@ -151,26 +152,35 @@ def class_maps(
     its features are the mean of those weights applied to each image, so what is averaged is H x W,
     not K x H x W, and absent classes cost nothing.
     """
-    weights_CK, _ = _class_means(weights_NK, labels_N, num_classes)
-    return mean_maps(weighted_sums(weights_CK[labels_N], features_NKHW), labels_N, num_classes)
+    sums_NHW = class_sums(weights_NK, features_NKHW, labels_N, num_classes)
+    means_CHW, counts_C = class_means(sums_NHW, labels_N, num_classes)
+    return F.relu(means_CHW), counts_C > 0
 
 
-def mean_maps(sums_NHW: Tensor, labels_N: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Return :func:`batch_cam`'s maps from the weighted sums of images, by their classes' weights.
+def class_sums(
+    weights_NK: Tensor, features_NKHW: Tensor, labels_N: Tensor, num_classes: int
+) -> Tensor:
+    """Return :func:`weighted_sums` by the mean of the weights of each image's class."""
+    weights_CK, _ = class_means(weights_NK, labels_N, num_classes)
+    return weighted_sums(weights_CK[labels_N], features_NKHW)
+
+
+def class_means(values: Tensor, labels_N: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return the mean of each class, zero for one without images; and how many each has.
+
+    Args:
+        values: `(N, ...)`, floating point.
+        labels_N: int64, the class of each.
+        num_classes: the number of classes C of the result.
 
     Returns:
-        `maps_CHW`, >= 0, zero for a class without images; and `present_C`, bool.
+        `(C, ...)`; and `counts_C`, of the values' type.
     """
-    means_CS, present_C = _class_means(sums_NHW.flatten(1), labels_N, num_classes)
-    return F.relu(means_CS.view(num_classes, *sums_NHW.shape[1:])), present_C
-
-
-def _class_means(values_NF: Tensor, labels_N: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Return the mean of each class, zero for one without images; and which classes have any."""
     classes_C = torch.arange(num_classes, device=labels_N.device)
-    members_CN = (classes_C[:, None] == labels_N).to(values_NF.dtype)
-    counts_C1 = members_CN.sum(dim=1, keepdim=True)
-    return (members_CN / counts_C1.clamp(min=1)) @ values_NF, counts_C1.squeeze(1) > 0
+    members_CN = (classes_C[:, None] == labels_N).to(values.dtype)
+    counts_C = members_CN.sum(dim=1)
+    means_CF = (members_CN / counts_C.clamp(min=1)[:, None]) @ values.flatten(1)
+    return means_CF.view(num_classes, *values.shape[1:]), counts_C
 
 
 def render(maps_BHW: Tensor, resolution: int) -> Tensor:
@@ -182,19 +192,19 @@ def render(maps_BHW: Tensor, resolution: int) -> Tensor:
     Returns:
         `(B, resolution, resolution)`, in [0, 1].
     """
-    height, width = maps_BHW.shape[1:]
-    rows_RH = _bilinear(height, resolution, maps_BHW)
-    columns_RW = rows_RH if height == width else _bilinear(width, resolution, maps_BHW)
+    rows_RH, columns_RW = (
+        bilinear(cells, resolution, maps_BHW.dtype, maps_BHW.device) for cells in maps_BHW.shape[1:]
+    )
     scaled = rows_RH @ (maps_BHW @ columns_RW.T)
     return scaled / (scaled.amax(dim=(1, 2), keepdim=True) + 1e-6)
 
 
-def _bilinear(cells: int, pixels: int, like: Tensor) -> Tensor:
+def bilinear(cells: int, pixels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the matrix `(pixels, cells)` that upsamples a line.
 
     Two products with it take a fifth of the time of `F.interpolate` and its backward pass.
     """
-    eye_11CC = torch.eye(cells, dtype=like.dtype, device=like.device)[None, None]
+    eye_11CC = torch.eye(cells, dtype=dtype, device=device)[None, None]
     return F.interpolate(eye_11CC, (pixels, cells), mode="bilinear", align_corners=False)[0, 0]
 
 
@@ -219,9 +229,16 @@ def tap(weights_NK: Tensor, features_NKHW: Tensor) -> tuple[Tensor, Tensor]:
     # bfloat16 has the range of float32: as exact as the logits, and no copy of the features.
     kept = features_NKHW.dtype == torch.bfloat16
     dtype = torch.bfloat16 if kept else torch.promote_types(features_NKHW.dtype, weights_NK.dtype)
-    with torch.autocast(features_NKHW.device.type, enabled=False):
+    with _exact(features_NKHW.device):
         same_NKHW, sums_NHW = _Tap.apply(weights_NK.to(dtype), features_NKHW)
     return same_NKHW, sums_NHW.to(at_least_float32(sums_NHW))
+
+
+def _exact(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context without autocast; where there is none, none is entered: that takes time."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 class _Tap(torch.autograd.Function):

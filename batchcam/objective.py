@@ -4,22 +4,22 @@ Shapes: N images, C classes, P prototypes (one or several per class), S slots fo
 channels, H and W cells of the feature grid, R pixels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchcam.alignment import alignment_loss
 from batchcam.cam import (
     at_least_float32,
     attribution,
-    class_maps,
-    mean_maps,
+    class_means,
+    class_sums,
     of_targets,
     pooled,
-    render,
     score_gradients,
-    weighted_maps,
+    weighted_sums,
 )
 from batchcam.similarity import METRICS, Distance
 
@@ -94,20 +94,23 @@ class Objective:
             distance = METRICS[self.metric]
             groups_N = labels_N if groups_N is None else groups_N
             slots_N, wanted_SRR = _slots(groups_N, prototypes_PRR)
-            if not self.wants_weights:
-                sums_NHW = evidence_NHW
-            if sums_NHW is None:
+            known_NHW = sums_NHW if self.wants_weights else evidence_NHW
+            weights_NK = None
+            if known_NHW is None:
                 assert gradients_NKHW is not None
                 weights_NK = pooled(gradients_NKHW)
-                proto = partial(weighted_maps, weights_NK, features_NKHW)
-                batch = partial(class_maps, weights_NK, features_NKHW, slots_N, len(wanted_SRR))
-            else:
-                proto = partial(F.relu, sums_NHW)
-                batch = partial(mean_maps, sums_NHW, slots_N, len(wanted_SRR))
+
+            def sums_by(weigh: Callable[..., Tensor], *more: object) -> Tensor:
+                if known_NHW is not None:
+                    return known_NHW
+                return weigh(weights_NK, features_NKHW, *more)
+
             if self.lambda_proto:
-                terms["proto"] = prototype_loss(proto(), groups_N, prototypes_PRR, distance)
+                own_NHW = sums_by(weighted_sums)
+                terms["proto"] = prototype_loss(own_NHW, groups_N, prototypes_PRR, distance)
             if self.lambda_batch:
-                terms["batch"] = batch_cam_loss(*batch(), wanted_SRR, distance)
+                shared_NHW = sums_by(class_sums, slots_N, len(wanted_SRR))
+                terms["batch"] = batch_cam_loss(shared_NHW, slots_N, wanted_SRR, distance)
         if self.lambda_energy:
             if outside_CHW is None:
                 raise ValueError(
@@ -151,23 +154,36 @@ def _slots(groups_N: Tensor, prototypes_PRR: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def prototype_loss(
-    maps_NHW: Tensor, groups_N: Tensor, prototypes_PRR: Tensor, distance: Distance
+    sums_NHW: Tensor, groups_N: Tensor, prototypes_PRR: Tensor, distance: Distance
 ) -> Tensor:
-    """Return the Prototype Loss: the mean over images of `φ(M_i, P_y)` (Eq. 11)."""
-    rendered_NRR = render(maps_NHW, prototypes_PRR.shape[-1])
-    return distance(rendered_NRR, prototypes_PRR, pairs_B=groups_N).mean()
+    """Return the Prototype Loss: the mean over images of `φ(M_i, P_y)` (Eq. 11).
+
+    Args:
+        sums_NHW: of each image, which :func:`batchcam.alignment.alignment_loss` makes maps of.
+        groups_N: int64, the prototype of each image.
+        prototypes_PRR: square, scaled to [0, 1].
+        distance: φ.
+    """
+    shares_N = sums_NHW.new_full((len(sums_NHW),), 1 / len(sums_NHW))
+    return alignment_loss(sums_NHW, prototypes_PRR, distance, shares_N, groups_N)
 
 
 def batch_cam_loss(
-    maps_CHW: Tensor, present_C: Tensor, prototypes_CRR: Tensor, distance: Distance
+    sums_NHW: Tensor, groups_N: Tensor, prototypes_PRR: Tensor, distance: Distance
 ) -> Tensor:
-    """Return the Batch-CAM Prototype Loss: the sum over classes present of `φ(M̄_c, P_c)` (Eq. 12).
+    """Return the Batch-CAM Prototype Loss: the sum over groups present of `φ(M̄_c, P_c)` (Eq. 12).
 
-    A class that is absent from the batch contributes neither value nor gradient.
+    A group that is absent from the batch contributes neither value nor gradient.
+
+    Args:
+        sums_NHW: of each image, by its group's mean weights; averaged by group, maps are made of
+            them as above.
+        groups_N: int64, the prototype of each image.
+        prototypes_PRR: square, scaled to [0, 1].
+        distance: φ.
     """
-    rendered_CRR = render(maps_CHW, prototypes_CRR.shape[-1])
-    per_class_C = distance(rendered_CRR, prototypes_CRR)
-    return per_class_C.where(present_C, per_class_C.new_zeros(())).sum()
+    means_PHW, counts_P = class_means(sums_NHW, groups_N, len(prototypes_PRR))
+    return alignment_loss(means_PHW, prototypes_PRR, distance, counts_P.clamp(max=1))
 
 
 def energy_loss(evidence_NHW: Tensor, outside_NHW: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-WINDOW = 7
-"""Pixels. Side of the Gaussian window of SSIM; maps must be at least this large."""
+WINDOW, SIGMA = 7, 1.5
+"""Pixels. Side and deviation of the Gaussian window of SSIM; maps must be as large at least."""
+EPSILON_1, EPSILON_2 = 1e-4, 9e-4
+"""Stabilisers of luminance and of contrast: `K = (0.01, 0.03)` squared, for a data range of 1."""
 
 
 class Distance(Protocol):
@@ -48,11 +50,11 @@ def ssim(
     alpha: float = 1.0,
     beta: float = 1.0,
     gamma: float = 1.0,
-    epsilon_1: float = 1e-4,
-    epsilon_2: float = 9e-4,
-    epsilon_3: float = 4.5e-4,
+    epsilon_1: float = EPSILON_1,
+    epsilon_2: float = EPSILON_2,
+    epsilon_3: float = EPSILON_2 / 2,
     window: int = WINDOW,
-    sigma: float = 1.5,
+    sigma: float = SIGMA,
     *,
     pairs_B: Tensor | None = None,
 ) -> Tensor:
@@ -90,11 +92,6 @@ def ssim(
         ValueError: shapes differ, or a side is smaller than the window.
     """
     y_BHW = _paired(x_BHW, y_PHW, pairs_B)
-    if min(x_BHW.shape[1:]) < window:
-        raise ValueError(
-            f"maps of {tuple(x_BHW.shape[1:])} pixels are smaller than the SSIM window of "
-            f"{window}; use larger maps or a smaller window."
-        )
     mu_x, mean_xx, mean_xy = _window_means((x_BHW, x_BHW * x_BHW, x_BHW * y_BHW), window, sigma)
     mu_yP, mean_yyP = _window_means((y_PHW, y_PHW * y_PHW), window, sigma)
     of_y = torch.stack([mu_yP, mu_yP.square(), mean_yyP - mu_yP.square()])
@@ -144,16 +141,29 @@ def _window_means(maps: Sequence[Tensor], window: int, sigma: float) -> Tensor:
     """
     stack_SBHW = torch.stack(list(maps))
     height, width = stack_SBHW.shape[-2:]
-    columns = _smoothing(width, window, sigma, stack_SBHW)
-    rows = columns if height == width else _smoothing(height, window, sigma, stack_SBHW)
+    columns, rows = (
+        smoothing(side, window, sigma, stack_SBHW.dtype, stack_SBHW.device)
+        for side in (width, height)
+    )
     return rows.T @ (stack_SBHW @ columns)
 
 
-def _smoothing(side: int, window: int, sigma: float, like: Tensor) -> Tensor:
-    """Return the banded matrix `(side, side - window + 1)` that smooths a line of pixels."""
-    offsets = torch.arange(window, dtype=like.dtype, device=like.device)
+def smoothing(
+    side: int, window: int, sigma: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return the banded matrix `(side, side - window + 1)` that smooths a line of pixels.
+
+    Raises:
+        ValueError: the line is shorter than the window.
+    """
+    if side < window:
+        raise ValueError(
+            f"maps with a side of {side} pixels are smaller than the SSIM window of {window}; use "
+            "larger maps or a smaller window."
+        )
+    offsets = torch.arange(window, dtype=dtype, device=device)
     weights = torch.exp(-((offsets - window // 2) ** 2) / (2 * sigma**2))
-    windows = torch.eye(side, dtype=like.dtype, device=like.device).unfold(1, window, 1)
+    windows = torch.eye(side, dtype=dtype, device=device).unfold(1, window, 1)
     return windows @ (weights / weights.sum())
 
 
