@@ -28,7 +28,7 @@ from studies.evidence.controls import CONTROLS, CORNERS_OUTSIDE, SIGHT_OUTSIDE
 from studies.evidence.measures import explain, mass_share
 from studies.evidence.runs import Run, complete, finished, state_of
 from studies.evidence.tables import Column, intervals, markdown, titles, values, write_csv
-from studies.evidence.training import load_inputs, train
+from studies.evidence.training import PENALTIES, RRR, RRR_BY_PROTOTYPES, load_inputs, train
 from studies.evidence.workers import Workers
 
 _EXPLAINED = 500
@@ -37,7 +37,7 @@ CLEAN = "cross-entropy, clean data"
 ENERGY_CLEAN = "prototype energy, clean data"
 _CLEAN = (CLEAN, ENERGY_CLEAN)
 """What is trained without decoys."""
-_BEYOND = ("rrr", *CONTROLS)
+_BEYOND = (*PENALTIES, *CONTROLS)
 """What a run can be trained with beside the fields of its configuration."""
 _COMPARED = (0.1, 1.0, 10.0, 100.0)
 METHODS: Mapping[str, tuple[dict[str, Any], ...]] = {
@@ -64,7 +64,9 @@ METHODS: Mapping[str, tuple[dict[str, Any], ...]] = {
     "prototype energy, told of what sees the corners": tuple(
         {"lambda_energy": w, SIGHT_OUTSIDE: 1.0} for w in (3.0, 10.0, 30.0, 100.0)
     ),
-    "RRR, given the masks": tuple({"rrr": w} for w in _COMPARED),
+    "RRR, given the masks": tuple({RRR: w} for w in _COMPARED),
+    # The prototype energy by pixels: what prototypes say takes the place of the annotation.
+    "RRR, masks from prototypes": tuple({RRR_BY_PROTOTYPES: w} for w in (0.1, 1.0, 10.0)),
 }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from batchcam.config import TrialConfig
 from batchcam.data import batches, to_device
@@ -16,6 +17,12 @@ from batchcam.train import EpochReport, Trainer, TrialResult, fit
 from studies.baselines.rrr import train_epoch
 from studies.evidence.controls import CONTROLS, controlled
 from studies.evidence.runs import Run
+
+RRR = "rrr"
+"""In a run's `beyond`: the weight of RRR, which is told where the decoys are."""
+RRR_BY_PROTOTYPES = "rrr_by_prototypes"
+"""In a run's `beyond`: the weight of RRR that is told where the image's class has no support."""
+PENALTIES = (RRR, RRR_BY_PROTOTYPES)
 
 
 @lru_cache(maxsize=4)
@@ -28,13 +35,14 @@ def train(run: Run, inputs: Inputs, state: Path) -> TrialResult:
     """Train a run's model, from where `state` left it, and keep it there.
 
     Args:
-        run: its `beyond` may name the weight of RRR, or one of :data:`CONTROLS`.
+        run: its `beyond` may name a weight of RRR, one of :data:`PENALTIES`, or one of
+            :data:`CONTROLS`.
         inputs: data and prototypes.
         state: a file; see :func:`studies.evidence.runs.state_of`.
     """
     state.parent.mkdir(parents=True, exist_ok=True)
-    if "rrr" in run.beyond:
-        return _train_by_rrr(run, inputs, state)
+    for penalty in run.beyond.keys() & set(PENALTIES):
+        return _train_by_rrr(run, inputs, state, penalty)
     for control in run.beyond.keys() & set(CONTROLS):
         inputs = controlled(inputs, run.config, control)
 
@@ -60,14 +68,20 @@ def evaluate_test(result: TrialResult) -> Evaluation:
     )
 
 
-def _train_by_rrr(run: Run, inputs: Inputs, state: Path) -> TrialResult:
-    """Train as :func:`batchcam.train.fit` does, but by RRR, which is told where the decoys are."""
-    split = inputs.data.train
+def _masks(inputs: Inputs, resolution: int, penalty: str) -> Tensor:
+    """Return where RRR is told that training images are irrelevant, float32 `(N, R, R)`."""
+    split, size = inputs.data.train, (resolution, resolution)
+    if penalty == RRR_BY_PROTOTYPES:
+        return inputs.outside(size)[torch.from_numpy(split.labels)]
     assert split.masks is not None
-    config = run.config
+    return F.interpolate(torch.from_numpy(split.masks[:, None]).float(), size).squeeze(1)
+
+
+def _train_by_rrr(run: Run, inputs: Inputs, state: Path, penalty: str) -> TrialResult:
+    """Train as :func:`batchcam.train.fit` does, but by RRR, one of :data:`PENALTIES`."""
+    split, config = inputs.data.train, run.config
     device = resolve_device(config.device)
-    size = (config.resolution, config.resolution)
-    masks_NRR = F.interpolate(torch.from_numpy(split.masks[:, None]).float(), size).squeeze(1)
+    masks_NRR = _masks(inputs, config.resolution, penalty)
     together = (*to_device(split, device), masks_NRR.to(device))
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -82,7 +96,7 @@ def _train_by_rrr(run: Run, inputs: Inputs, state: Path) -> TrialResult:
                 (trainer.preprocess(images), labels, masks)
                 for images, labels, masks in batches(together, config.batch_size, order)
             )
-            train_epoch(trainer.step, prepared, run.beyond["rrr"], config.precision)
+            train_epoch(trainer.step, prepared, run.beyond[penalty], config.precision)
             trainer.epoch += 1
             evaluation = trainer.validate()
             ceiling = inputs.ceiling(config.resolution, trainer.grid).mean().item()

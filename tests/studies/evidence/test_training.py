@@ -1,22 +1,29 @@
 """A run's model: trained once, gone on with when it was cut."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from batchcam import train as batchcam_train
 from batchcam.config import TrialConfig
 from batchcam.data import ImageData, to_device
 from batchcam.inputs import Inputs
 from batchcam.prototypes import class_prototypes
+from studies.evidence import training
 from studies.evidence.runs import Run
-from studies.evidence.training import train
+from studies.evidence.training import RRR, RRR_BY_PROTOTYPES, train
 
 
-@pytest.mark.parametrize("beyond", [{}, {"rrr": 1.0}], ids=["own loss", "RRR"])
+@pytest.mark.parametrize(
+    "beyond",
+    [{}, {RRR: 1.0}, {RRR_BY_PROTOTYPES: 1.0}],
+    ids=["own loss", "RRR", "RRR by prototypes"],
+)
 def test_a_run_that_is_cut_goes_on_to_the_same_model(
     beyond: dict[str, float],
     small: dict[str, ImageData],
@@ -25,6 +32,8 @@ def test_a_run_that_is_cut_goes_on_to_the_same_model(
 ) -> None:
     data = small["decoy_mnist"]
     data = replace(data, train=data.train.take(np.arange(96)))
+    if RRR not in beyond:  # What is not given the masks does without.
+        data = replace(data, train=replace(data.train, masks=None))
     train_prototypes, validation_prototypes = (
         class_prototypes(*to_device(split, torch.device("cpu")), 10)
         for split in (data.train, data.validation)
@@ -54,3 +63,28 @@ def test_a_run_that_is_cut_goes_on_to_the_same_model(
         for name, value in whole.model.state_dict().items():
             torch.testing.assert_close(other.model.state_dict()[name], value, rtol=0, atol=0)
         assert other.metrics["val_accuracy"] == whole.metrics["val_accuracy"]
+
+
+def test_rrr_by_prototypes_is_told_where_each_image_s_class_has_no_support(
+    small: dict[str, ImageData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = small["decoy_mnist"]
+    images, labels = to_device(data.train, torch.device("cpu"))
+    prototypes = class_prototypes(images, labels, 10)
+    inputs = Inputs(data, prototypes, prototypes)
+    told: list[tuple[Tensor, Tensor]] = []
+
+    def record(_: object, batches: Iterable[tuple[Tensor, ...]], *__: object) -> None:
+        told.extend((seen, masks) for _, seen, masks in batches)
+
+    monkeypatch.setattr(training, "train_epoch", record)
+    config = TrialConfig(dataset="decoy_mnist", epochs=1, batch_size=64, device="cpu")
+    for beyond in ({RRR_BY_PROTOTYPES: 1.0}, {RRR: 1.0}):
+        run = Run(study="s", method="m", stage="final", config=config, beyond=beyond)
+        train(run, inputs, tmp_path / f"{next(iter(beyond))}.pt")
+    half = len(told) // 2
+    outside = inputs.outside((28, 28))
+    for (labels, masks), (same, annotated) in zip(told[:half], told[half:], strict=True):
+        torch.testing.assert_close(masks, outside[labels], rtol=0, atol=0)
+        assert torch.equal(labels, same)
+        assert not torch.equal(annotated, masks)
