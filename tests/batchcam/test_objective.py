@@ -1,5 +1,7 @@
 """The objective: its terms by hand, its second derivatives, and what absent classes leave alone."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -144,25 +146,15 @@ def test_the_baseline_computes_no_cam() -> None:
 
 
 @metrics
-def test_prototype_loss_passes_gradcheck(metric: str) -> None:
+@pytest.mark.parametrize("term", [prototype_loss, batch_cam_loss])
+def test_the_terms_of_the_paper_pass_gradcheck(term: Callable[..., Tensor], metric: str) -> None:
     maps = 0.1 + torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(0)).double()
     _, _, _, prototypes = _problem(3)
     labels = torch.tensor([0, 2, 2])
 
     def loss(maps: Tensor) -> Tensor:
-        return prototype_loss(maps, labels, prototypes, METRICS[metric])
-
-    assert torch.autograd.gradcheck(loss, (maps.requires_grad_(),))
-
-
-@metrics
-def test_batch_cam_loss_passes_gradcheck(metric: str) -> None:
-    maps = 0.1 + torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(1)).double()
-    _, _, _, prototypes = _problem(4)
-    labels = torch.tensor([0, 2, 2])
-
-    def loss(maps: Tensor) -> Tensor:
-        return batch_cam_loss(maps, labels, prototypes, METRICS[metric])
+        value: Tensor = term(maps, labels, prototypes, METRICS[metric])
+        return value
 
     assert torch.autograd.gradcheck(loss, (maps.requires_grad_(),))
 
