@@ -114,10 +114,11 @@ def of_targets(gradients_CKHW: Tensor, targets_N: Tensor, features_NKHW: Tensor)
         features_NKHW: whose order in memory the result takes, for which see
             :func:`weighted_sums`.
     """
+    # Going back, an index in brackets would put its parts together number by number.
     if features_NKHW.is_contiguous(memory_format=torch.channels_last):
         gradients_CHWK = gradients_CKHW.permute(0, 2, 3, 1).contiguous()
-        return gradients_CHWK[targets_N].permute(0, 3, 1, 2)
-    return gradients_CKHW.contiguous()[targets_N]
+        return gradients_CHWK.index_select(0, targets_N).permute(0, 3, 1, 2)
+    return gradients_CKHW.contiguous().index_select(0, targets_N)
 
 
 def attribution(gradients_NKHW: Tensor, features_NKHW: Tensor) -> Tensor:
