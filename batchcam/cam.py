@@ -163,7 +163,7 @@ def class_sums(
 ) -> Tensor:
     """Return :func:`weighted_sums` by the mean of the weights of each image's class."""
     weights_CK, _ = class_means(weights_NK, labels_N, num_classes)
-    return weighted_sums(weights_CK[labels_N], features_NKHW)
+    return weighted_sums(weights_CK.index_select(0, labels_N), features_NKHW)
 
 
 def class_means(values: Tensor, labels_N: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

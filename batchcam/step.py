@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from batchcam.cam import tap
@@ -87,7 +86,7 @@ class TrainingStep:
         if self.objective.wants_weights:
             weights = self.model.class_weights(rows * columns)
         if weights is not None:
-            features, sums = tap(F.embedding(labels_N, weights), features)
+            features, sums = tap(weights.index_select(0, labels_N), features)
         with self._autocast():
             logits = self.model.head(features)
         if self.objective.wants_gradients:
