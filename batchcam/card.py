@@ -25,6 +25,8 @@ def loss_name(config: TrialConfig) -> str:
         terms.append(f"BCPL {config.lambda_batch:.3g} ({how})")
     if config.lambda_energy:
         terms.append(f"prototype energy {config.lambda_energy:.3g}")
+    if config.lambda_exchange:
+        terms.append(f"prototype exchange {config.lambda_exchange:.3g}")
     return " + ".join(terms) or "cross-entropy"
 
 
@@ -34,6 +36,7 @@ def loss_terms(config: TrialConfig) -> list[str]:
         "Prototype Loss": config.lambda_proto,
         "BCPL": config.lambda_batch,
         "prototype energy": config.lambda_energy,
+        "prototype exchange": config.lambda_exchange,
     }
     return [name for name, weight in weights.items() if weight]
 

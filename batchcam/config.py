@@ -29,7 +29,7 @@ PROTOTYPES = ("mean", "median", "kmeans")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("one_cycle", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
-LAMBDAS = ("lambda_class", "lambda_proto", "lambda_batch", "lambda_energy")
+LAMBDAS = ("lambda_class", "lambda_proto", "lambda_batch", "lambda_energy", "lambda_exchange")
 MIN_RESOLUTION = 8
 """Pixels. The SSIM window is 7 pixels wide; a smaller image leaves it nothing to compare."""
 
@@ -83,6 +83,9 @@ class TrialConfig:
     lambda_energy: float = 0.0
     """Weight of the prototype energy loss (attribution outside the class's support); 0 turns it
     off."""
+    lambda_exchange: float = 0.0
+    """Weight of the prototype exchange loss (what lies outside of two classes' supports may not
+    decide between them); 0 turns it off. A step looks at each image twice with it."""
     prototype: str = "mean"
     """How a class prototype is made from its images: mean (the paper's), pixelwise median, or
     kmeans: several per class, each the mean of a cluster."""

@@ -77,7 +77,9 @@ class Inputs:
         return self._ceilings[key]
 
     def outside(self, grid: tuple[int, int]) -> Tensor:
-        """Return where on a CAM grid a class has no support in the training split, `(C, *grid)`.
+        """Return where on a grid a class has no support in the training split, `(C, *grid)`.
+
+        The grid is a CAM's, or the input's pixels.
 
         See :func:`batchcam.prototypes.class_supports`. 1 outside, 0 inside, float32.
         """

@@ -1,4 +1,4 @@
-"""The training objective: cross-entropy, Prototype Loss, BCPL and prototype energy in one.
+"""The training objective: cross-entropy and all that goes beside it, in one.
 
 Shapes: N images, C classes, P prototypes (one or several per class), S slots for class maps, K
 channels, H and W cells of the feature grid, R pixels.
@@ -21,16 +21,18 @@ from batchcam.cam import (
     score_gradients,
     weighted_sums,
 )
+from batchcam.exchange import exchange_loss
 from batchcam.similarity import METRICS, Distance
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The sum of Eqs. 11 and 12 with all weights free, and the prototype energy loss.
+    """The sum of Eqs. 11 and 12 with all weights free, and two losses of ours.
 
     `lambda_class` alone is the cross-entropy baseline, and costs what it costs: no CAM is computed.
     With `lambda_proto` it is Eq. 11, with `lambda_batch` Eq. 12, with both their sum.
-    `lambda_energy` is ours; see :func:`energy_loss`.
+    Ours are `lambda_energy`, see :func:`energy_loss`, and `lambda_exchange`, see
+    :mod:`batchcam.exchange`.
 
     `cam` is "grad_cam", or "hires_cam": then a map is what each cell adds to the score
     (:func:`batchcam.cam.attribution`), cut by a ReLU, and that of a class the mean of its images',
@@ -42,6 +44,7 @@ class Objective:
     lambda_proto: float
     lambda_batch: float
     lambda_energy: float = 0.0
+    lambda_exchange: float = 0.0
     cam: str = "grad_cam"
 
     def __call__(
@@ -54,6 +57,7 @@ class Objective:
         groups_N: Tensor | None = None,
         outside_CHW: Tensor | None = None,
         gradients_CKHW: Tensor | None = None,
+        exchanged_NC: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the total loss, and its terms before weighting, detached.
 
@@ -71,16 +75,20 @@ class Objective:
             gradients_CKHW: those of each class's score, where they are the same for all images;
                 see :meth:`batchcam.models.ExplainableModel.class_gradients`. Else, if wanted, they
                 are computed for each image.
+            exchanged_NC: scores of what :func:`batchcam.exchange.exchange` made of the images;
+                needed for the exchange loss.
 
         Returns:
-            The scalar total; and `class`, `proto`, `batch`, `energy`, where their weight is not 0.
+            The scalar total; and `class`, `proto`, `batch`, `energy`, `exchange`, where their
+            weight is not 0.
 
         Raises:
-            ValueError: `lambda_energy` is not 0, and `outside_CHW` is not given.
+            ValueError: `lambda_energy` is not 0, and `outside_CHW` is not given; or
+                `lambda_exchange`, and `exchanged_NC`.
         """
         terms: dict[str, Tensor] = {}
+        precise_NC = logits_NC.to(at_least_float32(logits_NC))
         if self.lambda_class:
-            precise_NC = logits_NC.to(at_least_float32(logits_NC))
             terms["class"] = F.cross_entropy(precise_NC, labels_N)
         gradients_NKHW = evidence_NHW = None
         if self.wants_gradients and gradients_CKHW is not None:
@@ -118,6 +126,12 @@ class Objective:
                 )
             assert evidence_NHW is not None
             terms["energy"] = energy_loss(evidence_NHW, outside_CHW[labels_N])
+        if self.lambda_exchange:
+            if exchanged_NC is None:
+                raise ValueError("the exchange loss needs exchanged_NC, scores after an exchange.")
+            terms["exchange"] = exchange_loss(
+                precise_NC, exchanged_NC.to(precise_NC.dtype), labels_N
+            )
         total = sum(
             (getattr(self, f"lambda_{name}") * term for name, term in terms.items()),
             logits_NC.new_zeros(()),

@@ -9,6 +9,7 @@ from torch import Tensor
 from batchcam.cam import tap
 from batchcam.config import TrialConfig
 from batchcam.devices import autocast, compile_mode, prefers_channels_last
+from batchcam.exchange import exchange
 from batchcam.models import ExplainableModel
 from batchcam.objective import Objective
 
@@ -27,6 +28,7 @@ class TrainingStep:
         total_steps: int,
         device: torch.device,
         outside_CHW: Tensor | None = None,
+        outside_CRR: Tensor | None = None,
     ) -> None:
         """Move the model to the device, and make optimiser and schedule for `total_steps`.
 
@@ -36,8 +38,11 @@ class TrainingStep:
             config: weights of the losses, optimiser, schedule, precision.
             total_steps: length of the schedule.
             device: where to train.
-            outside_CHW: on the device; see :meth:`batchcam.inputs.Inputs.outside`. Needed where
-                `config.lambda_energy` is not 0.
+            outside_CHW: of the CAM grid's cells, on the device; see
+                :meth:`batchcam.inputs.Inputs.outside`. Needed where `config.lambda_energy` is not
+                0.
+            outside_CRR: the same of the input's pixels. Needed where `config.lambda_exchange` is
+                not 0.
 
         Raises:
             ConfigError: the device does not have the precision asked for.
@@ -53,11 +58,13 @@ class TrainingStep:
             config.lambda_proto,
             config.lambda_batch,
             config.lambda_energy,
+            config.lambda_exchange,
             config.cam,
         )
         self.optimizer = make_optimizer(model, config)
         self._prototypes_PRR = prototypes_PRR
         self._outside_CHW = outside_CHW
+        self._outside_CRR = outside_CRR
         self._schedule = make_schedule(self.optimizer, config, total_steps)
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         # Only the features: torch.compile cannot differentiate the head twice.
@@ -91,6 +98,7 @@ class TrainingStep:
             logits = self.model.head(features)
         if self.objective.wants_gradients:
             gradients = self.model.class_gradients(rows, columns)
+        exchanged = self._exchanged(x_NCHW, labels_N) if self.objective.lambda_exchange else None
         loss, terms = self.objective(
             logits,
             features,
@@ -100,9 +108,16 @@ class TrainingStep:
             groups_N,
             self._outside_CHW,
             gradients,
+            exchanged,
         )
         self.update(loss)
         return {"loss": loss.detach(), **{f"loss_{name}": term for name, term in terms.items()}}
+
+    def _exchanged(self, x_NCRR: Tensor, labels_N: Tensor) -> Tensor:
+        """Return the scores of the images after an exchange."""
+        assert self._outside_CRR is not None
+        with self._autocast():
+            return self.model.head(self._features(exchange(x_NCRR, labels_N, self._outside_CRR)))
 
     def update(self, loss: Tensor) -> None:
         """Move the weights down the gradient of a loss, and the schedule on by a step."""

@@ -40,9 +40,9 @@ class EpochReport:
     Attributes:
         epoch: epochs finished, counted from 1.
         metrics: flat and numeric; `epoch`, `loss` and its terms `loss_class`, `loss_proto`,
-            `loss_batch`, `loss_energy` (means over the epoch, before weighting), `val_accuracy`,
-            `cam_ssim`, `cam_ssim_sample`, `cam_ssim_ceiling`, `images_per_second` (training proper,
-            evaluation excluded) and `seconds` (the whole epoch).
+            `loss_batch`, `loss_energy`, `loss_exchange` (means over the epoch, before weighting),
+            `val_accuracy`, `cam_ssim`, `cam_ssim_sample`, `cam_ssim_ceiling`, `images_per_second`
+            (training proper, evaluation excluded) and `seconds` (the whole epoch).
         evaluation: of the validation split.
         prototypes_PRR: the validation prototypes it was compared with.
         save_state: writes the state that `fit(..., state=path)` goes on from.
@@ -171,9 +171,15 @@ class Trainer:
         check_explainable(model, config.resolution, data.channels)
         self._steps = -(-len(data.train) // config.batch_size)
         prototypes = inputs.prototypes("train", config.resolution).to(device)
-        outside = inputs.outside(self.grid).to(device) if config.lambda_energy else None
+        size = (config.resolution, config.resolution)
         self.step = TrainingStep(
-            model, prototypes, config, config.epochs * self._steps, device, outside
+            model,
+            prototypes,
+            config,
+            config.epochs * self._steps,
+            device,
+            outside_CHW=inputs.outside(self.grid).to(device) if config.lambda_energy else None,
+            outside_CRR=inputs.outside(size).to(device) if config.lambda_exchange else None,
         )
         self.model = self.step.model
 

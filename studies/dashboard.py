@@ -78,7 +78,7 @@ def _trade_off() -> list[wr.ScatterPlot]:
 def _parameters(
     space: SearchSpace,
 ) -> list[wr.ParallelCoordinatesPlot | wr.ParameterImportancePlot]:
-    searched = [entry for entry in SEARCHED if space.energy or entry[0] != "lambda_energy"]
+    searched = [entry for entry in SEARCHED if entry[0] not in space.left_out]
     columns = [
         wr.ParallelCoordinatesPlotColumn(wr.Config(name), display_name=name, log=log or None)
         for name, log in searched

@@ -69,6 +69,7 @@ def kinds(base: TrialConfig, space: SearchSpace, strides: Strides) -> Iterator[T
                 lambda_proto=1.0,
                 lambda_batch=1.0,
                 lambda_energy=1.0 if space.energy else 0.0,
+                lambda_exchange=1.0 if space.exchange else 0.0,
             )
 
 

@@ -29,11 +29,15 @@ SEARCHED = (
     ("lambda_proto", False),
     ("lambda_batch", False),
     ("lambda_energy", False),
+    ("lambda_exchange", False),
     ("learning_rate", True),
     ("weight_decay", True),
 )
 """What the search decides, and whether an axis of it is logarithmic: λ's may be 0, which a
 logarithm has not."""
+
+OPTIONAL = ("energy", "exchange")
+"""Losses that are searched where they are asked for; others than the paper's."""
 
 _MIN_GRID = 3
 """Cells per side of the CAM grid; see `batchcam.models.resolve_output_stride`."""
@@ -65,6 +69,11 @@ class SearchSpace:
     """Search the prototype energy loss too: evidence outside a class's support is penalised."""
     lambda_energy: Range = (0.3, 100.0)
     """Range of the weight of the prototype energy loss, where it is on."""
+    exchange: bool = False
+    """Search the prototype exchange loss too: what lies outside of two classes' supports may not
+    decide between them."""
+    lambda_exchange: Range = (0.03, 10.0)
+    """Range of the weight of the prototype exchange loss, where it is on."""
     learning_rate: Range = (5e-4, 1e-2)
     """Range of the peak learning rate."""
     weight_decay: Range = (1e-4, 1e-1)
@@ -96,6 +105,11 @@ class SearchSpace:
                         f"{field.name}=({low}, {high}) must be two finite numbers > 0, the lower "
                         "one first; a loss term is turned off by the search itself."
                     )
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The weights that are not searched: of losses that must be asked for."""
+        return tuple(f"lambda_{name}" for name in OPTIONAL if not getattr(self, name))
 
 
 def feasible_strides(space: SearchSpace, in_chans: int) -> Strides:
@@ -130,9 +144,9 @@ def _strides(
 def suggest(trial: optuna.Trial, space: SearchSpace, strides: Strides) -> dict[str, Any]:
     """Draw a trial's fields of TrialConfig, as Ray's define-by-run interface asks for them.
 
-    Optuna's parameters are the fields drawn, and the switches `proto_loss`, `batch_loss` and
-    `energy_loss`. Returned is every field that the space decides, those that were not drawn
-    included.
+    Optuna's parameters are the fields drawn, and the switches `proto_loss`, `batch_loss`,
+    `energy_loss` and `exchange_loss`. Returned is every field that the space decides, those that
+    were not drawn included.
     """
 
     def log_uniform(name: str) -> float:
@@ -157,9 +171,10 @@ def suggest(trial: optuna.Trial, space: SearchSpace, strides: Strides) -> dict[s
         "learning_rate": log_uniform("learning_rate"),
         "weight_decay": log_uniform("weight_decay"),
     }
-    if space.energy:
-        energy_loss = trial.suggest_categorical("energy_loss", (False, True))
-        decided["lambda_energy"] = log_uniform("lambda_energy") if energy_loss else 0.0
+    for name in OPTIONAL:
+        if getattr(space, name):
+            used = trial.suggest_categorical(f"{name}_loss", (False, True))
+            decided[f"lambda_{name}"] = log_uniform(f"lambda_{name}") if used else 0.0
     if proto_loss or batch_loss:
         decided["metric"] = trial.suggest_categorical("metric", space.metrics)
     return decided
@@ -183,14 +198,15 @@ def point_of(config: TrialConfig, space: SearchSpace, strides: Strides) -> dict[
         "batch_loss": config.lambda_batch > 0,
     }
     drawn = ["lambda_class", "learning_rate", "weight_decay"]
-    if space.energy:
-        point["energy_loss"] = config.lambda_energy > 0
-    elif config.lambda_energy > 0:
-        raise ConfigError(
-            f"lambda_energy={config.lambda_energy:g} is not searched by the study; allow it with "
-            "--energy."
-        )
-    switched = ("lambda_proto", "lambda_batch", "lambda_energy")
+    for name in OPTIONAL:
+        weight = getattr(config, f"lambda_{name}")
+        if getattr(space, name):
+            point[f"{name}_loss"] = weight > 0
+        elif weight > 0:
+            raise ConfigError(
+                f"lambda_{name}={weight:g} is not searched by the study; allow it with --{name}."
+            )
+    switched = ("lambda_proto", "lambda_batch", *(f"lambda_{name}" for name in OPTIONAL))
     drawn += [name for name in switched if getattr(config, name) > 0]
     point |= {name: getattr(config, name) for name in drawn}
     allowed: dict[str, tuple[Any, ...]] = {
@@ -244,8 +260,7 @@ def first_points(space: SearchSpace) -> list[dict[str, Any]]:
         "learning_rate": within("learning_rate", 3e-3),
         "weight_decay": within("weight_decay", 1e-2),
     }
-    if space.energy:
-        baseline["energy_loss"] = False
+    baseline |= {f"{name}_loss": False for name in OPTIONAL if getattr(space, name)}
     bcpl = baseline | {
         "batch_loss": True,
         "lambda_batch": within("lambda_batch", 0.1),

@@ -35,6 +35,7 @@ METRICS = (
     "loss_proto",
     "loss_batch",
     "loss_energy",
+    "loss_exchange",
 )
 """The metrics of a trial, as `batchcam.train.EpochReport` names them."""
 

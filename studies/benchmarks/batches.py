@@ -24,7 +24,8 @@ OBJECTIVES = {CROSS_ENTROPY: Objective("l1", 1.0, 0.0, 0.0)} | {
 """The seven training conditions of the paper (Section 3.5)."""
 EXTENSIONS = {name: OBJECTIVES[name] for name in (CROSS_ENTROPY, "BCPL, L1")} | {
     "BCPL, L1, HiResCAM": Objective("l1", 1.0, 0.0, 0.1, cam="hires_cam"),
-    "prototype energy": Objective("l1", 1.0, 0.0, 0.0, 1.0),
+    "prototype energy": Objective("l1", 1.0, 0.0, 0.0, lambda_energy=1.0),
+    "prototype exchange": Objective("l1", 1.0, 0.0, 0.0, lambda_exchange=1.0),
 }
 """What the paper does not have, beside what it has."""
 

@@ -132,8 +132,8 @@ def measure(condition: Condition, settings: Steps) -> dict[str, Any]:
         compiled=condition.mode == "compiled",
         precision=condition.precision,
     )
-    if condition.rivals == "extensions":  # Each step has its own objective; one needs supports.
-        settled = replace(settled, lambda_energy=1.0)
+    if condition.rivals == "extensions":  # Each step has its own objective; two need supports.
+        settled = replace(settled, lambda_energy=1.0, lambda_exchange=1.0)
     bench = Bench.build(settled, device)
     steps = rival_steps(condition, bench)
     once = condition.rivals == "predecessor_model"

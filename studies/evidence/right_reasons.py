@@ -35,11 +35,13 @@ _EXPLAINED = 500
 """Test images whose explanations are looked at."""
 CLEAN = "cross-entropy, clean data"
 ENERGY_CLEAN = "prototype energy, clean data"
-_CLEAN = (CLEAN, ENERGY_CLEAN)
+EXCHANGE_CLEAN = "prototype exchange, clean data"
+_CLEAN = (CLEAN, ENERGY_CLEAN, EXCHANGE_CLEAN)
 """What is trained without decoys."""
 _BEYOND = (*PENALTIES, *CONTROLS)
 """What a run can be trained with beside the fields of its configuration."""
 _COMPARED = (0.1, 1.0, 10.0, 100.0)
+_EXCHANGED = (0.1, 0.3, 1.0, 3.0)
 METHODS: Mapping[str, tuple[dict[str, Any], ...]] = {
     # Fields of TrialConfig and of _BEYOND, a choice of them for each λ that is tried.
     CLEAN: ({},),
@@ -55,8 +57,14 @@ METHODS: Mapping[str, tuple[dict[str, Any], ...]] = {
         {"lambda_energy": w, "lambda_batch": 0.1, "metric": "ssim", "prototype": "median"}
         for w in (1.0, 3.0, 10.0, 30.0, 100.0)
     ),
-    # What the energy loss costs by itself, and what it would do if supports left out the corners,
-    # or all cells that have a corner in sight.
+    "prototype exchange": tuple({"lambda_exchange": w} for w in _EXCHANGED),
+    "prototype exchange and BCPL, SSIM": tuple(
+        {"lambda_exchange": w, "lambda_batch": 0.1, "metric": "ssim", "prototype": "median"}
+        for w in _EXCHANGED
+    ),
+    # What our losses cost by themselves, and what the energy loss would do if supports left out the
+    # corners, or all cells that have a corner in sight.
+    EXCHANGE_CLEAN: tuple({"lambda_exchange": w} for w in _EXCHANGED),
     ENERGY_CLEAN: tuple({"lambda_energy": w} for w in (10.0, 30.0, 100.0)),
     "prototype energy, told of the corners": tuple(
         {"lambda_energy": w, CORNERS_OUTSIDE: 1.0} for w in (3.0, 10.0, 30.0, 100.0)
@@ -240,7 +248,7 @@ def write_table(out: Path, rows: list[Row]) -> None:
 
 
 def _weights(run: Run) -> Iterator[str]:
-    for name in ("proto", "batch", "energy"):
+    for name in ("proto", "batch", "energy", "exchange"):
         value = getattr(run.config, f"lambda_{name}")
         if value:
             yield f"{name} {value:g}"

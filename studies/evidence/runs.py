@@ -35,7 +35,9 @@ class Run:
     def path(self, root: Path) -> Path:
         """Return the run's file under a folder of results."""
         config = self.config
-        own = (config.lambda_proto, config.lambda_batch, config.lambda_energy)
+        own = [config.lambda_proto, config.lambda_batch, config.lambda_energy]
+        if config.lambda_exchange:
+            own.append(config.lambda_exchange)
         weights = "-".join(f"{value:g}" for value in (*own, *self.beyond.values()))
         method = re.sub(r"[^a-z0-9]+", "-", self.method.lower()).strip("-")
         return root / "runs" / self.study / self.stage / f"{method}_{weights}_{config.seed}.json"

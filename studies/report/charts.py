@@ -28,6 +28,8 @@ Spec = dict[str, Any]
 
 # Told apart on white and on black, and by those who do not see red or green.
 _COLOURS = ("#8c8c8c", "#e69f00", "#3a8fd0", "#b36fb8", "#2ca58d", "#d9663d", "#8f8a2c", "#d66a9c")
+_DARKER = ("#555555", "#946600", "#1f5c8c", "#753f79", "#17705e", "#93401f", "#5b5818", "#93416a")
+"""The same, of losses with a prototype exchange."""
 _HEIGHT = 330
 _OFF_STEP = 0.15
 """Of the parallel coordinates: how far the smallest weight is above a term that is off."""
@@ -355,13 +357,14 @@ def _tooltip() -> list[alt.Tooltip]:
 
 def _loss_colours(content: Content, columns: int = 4) -> alt.Color:
     kinds = sorted({row["loss"] for row in content.rows}, key=_loss_order)
-    scale = alt.Scale(domain=kinds, range=[_COLOURS[_loss_order(kind)[0]] for kind in kinds])
+    colours = _COLOURS + _DARKER
+    scale = alt.Scale(domain=kinds, range=[colours[_loss_order(kind)[0]] for kind in kinds])
     return alt.Color("loss:N", title="loss", scale=scale, legend=_legend(columns))
 
 
 def _loss_order(kind: str) -> tuple[int, str]:
     terms = kind.split(" + ")
-    known = ("Prototype Loss", "BCPL", "prototype energy")
+    known = ("Prototype Loss", "BCPL", "prototype energy", "prototype exchange")
     return sum(1 << place for place, name in enumerate(known) if name in terms), kind
 
 

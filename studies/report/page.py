@@ -213,10 +213,11 @@ def _space(content: Content) -> list[tuple[str, str]]:
         ("lambda_proto", "λ_proto (Prototype Loss)", True),
         ("lambda_batch", "λ_batch (BCPL)", True),
         ("lambda_energy", "λ_energy (prototype energy)", True),
+        ("lambda_exchange", "λ_exchange (prototype exchange)", True),
         ("learning_rate", "learning rate", False),
         ("weight_decay", "weight decay", False),
     ):
-        if name == "lambda_energy" and not space.energy:
+        if name in space.left_out:
             continue
         low, high = getattr(space, name)
         rows.append((label, f"{'off, or ' if off else ''}{low:g} to {high:g}, logarithmic"))

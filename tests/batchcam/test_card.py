@@ -7,17 +7,17 @@ from batchcam.config import TrialConfig
 
 
 @pytest.mark.parametrize(
-    ("proto", "batch", "energy", "name"),
+    ("weights", "name"),
     [
-        (0.0, 0.0, 0.0, "cross-entropy"),
-        (0.5, 0.0, 0.0, "Prototype Loss 0.5 (SSIM)"),
-        (0.5, 2.0, 0.0, "Prototype Loss 0.5 (SSIM) + BCPL 2 (SSIM)"),
-        (0.0, 0.0, 10.0, "prototype energy 10"),
-        (0.0, 0.1, 10.0, "BCPL 0.1 (SSIM) + prototype energy 10"),
+        ({}, "cross-entropy"),
+        ({"proto": 0.5}, "Prototype Loss 0.5 (SSIM)"),
+        ({"proto": 0.5, "batch": 2.0}, "Prototype Loss 0.5 (SSIM) + BCPL 2 (SSIM)"),
+        ({"energy": 10.0}, "prototype energy 10"),
+        ({"batch": 0.1, "energy": 10.0}, "BCPL 0.1 (SSIM) + prototype energy 10"),
+        ({"energy": 10.0, "exchange": 0.3}, "prototype energy 10 + prototype exchange 0.3"),
     ],
 )
-def test_a_title_names_the_loss(proto: float, batch: float, energy: float, name: str) -> None:
-    config = TrialConfig(
-        lambda_proto=proto, lambda_batch=batch, lambda_energy=energy, metric="ssim"
-    )
+def test_a_title_names_the_loss(weights: dict[str, float], name: str) -> None:
+    lambdas = {f"lambda_{term}": weight for term, weight in ({"batch": 0.0} | weights).items()}
+    config = TrialConfig.from_dict({"metric": "ssim", **lambdas})
     assert title(config) == f"simple_cnn on digits, {name}"

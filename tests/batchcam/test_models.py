@@ -253,7 +253,7 @@ def test_known_gradients_are_those_of_the_scores(
     generator = torch.Generator().manual_seed(0)
     prototypes = torch.rand(10, 14, 14, generator=generator).double()
     outside = (torch.rand(10, *fixed.shape[2:], generator=generator) < 0.5).double()
-    objective = Objective("l2", 0.0, 0.7, 0.3, lambda_energy, "hires_cam")
+    objective = Objective("l2", 0.0, 0.7, 0.3, lambda_energy, cam="hires_cam")
     losses = []
     for given in (None, known):
         features = fixed.clone().requires_grad_()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from batchcam.cam import batch_cam, grad_cam, render
+from batchcam.exchange import exchange_loss
 from batchcam.objective import Objective, batch_cam_loss, prototype_loss
 from batchcam.similarity import METRICS, l1
 
@@ -103,6 +104,25 @@ def test_the_energy_asks_for_the_supports() -> None:
     features, weight, labels, prototypes = _problem(3)
     with pytest.raises(ValueError, match="needs outside_CHW"):
         Objective("l1", 1.0, 0.0, 0.0, 1.0)(_head(features, weight), features, labels, prototypes)
+
+
+def test_the_exchange_adds_to_the_other_terms() -> None:
+    features, weight, labels, prototypes = _problem(3)
+    logits, exchanged = _head(features, weight), _head(features.flip(3), weight)
+    objective = Objective("l1", 0.5, 0.0, 0.3, lambda_exchange=2.0)
+    total, terms = objective(logits, features, labels, prototypes, exchanged_NC=exchanged)
+    without, _ = Objective("l1", 0.5, 0.0, 0.3)(logits, features, labels, prototypes)
+    expected = exchange_loss(logits, exchanged, labels)
+    assert terms["exchange"].item() > 0
+    torch.testing.assert_close(total, without + 2 * expected)
+    assert not terms["exchange"].requires_grad
+
+
+def test_the_exchange_asks_for_what_was_exchanged() -> None:
+    features, weight, labels, prototypes = _problem(3)
+    objective = Objective("l1", 1.0, 0.0, 0.0, lambda_exchange=1.0)
+    with pytest.raises(ValueError, match="needs exchanged_NC"):
+        objective(_head(features, weight), features, labels, prototypes)
 
 
 @metrics

@@ -64,7 +64,7 @@ def test_every_panel_names_what_an_offline_run_holds(
     (found,) = recorded(tmp_path)
     logged = {name.split(".")[0] for item in found.history for name in item}
     held = {"config": set(found.summary["config"]), "logged": logged}
-    write(workspace("mine", "batchcam", "", SearchSpace(energy=True)), tmp_path)
+    write(workspace("mine", "batchcam", "", SearchSpace(energy=True, exchange=True)), tmp_path)
     panels = _panels(tmp_path)
     assert len(panels) >= 10
     for panel in panels:
@@ -83,6 +83,7 @@ def test_a_workspace_survives_being_written_and_read() -> None:
         assert [type(p) for p in one.panels] == [type(p) for p in other.panels]
     shown = json.dumps(made._to_model().model_dump(by_alias=True))
     assert "lambda_energy" not in shown
+    assert "lambda_exchange" not in shown
     (runs,) = made._to_model().model_dump(by_alias=True)["spec"]["section"]["runSets"]
     (wanted,) = runs["filters"]["filters"]
     assert (wanted["key"]["name"], wanted["op"], wanted["value"]) == ("group", "=", "mine")

@@ -11,6 +11,7 @@ from optuna.trial import FixedTrial
 from batchcam.config import METRICS, TrialConfig
 from batchcam.errors import BackboneError, ConfigError
 from studies.space import (
+    OPTIONAL,
     SearchSpace,
     Strides,
     feasible_strides,
@@ -20,7 +21,9 @@ from studies.space import (
 )
 from studies.trial import trial_config
 
-SPACE = SearchSpace(backbones=("simple_cnn", "resnet18"), resolutions=(28, 112), energy=True)
+SPACE = SearchSpace(
+    backbones=("simple_cnn", "resnet18"), resolutions=(28, 112), energy=True, exchange=True
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,7 @@ def test_metric_is_drawn_only_where_a_cam_loss_is_on(
         ("proto_loss", "lambda_proto"),
         ("batch_loss", "lambda_batch"),
         ("energy_loss", "lambda_energy"),
+        ("exchange_loss", "lambda_exchange"),
     ],
 )
 def test_weight_of_a_loss_is_drawn_only_where_it_is_on(
@@ -240,6 +244,7 @@ def configs(draw: st.DrawFn) -> TrialConfig:
         lambda_proto=draw(switched | log_uniform("lambda_proto")),
         lambda_batch=draw(switched | log_uniform("lambda_batch")),
         lambda_energy=draw(switched | log_uniform("lambda_energy")),
+        lambda_exchange=draw(switched | log_uniform("lambda_exchange")),
         learning_rate=draw(log_uniform("learning_rate")),
         weight_decay=draw(log_uniform("weight_decay")),
     )
@@ -292,13 +297,14 @@ def test_configuration_that_the_space_does_not_have_is_refused_with_the_remedy(
         point_of(config, space, STRIDES)
 
 
-def test_the_energy_loss_is_searched_where_it_is_asked_for() -> None:
-    space = replace(SPACE, energy=False)
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_losses_beyond_the_paper_are_searched_where_they_are_asked_for(name: str) -> None:
+    space = replace(SPACE, **{name: False})  # type: ignore[arg-type]
     for point in first_points(space):
-        trial = FixedTrial(point)
-        assert "lambda_energy" not in suggest(trial, space, STRIDES)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"lambda_energy=2 is not searched .* with --energy"):
-        point_of(TrialConfig(lambda_energy=2.0), space, STRIDES)
+        drawn = suggest(FixedTrial(point), space, STRIDES)  # type: ignore[arg-type]
+        assert f"lambda_{name}" not in drawn
+    with pytest.raises(ConfigError, match=rf"lambda_{name}=2 is not searched .* with --{name}"):
+        point_of(TrialConfig.from_dict({f"lambda_{name}": 2.0}), space, STRIDES)
 
 
 def test_metric_of_a_configuration_without_a_cam_loss_does_not_matter() -> None:

@@ -57,7 +57,8 @@ def test_a_run_from_before_a_field_was_there_had_its_default(tmp_path: Path) -> 
 
 
 def test_runs_that_differ_in_a_weight_have_files_of_their_own(tmp_path: Path) -> None:
-    runs = [_run(0), _run(1), _run(0, lambda_batch=1.0), _run(0, lambda_energy=1.0)]
+    weights = ("lambda_batch", "lambda_energy", "lambda_exchange")
+    runs = [_run(0), _run(1), *(_run(0, **{name: 1.0}) for name in weights)]
     assert len({run.path(tmp_path) for run in runs}) == len(runs)
 
 
