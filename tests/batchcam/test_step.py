@@ -205,6 +205,7 @@ def test_a_step_waits_for_nothing(
         resolution=28,
         lambda_proto=0.1,
         lambda_batch=0.1,
+        lambda_exchange=0.1,
     )
     trainer = Trainer(config, tiny_inputs, torch.device("cpu"))
     images, labels = to_device(tiny_inputs.data.train, torch.device("cpu"))
@@ -222,7 +223,8 @@ def test_a_step_waits_for_nothing_on_a_gpu(
     tiny_inputs: Inputs, tiny_config: TrialConfig, precision: str
 ) -> None:
     device = torch.device("cuda")
-    config = replace(tiny_config, precision=precision, lambda_proto=0.1, lambda_batch=0.1)
+    lambdas = {"lambda_proto": 0.1, "lambda_batch": 0.1, "lambda_exchange": 0.1}
+    config = replace(tiny_config, precision=precision, **lambdas)  # type: ignore[arg-type]
     trainer = Trainer(config, tiny_inputs, device)
     images, labels = to_device(tiny_inputs.data.train, device)
     images, labels = images[:32], labels[:32]

@@ -556,10 +556,11 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(
     tiny_inputs: Inputs, tiny_config: TrialConfig
 ) -> None:
     # Adam would make steps of one size of gradients that are rounding errors.
-    config = replace(tiny_config, epochs=1, batch_size=50, lambda_proto=0.1, optimizer="sgd")
+    lambdas = {"lambda_proto": 0.1, "lambda_exchange": 0.1}
+    config = replace(tiny_config, epochs=1, batch_size=50, optimizer="sgd", **lambdas)  # type: ignore[arg-type]
     eager = fit(config, inputs=tiny_inputs)
     compiled = fit(replace(config, compile=True), inputs=tiny_inputs)
-    for name in ("loss", "loss_class", "loss_proto", "loss_batch", "cam_ssim"):
+    for name in ("loss", "loss_class", "loss_proto", "loss_batch", "loss_exchange", "cam_ssim"):
         assert compiled.metrics[name] == pytest.approx(eager.metrics[name], rel=1e-3), name
     assert set(compiled.model.state_dict()) == set(eager.model.state_dict())
 
