@@ -1,6 +1,8 @@
-"""Controls of the prototype energy loss: supports that know where decoys lie, as it does not."""
+"""Controls of the losses that go by supports: those know where decoys lie, as the losses do not."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil
 
 import torch
@@ -9,44 +11,50 @@ from torch import Tensor
 from batchcam.config import TrialConfig
 from batchcam.decoy import PATCH
 from batchcam.inputs import Inputs
-from batchcam.models import create_model, feature_grid, resolve_output_stride
+from batchcam.models import create_model, resolve_output_stride
 
 CORNERS_OUTSIDE = "corners_outside"
-"""In a run's `beyond`: no class has support in cells that a decoy touches."""
+"""In a run's `beyond`: no class has support where decoys are painted, in pixels or cells."""
 SIGHT_OUTSIDE = "sight_outside"
-"""In a run's `beyond`: nor in any cell whose features depend on a decoy."""
+"""In a run's `beyond`: nor in any cell of the CAM grid whose features depend on a decoy."""
 CONTROLS = (CORNERS_OUTSIDE, SIGHT_OUTSIDE)
 
 
 @dataclass(frozen=True)
 class CellsOutside(Inputs):
-    """Inputs by which no class has support in some cells, bool, of the CAM grid."""
+    """Inputs by which no class has support in some cells."""
 
-    cells_HW: Tensor = field(kw_only=True)
+    cells: Callable[[tuple[int, int]], Tensor] = field(kw_only=True)
+    """Which, bool, of a grid."""
 
     def outside(self, grid: tuple[int, int]) -> Tensor:
         """Return :meth:`Inputs.outside`, and 1 in those cells."""
         outside_CHW = super().outside(grid)
-        outside_CHW[:, self.cells_HW] = 1
+        outside_CHW[:, self.cells(grid)] = 1
         return outside_CHW
 
 
 def controlled(inputs: Inputs, config: TrialConfig, control: str) -> Inputs:
     """Return inputs with the supports of a control, one of :data:`CONTROLS`."""
-    stride = resolve_output_stride(
-        config.backbone, config.resolution, inputs.data.channels, config.output_stride
-    )
-    if control == CORNERS_OUTSIDE:
-        grid = feature_grid(config.backbone, config.resolution, inputs.data.channels, stride)
-        cells_HW = touched_cells(grid, inputs.data.train.images.shape[2:])
+    if control == SIGHT_OUTSIDE:
+        channels = inputs.data.channels
+        stride = resolve_output_stride(
+            config.backbone, config.resolution, channels, config.output_stride
+        )
+        seeing_HW = seeing_cells(config.backbone, config.resolution, channels, stride)
+
+        def cells(grid: tuple[int, int]) -> Tensor:
+            assert seeing_HW.shape == grid
+            return seeing_HW
+
     else:
-        cells_HW = seeing_cells(config.backbone, config.resolution, inputs.data.channels, stride)
+        cells = partial(touched_cells, size=inputs.data.train.images.shape[2:])
     return CellsOutside(
         inputs.data,
         inputs.train_prototypes,
         inputs.validation_prototypes,
         inputs.centres_PHW,
-        cells_HW=cells_HW,
+        cells=cells,
     )
 
 

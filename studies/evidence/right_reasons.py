@@ -62,10 +62,13 @@ METHODS: Mapping[str, tuple[dict[str, Any], ...]] = {
         {"lambda_exchange": w, "lambda_batch": 0.1, "metric": "ssim", "prototype": "median"}
         for w in _EXCHANGED
     ),
-    # What our losses cost by themselves, and what the energy loss would do if supports left out the
-    # corners, or all cells that have a corner in sight.
+    # What our losses cost by themselves, and what they would do if supports left out the corners,
+    # or all cells that have a corner in sight.
     EXCHANGE_CLEAN: tuple({"lambda_exchange": w} for w in _EXCHANGED),
     ENERGY_CLEAN: tuple({"lambda_energy": w} for w in (10.0, 30.0, 100.0)),
+    "prototype exchange, told of the corners": tuple(
+        {"lambda_exchange": w, CORNERS_OUTSIDE: 1.0} for w in _EXCHANGED
+    ),
     "prototype energy, told of the corners": tuple(
         {"lambda_energy": w, CORNERS_OUTSIDE: 1.0} for w in (3.0, 10.0, 30.0, 100.0)
     ),

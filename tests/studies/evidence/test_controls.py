@@ -37,17 +37,21 @@ def test_cells_see_decoys_as_far_as_their_receptive_field_reaches() -> None:
     assert torch.equal(seeing_cells("simple_cnn", 28, 1, None), ends[:, None] & ends)
 
 
-@pytest.mark.parametrize("control", [CORNERS_OUTSIDE, SIGHT_OUTSIDE])
+@pytest.mark.parametrize(
+    ("control", "side"), [(CORNERS_OUTSIDE, 14), (CORNERS_OUTSIDE, 28), (SIGHT_OUTSIDE, 14)]
+)
 def test_with_a_control_no_class_has_support_there(
-    control: str, small: dict[str, ImageData]
+    control: str, side: int, small: dict[str, ImageData]
 ) -> None:
+    """On the CAM grid, which the energy loss asks about, and of pixels, which the exchange does."""
     data = small["decoy_mnist"]
     prototypes = class_prototypes(*to_device(data.train, torch.device("cpu")), 10)
     inputs = Inputs(data, prototypes, prototypes)
     config = TrialConfig(dataset="decoy_mnist", resolution=28)
-    told, usual = controlled(inputs, config, control).outside((14, 14)), inputs.outside((14, 14))
+    grid = (side, side)
+    told, usual = controlled(inputs, config, control).outside(grid), inputs.outside(grid)
     marked = (
-        touched_cells((14, 14), data.train.images.shape[2:])
+        touched_cells(grid, data.train.images.shape[2:])
         if control == CORNERS_OUTSIDE
         else seeing_cells("simple_cnn", 28, 1, None)
     )
