@@ -58,6 +58,8 @@ METHODS: Mapping[str, tuple[dict[str, Any], ...]] = {
         for w in (1.0, 3.0, 10.0, 30.0, 100.0)
     ),
     "prototype exchange": tuple({"lambda_exchange": w} for w in _EXCHANGED),
+    # The λ that loses least on both data sets together, by the validation images.
+    "prototype exchange, one λ for both": ({"lambda_exchange": 0.3},),
     "prototype exchange and BCPL, SSIM": tuple(
         {"lambda_exchange": w, "lambda_batch": 0.1, "metric": "ssim", "prototype": "median"}
         for w in _EXCHANGED
