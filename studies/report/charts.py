@@ -28,8 +28,8 @@ Spec = dict[str, Any]
 
 # Told apart on white and on black, and by those who do not see red or green.
 _COLOURS = ("#8c8c8c", "#e69f00", "#3a8fd0", "#b36fb8", "#2ca58d", "#d9663d", "#8f8a2c", "#d66a9c")
-_DARKER = ("#555555", "#946600", "#1f5c8c", "#753f79", "#17705e", "#93401f", "#5b5818", "#93416a")
-"""The same, of losses with a prototype exchange."""
+_DARKER = ("#6d55d6", "#946600", "#1f5c8c", "#753f79", "#17705e", "#93401f", "#5b5818", "#93416a")
+"""The same, of losses with a prototype exchange; of that alone violet, for grey is grey."""
 _HEIGHT = 330
 _OFF_STEP = 0.15
 """Of the parallel coordinates: how far the smallest weight is above a term that is off."""
