@@ -353,9 +353,7 @@ def _accuracy_rows(cells: Sequence[Cell], rows: Rows) -> Iterator[list[str]]:
         base = accuracies.get(block[0], {})
         compared: dict[Cell, Paired] = {}
         for cell in block[1:]:
-            own = accuracies.get(cell, {})
-            shared = sorted(own.keys() & base.keys())
-            found = paired([own[seed] for seed in shared], [base[seed] for seed in shared])
+            found = paired(accuracies.get(cell, {}), base)
             if found is not None:
                 compared[cell] = found
         adjusted = dict(zip(compared, holm([each.p for each in compared.values()]), strict=True))
@@ -371,11 +369,7 @@ def _accuracy_rows(cells: Sequence[Cell], rows: Rows) -> Iterator[list[str]]:
                 str(len(own)),
                 interval(list(own.values()), 100),
                 *(
-                    [
-                        f"{100 * difference.difference:+.2f} ± {100 * difference.margin:.2f}",
-                        f"{difference.p:.2g}",
-                        f"{adjusted[cell]:.2g}",
-                    ]
+                    [difference.points, f"{difference.p:.2g}", f"{adjusted[cell]:.2g}"]
                     if difference
                     else ["", "", ""]
                 ),

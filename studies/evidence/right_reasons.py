@@ -27,7 +27,15 @@ from studies.commands import run_command
 from studies.evidence.controls import CONTROLS, CORNERS_OUTSIDE, SIGHT_OUTSIDE
 from studies.evidence.measures import explain, mass_share
 from studies.evidence.runs import Run, complete, finished, state_of
-from studies.evidence.tables import Column, intervals, markdown, titles, values, write_csv
+from studies.evidence.tables import (
+    Column,
+    intervals,
+    markdown,
+    paired,
+    titles,
+    values,
+    write_csv,
+)
 from studies.evidence.training import PENALTIES, RRR, RRR_BY_PROTOTYPES, load_inputs, train
 from studies.evidence.workers import Workers
 
@@ -36,6 +44,7 @@ _EXPLAINED = 500
 CLEAN = "cross-entropy, clean data"
 ENERGY_CLEAN = "prototype energy, clean data"
 EXCHANGE_CLEAN = "prototype exchange, clean data"
+GIVEN_MASKS = "RRR, given the masks"
 _CLEAN = (CLEAN, ENERGY_CLEAN, EXCHANGE_CLEAN)
 """What is trained without decoys."""
 _BEYOND = (*PENALTIES, *CONTROLS)
@@ -77,7 +86,7 @@ METHODS: Mapping[str, tuple[dict[str, Any], ...]] = {
     "prototype energy, told of what sees the corners": tuple(
         {"lambda_energy": w, SIGHT_OUTSIDE: 1.0} for w in (3.0, 10.0, 30.0, 100.0)
     ),
-    "RRR, given the masks": tuple({RRR: w} for w in _COMPARED),
+    GIVEN_MASKS: tuple({RRR: w} for w in _COMPARED),
     # The prototype energy by pixels: what prototypes say takes the place of the annotation.
     "RRR, masks from prototypes": tuple({RRR_BY_PROTOTYPES: w} for w in (0.1, 1.0, 10.0)),
 }
@@ -230,8 +239,11 @@ def _accuracy(result: TrialResult, split: Split) -> float:
 
 
 Row = tuple[str, Run, list[dict[str, Any]]]
+_DECIDES = "test_accuracy_random_decoys"
+_COMPARED_WITH = {CLEAN: "− clean data, points", GIVEN_MASKS: "− RRR, points"}
+"""Methods, and the column of the differences to each."""
 _COLUMNS = {
-    "test_accuracy_random_decoys": Column("decoy test, %", scale=100),
+    _DECIDES: Column("decoy test, %", scale=100),
     "test_accuracy_clean": Column("clean test, %", scale=100),
     "attribution_on_patch": Column("attribution on the patch, %", scale=100),
     "integrated_gradients_on_patch": Column("integrated gradients on it, %", scale=100),
@@ -240,14 +252,26 @@ _COLUMNS = {
 
 
 def write_table(out: Path, rows: list[Row]) -> None:
-    """Write decoy.md and decoy.csv: means over seeds with 95 % intervals of Student's t."""
+    """Write decoy.md and decoy.csv: means over seeds with 95 % intervals of Student's t.
+
+    Differences are of the decoy test, seed by seed.
+    """
+    accuracies = {
+        (dataset, chosen.method): {run["seed"]: run["metrics"][_DECIDES] for run in made}
+        for dataset, chosen, made in rows
+    }
     lines = []
     table: list[list[object]] = [["dataset", "method", "weights", "seed", *_COLUMNS]]
     for dataset, chosen, made in rows:
         lead = [dataset, chosen.method, ", ".join(_weights(chosen)) or "—"]
-        lines.append([*lead, str(len(made)), *intervals(_COLUMNS, made)])
+        own = accuracies[dataset, chosen.method]
+        differences = []
+        for other in _COMPARED_WITH:
+            found = paired(own, accuracies.get((dataset, other), {}))
+            differences.append(found.points if found and other != chosen.method else "")
+        lines.append([*lead, str(len(made)), *intervals(_COLUMNS, made), *differences])
         table += [[*lead, run["seed"], *values(_COLUMNS, run)] for run in made]
-    header = ["data set", "method", "λ", "seeds", *titles(_COLUMNS)]
+    header = ["data set", "method", "λ", "seeds", *titles(_COLUMNS), *_COMPARED_WITH.values()]
     (out / "decoy.md").write_text(markdown(header, lines), encoding="utf-8")
     write_csv(out / "decoy.csv", table)
 

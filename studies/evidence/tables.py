@@ -68,14 +68,15 @@ class Paired:
     margin: float
     p: float
 
+    @property
+    def points(self) -> str:
+        """The difference of two shares with its margin, in percentage points."""
+        return f"{100 * self.difference:+.2f} ± {100 * self.margin:.2f}"
 
-def paired(values: Sequence[float], others: Sequence[float]) -> Paired | None:
-    """Compare runs with those of the same seeds, pair by pair; None where pairs are fewer than 2.
 
-    Raises:
-        ValueError: there are not as many of the one as of the other.
-    """
-    differences = [one - other for one, other in zip(values, others, strict=True)]
+def paired(values: Mapping[int, float], others: Mapping[int, float]) -> Paired | None:
+    """Compare runs, by seed, with others of the same seeds; None where fewer than 2 are in both."""
+    differences = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
     if len(differences) < 2:
         return None
     if not any(differences):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from studies.evidence import right_reasons
-from studies.evidence.right_reasons import METHODS, RightReasons, candidates, main
+from studies.evidence.right_reasons import CLEAN, METHODS, RightReasons, candidates, main
 from studies.evidence.runs import Run, complete
 from studies.evidence.workers import Workers
 
@@ -29,7 +29,7 @@ def _settings(out: Path, *methods: str) -> RightReasons:
 
 @pytest.mark.usefixtures("on_digits")
 def test_the_study_is_made_and_goes_on_and_is_written_as_tables(tmp_path: Path) -> None:
-    settings = _settings(tmp_path, "cross-entropy", "prototype energy")
+    settings = _settings(tmp_path, CLEAN, "prototype energy")
     main(settings)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
     # One λ to choose from and several; two seeds each.
@@ -39,6 +39,16 @@ def test_the_study_is_made_and_goes_on_and_is_written_as_tables(tmp_path: Path) 
     table = (tmp_path / "decoy.md").read_text()
     assert table.count("\n") == 4
     assert " ± " in table
+    final = [json.loads(path.read_text()) for path in made if "final" in path.parts]
+    accuracy = {
+        (content["method"], content["seed"]): content["metrics"]["test_accuracy_random_decoys"]
+        for content in final
+    }
+    differences = [accuracy["prototype energy", seed] - accuracy[CLEAN, seed] for seed in (0, 1)]
+    header, _, clean, energy = (line.split("|") for line in table.splitlines())
+    column = header.index(" − clean data, points ")
+    assert clean[column].strip() == ""
+    assert energy[column].split()[0] == f"{50 * sum(differences):+.2f}"
     assert (tmp_path / "decoy.csv").read_text().count("\n") == 5
     main(replace(settings, table_only=True))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")} == made

@@ -16,18 +16,20 @@ def test_an_interval_is_students_t() -> None:
 
 def test_a_paired_comparison_is_a_paired_t_test() -> None:
     ours, theirs = [0.91, 0.93, 0.925, 0.94], [0.90, 0.91, 0.926, 0.93]
-    found = paired(ours, theirs)
+    by_seed, of_others = dict(enumerate(ours)), dict(enumerate(theirs))
+    # Seeds that only one of them has are left out, and order does not matter.
+    found = paired(by_seed | {9: 0.1}, dict(reversed(of_others.items())) | {8: 0.2})
     assert found is not None
+    assert found.points == f"+0.97 ± {100 * found.margin:.2f}"
     assert found.difference == pytest.approx(0.00975)
     assert found.p == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
     low, high = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
     assert found.margin == pytest.approx((high - low) / 2)
-    assert paired([0.9], [0.8]) is None
-    same = paired(ours, ours)
+    assert paired({0: 0.9}, {0: 0.8}) is None
+    assert paired(by_seed, {7: 0.9, 8: 0.9}) is None
+    same = paired(by_seed, by_seed)
     assert same is not None
     assert (same.difference, same.p) == (0, 1)
-    with pytest.raises(ValueError, match="shorter"):
-        paired(ours, theirs[:2])
 
 
 def test_holm_multiplies_the_smallest_by_the_number_of_tests() -> None:
