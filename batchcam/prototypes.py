@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchcam.cam import render
-from batchcam.data import resize
+from batchcam.data.preprocessing import resize
 from batchcam.errors import DataError
 from batchcam.similarity import ssim
 

@@ -15,8 +15,8 @@ import ray
 import tyro
 
 from batchcam.errors import BatchCamError
-from studies.connection import connect
-from studies.resources import alive_nodes
+from studies.planning.ray_cluster import connect
+from studies.planning.resources import alive_nodes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import tyro
 
 from batchcam.config import TrialConfig
 from batchcam.errors import ConfigError, suggest_names
-from studies.proposals import STORAGE_VARIABLE, storage_kind
+from studies.engine.optuna_storage import STORAGE_VARIABLE, storage_kind
 from studies.space import SearchSpace
 
 OBJECTIVES = ("val_accuracy", "cam_ssim", "images_per_second")

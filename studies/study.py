@@ -9,28 +9,29 @@ import ray
 import tyro
 from ray import tune
 
-from batchcam.bundle import check_writable
 from batchcam.config import TrialConfig
+from batchcam.data.prepared import Inputs, prepare
 from batchcam.errors import BatchCamError, ConfigError
-from batchcam.inputs import Inputs, prepare
+from batchcam.export.bundle import check_writable
 from batchcam.models import create_model, feature_grid
-from studies import dashboard, export, summary
-from studies.confirm import Confirmed, best_of_front, confirm
-from studies.connection import connect
-from studies.engine import Search, run_search
-from studies.forecast import forecast, print_forecast, sample_configs
-from studies.ledger import Ledger
-from studies.optuna_view import attach_picture
-from studies.patience import StorageLostError
-from studies.probe import Probe, kinds, probe_all
-from studies.progress import console
-from studies.recorder import ERRORS
-from studies.report import page as report
-from studies.resources import choose_resources, cluster_device, slots
+from studies.engine.ledger import Ledger
+from studies.engine.ledger_callback import ERRORS
+from studies.engine.retry import StorageLostError
+from studies.engine.run import Search, run_search
+from studies.engine.storage import check_storage, copy_file, is_file
+from studies.monitoring import wandb_workspace as dashboard
+from studies.monitoring.console import console
+from studies.monitoring.optuna_dashboard import attach_picture
+from studies.monitoring.wandb_runs import Tracking, choose_mode
+from studies.outcome import export, summary
+from studies.outcome.confirm import Confirmed, best_of_front, confirm
+from studies.outcome.report import page as report
+from studies.planning.forecast import forecast, print_forecast, sample_configs
+from studies.planning.probe import Probe, kinds, probe_all
+from studies.planning.ray_cluster import connect
+from studies.planning.resources import choose_resources, cluster_device, slots
 from studies.settings import MEMORY, SETTINGS_FILE, StudySettings
 from studies.space import Strides, feasible_strides, first_points, point_of, suggest
-from studies.storage import check_storage, copy_file, is_file
-from studies.tracking import Tracking, choose_mode
 from studies.trial import TrialSettings, run_trial
 
 

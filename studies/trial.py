@@ -12,15 +12,15 @@ from typing import Any, TypeVar
 import torch
 from ray import tune
 
-from batchcam.card import loss_name, loss_terms
 from batchcam.config import TrialConfig
+from batchcam.data.prepared import Inputs
+from batchcam.export.model_card import loss_name, loss_terms
 from batchcam.figures import tile
-from batchcam.inputs import Inputs
-from batchcam.train import EpochReport, Metrics, fit, load_state
-from studies.checkpoints import Checkpoints
-from studies.patience import StorageLostError, patiently
-from studies.resources import TrialResources
-from studies.tracking import Tracking, track
+from batchcam.training.fit import EpochReport, Metrics, fit, load_state
+from studies.engine.checkpoints import Checkpoints
+from studies.engine.retry import StorageLostError, patiently
+from studies.monitoring.wandb_runs import Tracking, track
+from studies.planning.resources import TrialResources
 
 METRICS = (
     "epoch",
@@ -37,7 +37,7 @@ METRICS = (
     "loss_energy",
     "loss_exchange",
 )
-"""The metrics of a trial, as `batchcam.train.EpochReport` names them."""
+"""The metrics of a trial, as `batchcam.training.fit.EpochReport` names them."""
 
 SHARE = "share"
 """In a trial's parameters: how many times the usual resources it has."""

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from batchcam.depthwise import DepthwiseConv2d
+from batchcam.data.splits import Split
+from batchcam.losses.objective import Objective
 from batchcam.models import ExplainableModel
-from batchcam.objective import Objective
-from batchcam.splits import Split
+from batchcam.models.depthwise import DepthwiseConv2d
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):

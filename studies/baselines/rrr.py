@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchcam.devices import autocast
-from batchcam.step import TrainingStep
+from batchcam.training.step import TrainingStep
 
 
 def rrr_penalty(logits_NC: Tensor, x_NCRR: Tensor, masks_NRR: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from batchcam.config import TrialConfig
-from batchcam.data import ImageData, to_device
-from batchcam.inputs import Inputs
-from batchcam.objective import Objective
-from batchcam.splits import Split
-from batchcam.train import Trainer
+from batchcam.data.dataset import ImageData
+from batchcam.data.prepared import Inputs
+from batchcam.data.preprocessing import to_device
+from batchcam.data.splits import Split
+from batchcam.losses.objective import Objective
+from batchcam.training.fit import Trainer
 
 CROSS_ENTROPY = "cross-entropy"
 OBJECTIVES = {CROSS_ENTROPY: Objective("l1", 1.0, 0.0, 0.0)} | {

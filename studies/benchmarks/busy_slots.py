@@ -23,14 +23,14 @@ import tyro
 from ray import tune
 
 from batchcam.config import TrialConfig
-from batchcam.inputs import Inputs, prepare
+from batchcam.data.prepared import Inputs, prepare
 from batchcam.provenance import command_line, git_commit, package_versions
-from batchcam.train import fit
-from studies.connection import WORKER_ENVIRONMENT
-from studies.engine import Search, run_search
-from studies.ledger import Ledger
-from studies.resources import TrialResources
-from studies.tracking import Tracking
+from batchcam.training.fit import fit
+from studies.engine.ledger import Ledger
+from studies.engine.run import Search, run_search
+from studies.monitoring.wandb_runs import Tracking
+from studies.planning.ray_cluster import WORKER_ENVIRONMENT
+from studies.planning.resources import TrialResources
 from studies.trial import TrialSettings, run_trial
 
 

@@ -21,12 +21,12 @@ import ray
 import tyro
 from ray import tune
 
-from batchcam.train import Metrics
-from studies.checkpoints import Checkpoints
-from studies.connection import WORKER_ENVIRONMENT
-from studies.engine import Search, run_search
-from studies.ledger import Ledger
-from studies.resources import TrialResources
+from batchcam.training.fit import Metrics
+from studies.engine.checkpoints import Checkpoints
+from studies.engine.ledger import Ledger
+from studies.engine.run import Search, run_search
+from studies.planning.ray_cluster import WORKER_ENVIRONMENT
+from studies.planning.resources import TrialResources
 from studies.trial import RESUMES_AT, report_again, waiting_for
 
 

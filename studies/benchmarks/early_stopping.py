@@ -32,7 +32,7 @@ from matplotlib.ticker import PercentFormatter
 from ray.tune.schedulers import AsyncHyperBandScheduler
 
 from batchcam.provenance import git_commit, package_versions
-from studies.halving import ParetoHalving, Vector
+from studies.engine.halving import ParetoHalving, Vector
 
 OBJECTIVES = ("val_accuracy", "cam_ssim")
 """Both maximised; the first one leads."""

@@ -20,12 +20,13 @@ import torch
 import tyro
 
 from batchcam.config import TrialConfig
-from batchcam.data import load_data, to_device
+from batchcam.data.dataset import load_data
+from batchcam.data.prepared import Inputs
+from batchcam.data.preprocessing import to_device
+from batchcam.data.splits import Split, stratified_split
 from batchcam.errors import ConfigError, DivergedError
-from batchcam.inputs import Inputs
 from batchcam.prototypes import class_prototypes
-from batchcam.splits import Split, stratified_split
-from batchcam.train import Metrics, fit
+from batchcam.training.fit import Metrics, fit
 from studies.space import SearchSpace, feasible_strides, suggest
 from studies.trial import trial_config
 

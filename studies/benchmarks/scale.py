@@ -29,8 +29,8 @@ from ray.tune.experiment import Trial
 
 from batchcam.provenance import command_line, git_commit, package_versions
 from studies.benchmarks.dummy import DummyStudy, curve
-from studies.engine import run_search
-from studies.resources import TrialResources
+from studies.engine.run import run_search
+from studies.planning.resources import TrialResources
 
 _WINDOW = 100
 

@@ -22,9 +22,9 @@ import torch
 import tyro
 
 from batchcam.config import TrialConfig
-from batchcam.inputs import Inputs, prepare
+from batchcam.data.prepared import Inputs, prepare
 from batchcam.provenance import command_line, git_commit, package_versions
-from batchcam.train import fit
+from batchcam.training.fit import fit
 
 TARGETS = {"process": 6.0, "reused": 0.3}
 """Seconds that SimpleCNN is to take at most."""

@@ -25,15 +25,15 @@ import tyro
 from torch import Tensor
 
 from batchcam.config import TrialConfig
-from batchcam.data import Preprocess, batches, to_device
+from batchcam.data.prepared import Inputs
+from batchcam.data.preprocessing import Preprocess, batches, to_device
+from batchcam.data.splits import Split
 from batchcam.devices import autocast, evaluation_batch, resolve_device
-from batchcam.evaluate import evaluate
-from batchcam.inputs import Inputs
+from batchcam.losses.objective import Objective
 from batchcam.models import ExplainableModel, create_model, resolve_output_stride
-from batchcam.objective import Objective
 from batchcam.provenance import command_line, git_commit, package_versions
-from batchcam.splits import Split
-from batchcam.train import fit
+from batchcam.training.evaluate import evaluate
+from batchcam.training.fit import fit
 from studies.baselines import plain
 from studies.benchmarks.batches import Bench, random_inputs
 from studies.benchmarks.elsewhere import elsewhere

@@ -23,13 +23,13 @@ import torch
 import tyro
 
 from batchcam.config import TrialConfig
-from batchcam.data import Preprocess
-from batchcam.evaluate import evaluate
-from batchcam.inputs import Inputs, prepare
+from batchcam.data.prepared import Inputs, prepare
+from batchcam.data.preprocessing import Preprocess
+from batchcam.losses.objective import Objective
 from batchcam.models import create_model
-from batchcam.objective import Objective
 from batchcam.provenance import command_line, git_commit, package_versions
-from batchcam.train import EpochReport, fit
+from batchcam.training.evaluate import evaluate
+from batchcam.training.fit import EpochReport, fit
 from studies.baselines import plain
 from studies.benchmarks.elsewhere import elsewhere
 
@@ -130,7 +130,7 @@ def start_plain_script(
 def by_plain_script(settings: TimeToTarget, inputs: Inputs) -> dict[str, Any]:
     """Train with the plain script; return the same.
 
-    The SSIM is computed by `batchcam.evaluate`, outside the time: a plain script has none.
+    The SSIM is computed by `batchcam.training.evaluate`, outside the time: a plain script has none.
     """
     config, data = settings.config(), inputs.data
     torch.manual_seed(config.seed)

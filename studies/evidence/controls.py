@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from batchcam.config import TrialConfig
-from batchcam.decoy import PATCH
-from batchcam.inputs import Inputs
+from batchcam.data.decoys import PATCH
+from batchcam.data.prepared import Inputs
 from batchcam.models import create_model, resolve_output_stride
 
 CORNERS_OUTSIDE = "corners_outside"

@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 
 from batchcam import figures
-from batchcam.data import to_device
-from studies.commands import run_command
+from batchcam.data.preprocessing import to_device
+from studies.cli import run_command
 from studies.evidence.measures import explain
 from studies.evidence.right_reasons import RightReasons, choose
 from studies.evidence.runs import Run, state_of

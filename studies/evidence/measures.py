@@ -22,7 +22,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
 from torch import Tensor, nn
 
 from batchcam.cam import attribution, pooled, render, score_gradients, weighted_maps
-from batchcam.data import Preprocess, batches
+from batchcam.data.preprocessing import Preprocess, batches
 from batchcam.models import ExplainableModel
 from batchcam.similarity import ssim
 

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from batchcam import figures
 from batchcam.config import TrialConfig
-from batchcam.data import ImageData, load_data, to_device
-from batchcam.evaluate import explain
-from batchcam.inputs import Inputs, with_prototypes
+from batchcam.data.dataset import ImageData, load_data
+from batchcam.data.prepared import Inputs, with_prototypes
+from batchcam.data.preprocessing import to_device
+from batchcam.data.splits import Split
 from batchcam.prototypes import class_prototypes, resize_prototypes
 from batchcam.similarity import ssim
-from batchcam.splits import Split
-from studies.commands import run_command
+from batchcam.training.evaluate import explain
+from studies.cli import run_command
 from studies.evidence.measures import diversity
 from studies.evidence.runs import Run, complete, finished, state_of
 from studies.evidence.tables import Column, intervals, markdown, titles, values, write_csv

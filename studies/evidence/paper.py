@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from batchcam.config import TrialConfig
-from batchcam.data import to_device
+from batchcam.data.preprocessing import to_device
 from batchcam.models import create_model, resolve_output_stride
-from batchcam.train import TrialResult
-from studies.commands import run_command
+from batchcam.training.fit import TrialResult
+from studies.cli import run_command
 from studies.evidence import measures
 from studies.evidence.runs import Run, complete, finished, state_of
 from studies.evidence.tables import (

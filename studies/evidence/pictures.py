@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from batchcam import figures
-from batchcam.data import to_device
-from batchcam.evaluate import error_maps
-from studies.commands import run_command
+from batchcam.data.preprocessing import to_device
+from batchcam.training.evaluate import error_maps
+from studies.cli import run_command
 from studies.evidence.paper import Cell, Paper, cells_of, choose, final_runs
 from studies.evidence.runs import state_of
 from studies.evidence.training import evaluate_test, load_inputs, train

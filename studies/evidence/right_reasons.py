@@ -18,24 +18,16 @@ import numpy as np
 import torch
 
 from batchcam.config import TrialConfig
-from batchcam.data import to_device
-from batchcam.decoy import paint_random_decoys
-from batchcam.evaluate import evaluate
-from batchcam.splits import Split
-from batchcam.train import TrialResult
-from studies.commands import run_command
+from batchcam.data.decoys import paint_random_decoys
+from batchcam.data.preprocessing import to_device
+from batchcam.data.splits import Split
+from batchcam.training.evaluate import evaluate
+from batchcam.training.fit import TrialResult
+from studies.cli import run_command
 from studies.evidence.controls import CONTROLS, CORNERS_OUTSIDE, SIGHT_OUTSIDE
 from studies.evidence.measures import explain, mass_share
 from studies.evidence.runs import Run, complete, finished, state_of
-from studies.evidence.tables import (
-    Column,
-    intervals,
-    markdown,
-    paired,
-    titles,
-    values,
-    write_csv,
-)
+from studies.evidence.tables import Column, intervals, markdown, paired, titles, values, write_csv
 from studies.evidence.training import PENALTIES, RRR, RRR_BY_PROTOTYPES, load_inputs, train
 from studies.evidence.workers import Workers
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchcam.config import TrialConfig
-from batchcam.data import batches, to_device
+from batchcam.data.prepared import Inputs, prepare
+from batchcam.data.preprocessing import batches, to_device
 from batchcam.devices import resolve_device
-from batchcam.evaluate import Evaluation, evaluate
-from batchcam.inputs import Inputs, prepare
-from batchcam.train import EpochReport, Trainer, TrialResult, fit
+from batchcam.training.evaluate import Evaluation, evaluate
+from batchcam.training.fit import EpochReport, Trainer, TrialResult, fit
 from studies.baselines.rrr import train_epoch
 from studies.evidence.controls import CONTROLS, controlled
 from studies.evidence.runs import Run
@@ -78,7 +78,7 @@ def _masks(inputs: Inputs, resolution: int, penalty: str) -> Tensor:
 
 
 def _train_by_rrr(run: Run, inputs: Inputs, state: Path, penalty: str) -> TrialResult:
-    """Train as :func:`batchcam.train.fit` does, but by RRR, one of :data:`PENALTIES`."""
+    """Train as :func:`batchcam.training.fit.fit` does, but by RRR, one of :data:`PENALTIES`."""
     split, config = inputs.data.train, run.config
     device = resolve_device(config.device)
     masks_NRR = _masks(inputs, config.resolution, penalty)

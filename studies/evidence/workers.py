@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import ray
 import torch
 
-from studies.connection import connect
+from studies.planning.ray_cluster import connect
 
 Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")

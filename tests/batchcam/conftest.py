@@ -9,13 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from batchcam.bundle import save_bundle
 from batchcam.config import TrialConfig
-from batchcam.data import ImageData, load_data, to_device
-from batchcam.inputs import Inputs
+from batchcam.data.dataset import ImageData, load_data
+from batchcam.data.prepared import Inputs
+from batchcam.data.preprocessing import to_device
+from batchcam.data.splits import Split
+from batchcam.export.bundle import save_bundle
 from batchcam.prototypes import class_prototypes
-from batchcam.splits import Split
-from batchcam.train import TrialResult, fit
+from batchcam.training.fit import TrialResult, fit
 
 TINY_CONFIG = TrialConfig(resolution=14, epochs=3, batch_size=32, device="cpu", lambda_batch=0.2)
 

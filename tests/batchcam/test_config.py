@@ -18,10 +18,10 @@ from batchcam.config import (
     SCHEDULES,
     TrialConfig,
 )
+from batchcam.data.sources import LOADERS
 from batchcam.errors import ConfigError
 from batchcam.prototypes import KINDS
 from batchcam.similarity import METRICS as METRIC_FUNCTIONS
-from batchcam.sources import LOADERS
 
 weights = st.floats(0, 1e6)
 configs = st.builds(

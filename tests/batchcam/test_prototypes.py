@@ -10,9 +10,10 @@ from torch import Tensor
 
 from batchcam.cam import render
 from batchcam.config import TrialConfig
-from batchcam.data import load_data, to_device
+from batchcam.data.dataset import load_data
+from batchcam.data.prepared import Inputs
+from batchcam.data.preprocessing import to_device
 from batchcam.errors import DataError
-from batchcam.inputs import Inputs
 from batchcam.prototypes import (
     class_prototypes,
     class_supports,

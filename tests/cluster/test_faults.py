@@ -11,7 +11,7 @@ import pytest
 
 import batchcam
 from cluster.local import LocalClusterSettings, local_cluster
-from studies.ledger import LEDGER, Ledger
+from studies.engine.ledger import LEDGER, Ledger
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.faults]
 

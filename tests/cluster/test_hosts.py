@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from studies.ledger import LEDGER, Ledger
+from studies.engine.ledger import LEDGER, Ledger
 
 ROOT = Path(__file__).parents[2]
 HEAD = "10.77.0.1"

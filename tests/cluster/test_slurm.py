@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from studies.ledger import LEDGER, Ledger
+from studies.engine.ledger import LEDGER, Ledger
 
 ROOT = Path(__file__).parents[2]
 PLACES = "/usr/sbin:/usr/bin:/sbin:/bin"

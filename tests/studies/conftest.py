@@ -21,14 +21,15 @@ import torch
 from moto.server import ThreadedMotoServer
 
 from batchcam.config import TrialConfig
-from batchcam.data import load_data, to_device
-from batchcam.inputs import Inputs
+from batchcam.data.dataset import load_data
+from batchcam.data.prepared import Inputs
+from batchcam.data.preprocessing import to_device
+from batchcam.data.splits import Split
 from batchcam.prototypes import class_prototypes
-from batchcam.splits import Split
-from batchcam.train import EpochReport, fit
+from batchcam.training.fit import EpochReport, fit
 from cluster.local import LocalClusterSettings, local_cluster
-from studies.checkpoints import Checkpoints
-from studies.export import TrialRecord
+from studies.engine.checkpoints import Checkpoints
+from studies.outcome.export import TrialRecord
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,7 @@ import pytest
 import tyro
 
 from batchcam.errors import ConfigError
-from studies.proposals import STORAGE_VARIABLE
+from studies.engine.optuna_storage import STORAGE_VARIABLE
 from studies.settings import OBJECTIVES, SETTINGS_FILE, StudySettings
 from studies.space import SearchSpace
 from studies.study import main

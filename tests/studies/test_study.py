@@ -15,13 +15,13 @@ import pytest
 import ray
 
 import batchcam
-from batchcam.bundle import FILES
 from batchcam.config import TrialConfig
 from batchcam.errors import BackboneError, BundleError, ConfigError, DataError
-from studies.export import BUNDLES, StudyError
-from studies.ledger import LEDGER
-from studies.proposals import JOURNAL
-from studies.recorder import ERRORS
+from batchcam.export.bundle import FILES
+from studies.engine.ledger import LEDGER
+from studies.engine.ledger_callback import ERRORS
+from studies.engine.optuna_storage import JOURNAL
+from studies.outcome.export import BUNDLES, StudyError
 from studies.settings import StudySettings
 from studies.space import SearchSpace
 from studies.study import main, run_study

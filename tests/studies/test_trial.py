@@ -11,13 +11,13 @@ import torch
 from ray import tune
 
 from batchcam.config import TrialConfig
+from batchcam.data.prepared import Inputs
 from batchcam.errors import ConfigError
-from batchcam.inputs import Inputs
-from batchcam.train import EpochReport, load_state
-from studies import patience
-from studies.checkpoints import Checkpoints
-from studies.resources import TrialResources
-from studies.tracking import Tracking
+from batchcam.training.fit import EpochReport, load_state
+from studies.engine import retry as patience
+from studies.engine.checkpoints import Checkpoints
+from studies.monitoring.wandb_runs import Tracking
+from studies.planning.resources import TrialResources
 from studies.trial import (
     OUT_OF_MEMORY,
     RESUMES_AT,

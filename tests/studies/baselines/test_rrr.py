@@ -8,7 +8,7 @@ from torch import Tensor
 
 from batchcam.config import TrialConfig
 from batchcam.models import create_model
-from batchcam.step import TrainingStep
+from batchcam.training.step import TrainingStep
 from studies.baselines.rrr import rrr_penalty, train_epoch
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from batchcam.config import TrialConfig
-from batchcam.data import ImageData, load_data, to_device
-from batchcam.decoy import paint_decoys, paint_random_decoys
-from batchcam.inputs import Inputs
+from batchcam.data.dataset import ImageData, load_data
+from batchcam.data.decoys import paint_decoys, paint_random_decoys
+from batchcam.data.prepared import Inputs
+from batchcam.data.preprocessing import to_device
 from batchcam.prototypes import class_prototypes
 from studies.evidence import decoy_pictures, paper, pictures, right_reasons
 

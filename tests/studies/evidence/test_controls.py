@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from batchcam.config import TrialConfig
-from batchcam.data import ImageData, to_device
-from batchcam.decoy import paint_decoys
-from batchcam.inputs import Inputs
+from batchcam.data.dataset import ImageData
+from batchcam.data.decoys import paint_decoys
+from batchcam.data.prepared import Inputs
+from batchcam.data.preprocessing import to_device
 from batchcam.prototypes import class_prototypes
 from studies.evidence.controls import (
     CORNERS_OUTSIDE,

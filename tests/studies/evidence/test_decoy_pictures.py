@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from batchcam.train import Trainer
+from batchcam.training.fit import Trainer
 from studies.evidence import decoy_pictures, right_reasons
 from studies.evidence.right_reasons import RightReasons
 from studies.evidence.workers import Workers

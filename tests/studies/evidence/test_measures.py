@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchcam.data import Preprocess
+from batchcam.data.preprocessing import Preprocess
 from batchcam.models import ExplainableModel, create_model
 from studies.evidence import measures
 

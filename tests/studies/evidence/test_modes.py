@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from batchcam.config import TrialConfig
-from batchcam.data import load_data, to_device
+from batchcam.data.dataset import load_data
+from batchcam.data.preprocessing import to_device
 from studies.evidence.modes import METHODS, Modes, _partner, load_inputs, main, merged
 from studies.evidence.workers import Workers
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from batchcam.train import Trainer
+from batchcam.training.fit import Trainer
 from studies.evidence import paper, pictures
 from studies.evidence.paper import BASELINE, Paper
 from studies.evidence.workers import Workers

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchcam import train as batchcam_train
 from batchcam.config import TrialConfig
-from batchcam.data import ImageData, to_device
-from batchcam.inputs import Inputs
+from batchcam.data.dataset import ImageData
+from batchcam.data.prepared import Inputs
+from batchcam.data.preprocessing import to_device
 from batchcam.prototypes import class_prototypes
+from batchcam.training import fit as batchcam_train
 from studies.evidence import training
 from studies.evidence.runs import Run
 from studies.evidence.training import RRR, RRR_BY_PROTOTYPES, train

@@ -1,0 +1,350 @@
+"""What the subcommands of `batchcam` do: each is its flags, and a `run` that returns a status.
+
+Flags of `train` are the fields of TrialConfig. Status 0 is success; `verify` gives 1 where the
+metrics did not come back.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from batchcam import figures
+from batchcam.config import TrialConfig
+from batchcam.data.prepared import Inputs, prepare
+from batchcam.data.preprocessing import to_device
+from batchcam.data.sources import read_picture
+from batchcam.errors import BundleError, ConfigError
+from batchcam.export.bundle import LoadedModel, check_writable, load, save_bundle
+from batchcam.export.model_card import loss_name, title
+from batchcam.export.onnx_export import export
+from batchcam.training.fit import EpochReport, TrialResult, fit
+
+console = Console(highlight=False, soft_wrap=True)
+STATE_FILE = "state.pt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model and write it as a bundle."""
+
+    trial: Annotated[TrialConfig, tyro.conf.arg(name="")] = field(default_factory=TrialConfig)
+    out: Path
+    """Folder of the bundle; must not exist yet, or be empty."""
+    config: Path | None = None
+    """A config.yaml to start from; the other flags override it."""
+    resume: bool = False
+    """Go on with a run into the same folder that was cut."""
+
+    def run(self) -> int:
+        """Train, save the state after each epoch beside the bundle to be, and write the bundle."""
+        check_writable(self.out)
+        out = self.out.resolve()  # "." has no name.
+        state = out.with_name(f"{out.name}.{STATE_FILE}")
+        if state.exists() and not self.resume:
+            raise ConfigError(
+                f"{state} is left of a run that was cut; go on with --resume, or remove it."
+            )
+        if self.resume and not state.exists():
+            raise ConfigError(f"there is nothing to resume: {state} does not exist.")
+
+        def save_state(report: EpochReport) -> None:
+            report.save_state(state)
+
+        inputs = prepare(self.trial)
+        resumed = state if self.resume else None
+        result = _fit_with_progress(self.trial, inputs, save_state, resumed)
+        metrics = save_bundle(self.out, result)
+        state.unlink(missing_ok=True)
+        console.print(f"test accuracy {metrics['test_accuracy']:.4f}; bundle written to {self.out}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Evaluate a bundle on a split, and draw its class CAMs and its errors."""
+
+    bundle: tyro.conf.Positional[Path]
+    split: Literal["validation", "test", "train"] = "test"
+    out: Path | None = None
+    """Folder for evaluation.json, cams.png and errors.png."""
+    data_root: Path | None = None
+    """Where the data set is, if not where it was in training."""
+    device: str = "auto"
+
+    def run(self) -> int:
+        """Print accuracy and SSIM per class; write JSON and figures where asked to."""
+        model = load(self.bundle).to(self.device)
+        config = _with_data_root(model.config, self.data_root)
+        inputs = prepare(config)
+        _check_same_data(model, inputs.data.sha256)
+        images, labels = to_device(inputs.data.split(self.split), torch.device("cpu"))
+        prototypes = inputs.prototypes(self.split, config.resolution)
+        evaluation = model.evaluate(images, labels, prototypes, inputs.groups(self.split))
+        grid = model.metrics["grid"]
+        ceiling = inputs.ceiling(config.resolution, (grid[0], grid[1]))
+
+        console.print(f"{title(config)}, {self.split} split, {len(labels)} images")
+        console.print(f"accuracy          {evaluation.accuracy:.4f}")
+        console.print(
+            f"CAM-prototype SSIM {evaluation.cam_ssim:.4f} of {ceiling.mean():.4f} (class level), "
+            f"{evaluation.cam_ssim_sample:.4f} (per image)"
+        )
+        for name, value, limit in zip(
+            inputs.group_names, evaluation.cam_ssim_P.tolist(), ceiling.tolist(), strict=True
+        ):
+            console.print(f"  {name:<14}{value:8.4f} of {limit:.4f}")
+        if self.out is None:
+            return 0
+
+        check_writable(self.out)
+        self.out.mkdir(exist_ok=True)
+        content = {
+            "split": self.split,
+            "accuracy": evaluation.accuracy,
+            "cam_ssim": evaluation.cam_ssim,
+            "cam_ssim_sample": evaluation.cam_ssim_sample,
+            "cam_ssim_ceiling": ceiling.mean().item(),
+            "cam_ssim_per_class": dict(
+                zip(inputs.group_names, evaluation.cam_ssim_P.tolist(), strict=True)
+            ),
+            "confusion": evaluation.confusion_CC.tolist(),
+        }
+        (self.out / "evaluation.json").write_text(json.dumps(content, indent=2) + "\n")
+        heading = f"{title(config)}, {self.split} split: accuracy {evaluation.accuracy:.2%}"
+        figures.save(
+            figures.class_cams(
+                evaluation.maps_PRR,
+                prototypes,
+                inputs.group_names,
+                evaluation.cam_ssim_P,
+                ceiling,
+                heading,
+            ),
+            self.out / "cams.png",
+        )
+        wrong_maps, _ = model.error_maps(images, labels)
+        figures.save(
+            figures.misclassified(
+                wrong_maps,
+                evaluation.maps_PRR[:: len(prototypes) // len(model.class_names)],
+                evaluation.confusion_CC,
+                model.class_names,
+                heading,
+            ),
+            self.out / "errors.png",
+        )
+        console.print(f"written to {self.out}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Draw the class CAMs of several bundles below one another, under the prototypes."""
+
+    bundles: tyro.conf.Positional[tuple[Path, ...]]
+    out: Path
+    """PNG to write."""
+    data_root: Path | None = None
+    """Where the data set is, if not where it was in training."""
+
+    def run(self) -> int:
+        """Evaluate each bundle on the validation split, and draw a row of maps for each."""
+        if not self.bundles:
+            raise ConfigError("no bundle was given; name at least one folder.")
+        if self.out.is_dir() or not self.out.parent.is_dir():
+            raise ConfigError(f"{self.out} cannot be written; give a file in a folder that exists.")
+        models = [load(bundle) for bundle in self.bundles]
+        inputs = prepare(_with_data_root(models[0].config, self.data_root))
+        images, labels = to_device(inputs.data.validation, torch.device("cpu"))
+        groups, names = inputs.groups("validation"), inputs.group_names
+        rows: list[figures.Row] = []
+        for model in models:
+            _check_same_data(model, inputs.data.sha256)
+            prototypes = inputs.prototypes("validation", model.config.resolution)
+            evaluation = model.evaluate(images, labels, prototypes, groups)
+            if not rows:
+                rows.append(("prototype", prototypes, None))
+            summary = f"{loss_name(model.config)}\n{evaluation.accuracy:.2%}"
+            notes = [f"SSIM {value:.2f}" for value in evaluation.cam_ssim_P.tolist()]
+            rows.append((summary, evaluation.maps_PRR, notes))
+            console.print(
+                f"{title(model.config)}: accuracy {evaluation.accuracy:.4f}, SSIM "
+                f"{evaluation.cam_ssim:.3f} of {model.metrics['cam_ssim_ceiling']:.3f}"
+            )
+        heading = f"Class CAMs on {inputs.data.name}, validation split"
+        figures.save(figures.class_rows(rows, names, heading), self.out)
+        console.print(f"written to {self.out}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explain:
+    """Classify pictures, draw what the decision rests on, and the prototype that it is nearest to.
+
+    A CAM nearest to the prototype of another class than the predicted one deserves a look.
+    """
+
+    bundle: tyro.conf.Positional[Path]
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    out: Path
+    """Folder for one <picture>_cam.png each, and predictions.json."""
+    device: str = "auto"
+
+    def run(self) -> int:
+        """Print a line per picture, and write the overlays."""
+        if not self.images:
+            raise ConfigError("no picture was given; name at least one file.")
+        model = load(self.bundle).to(self.device)
+        side = model.preprocess.resolution
+        pictures = torch.stack(
+            [torch.from_numpy(read_picture(p, side, model.channels == 1)) for p in self.images]
+        )
+        check_writable(self.out)
+        self.out.mkdir(exist_ok=True)
+        probabilities, maps = model.probabilities(pictures), model.explain(pictures)
+        nearest = None if model.prototypes is None else model.nearest_prototypes(maps)
+        records = []
+        for number, path in enumerate(self.images):
+            label = int(probabilities[number].argmax())
+            name, share = model.class_names[label], float(probabilities[number, label])
+            drawing = self.out / f"{path.stem}_cam.png"
+            if drawing.exists():  # Two pictures of one name, from two folders.
+                drawing = self.out / f"{path.stem}_{number}_cam.png"
+            record = {"image": str(path), "class": name, "probability": share, "cam": drawing.name}
+            shown, said = None, ""
+            if nearest is not None and model.prototypes is not None:
+                which, similarity = int(nearest[0][number]), float(nearest[1][number])
+                other = model.prototypes[0][which]
+                record |= {"nearest_prototype": other, "prototype_ssim": similarity}
+                shown = (
+                    f"nearest prototype: {other}\nSSIM {similarity:.2f}",
+                    model.prototypes[1][which],
+                )
+                said = f", its CAM nearest to the prototype of {other} (SSIM {similarity:.2f})"
+            title_ = f"{name} ({share:.1%})"
+            map_RR = torch.from_numpy(maps[number])
+            figures.save(figures.overlay(pictures[number].numpy(), map_RR, title_, shown), drawing)
+            records.append(record)
+            console.print(f"{path}: {name} ({share:.1%}){said} -> {drawing}")
+        (self.out / "predictions.json").write_text(
+            json.dumps(records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Retrain a bundle from its config.yaml, and say whether its metrics come back."""
+
+    bundle: tyro.conf.Positional[Path]
+    accuracy_tolerance: float = 0.005
+    """Largest difference of validation accuracy that passes, as a fraction of 1."""
+    ssim_tolerance: float = 0.02
+    """Largest difference of class-level CAM-prototype SSIM that passes."""
+    data_root: Path | None = None
+    """Where the data set is, if not where it was in training."""
+
+    def run(self) -> int:
+        """Retrain for as many epochs as the bundle was, and compare."""
+        model = load(self.bundle)
+        config = _with_data_root(model.config, self.data_root)
+        epochs = int(model.metrics["epochs"])
+
+        def stop(report: EpochReport) -> bool:
+            return report.epoch >= epochs
+
+        inputs = prepare(config)
+        _check_same_data(model, inputs.data.sha256)
+        result = _fit_with_progress(config, inputs, stop)
+        passed = True
+        for name, tolerance in (
+            ("val_accuracy", self.accuracy_tolerance),
+            ("cam_ssim", self.ssim_tolerance),
+        ):
+            was, now = float(model.metrics[name]), result.metrics[name]
+            within = abs(now - was) <= tolerance
+            passed = passed and within
+            console.print(
+                f"{name:<14}{was:.4f} in the bundle, {now:.4f} retrained: "
+                f"{'within' if within else 'NOT within'} {tolerance:g}"
+            )
+        console.print("verified" if passed else "NOT verified")
+        return 0 if passed else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a bundle's model for those who do not have this project: timm's format, ONNX."""
+
+    bundle: tyro.conf.Positional[Path]
+    out: Path
+    """Folder for config.json and model.safetensors, as timm reads them, and model.onnx."""
+
+    def run(self) -> int:
+        """Write what the model can be written as."""
+        model = load(self.bundle)
+        check_writable(self.out)
+        self.out.mkdir(exist_ok=True)
+        written = export(model, self.out)
+        if not written:
+            raise BundleError(
+                f"{model.config.backbone} has no format that others read; load it by batchcam."
+            )
+        console.print(f"{', '.join(written)} written to {self.out}")
+        return 0
+
+
+def _with_data_root(config: TrialConfig, data_root: Path | None) -> TrialConfig:
+    return config if data_root is None else replace(config, data_root=str(data_root))
+
+
+def _check_same_data(model: LoadedModel, sha256: str) -> None:
+    expected = model.metrics["dataset_sha256"]
+    if sha256 != expected:
+        raise BundleError(
+            f"the data found has the SHA-256 {sha256[:16]}…, the bundle was made from "
+            f"{expected[:16]}…; name the original data with --data-root."
+        )
+
+
+def _fit_with_progress(
+    config: TrialConfig,
+    inputs: Inputs,
+    on_epoch: Callable[[EpochReport], bool | None],
+    state: Path | None = None,
+) -> TrialResult:
+    """Train with a bar on a terminal, and a line per epoch everywhere."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    quiet = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
+        bar = progress.add_task("preparing", total=None)
+
+        def step(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        def epoch(report: EpochReport) -> bool | None:
+            m = report.metrics
+            summary = (
+                f"accuracy {m['val_accuracy']:.4f}  SSIM {m['cam_ssim']:.3f} of "
+                f"{m['cam_ssim_ceiling']:.3f}"
+            )
+            progress.console.print(
+                f"epoch {report.epoch:>3}/{config.epochs}  loss {m['loss']:.4f}  {summary}  "
+                f"{m['images_per_second']:,.0f} images/s"
+            )
+            progress.update(bar, description=summary, completed=0)
+            return on_epoch(report)
+
+        return fit(config, epoch, inputs=inputs, state=state, on_step=step)

@@ -1,0 +1,70 @@
+"""From stored pictures to a model's input: batches of uint8 that are scaled on the device.
+
+Shapes: N images, C channels, H and W pixels.
+"""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchcam.data.splits import Split
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """The way from stored pictures to a model's input: scaled, resized, normalised.
+
+    `mean` and `std` are per channel, in units where a pixel is in [0, 1].
+    """
+
+    resolution: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images_NCHW: Tensor) -> Tensor:
+        """Turn uint8 images into float32 `(N, C, resolution, resolution)`, on their device.
+
+        Resizing is bilinear, with anti-aliasing where it shrinks.
+        """
+        x_NCHW = resize(images_NCHW.float().div_(255), self.resolution)
+        return (x_NCHW - _per_channel(self.mean, x_NCHW.device)) / _per_channel(
+            self.std, x_NCHW.device
+        )
+
+
+@lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return constants as `(1, C, 1, 1)`; copied to the device once, for copying would wait."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
+
+
+def resize(x_NCHW: Tensor, resolution: int) -> Tensor:
+    """Resize float images to `resolution` pixels square; a copy only where the size differs."""
+    if x_NCHW.shape[-2:] == (resolution, resolution):
+        return x_NCHW
+    return F.interpolate(
+        x_NCHW, size=(resolution, resolution), mode="bilinear", align_corners=False, antialias=True
+    )
+
+
+def to_device(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Put a whole split on the device, once; on the CPU this shares memory and copies nothing."""
+    with warnings.catch_warnings():
+        # Arrays from a shared object store are read-only. Nothing here ever writes to them.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        images, labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
+    return images.to(device), labels.to(device)
+
+
+def batches(
+    tensors: tuple[Tensor, ...], batch_size: int, order: Tensor | None = None
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield batches of tensors that go together, in the given order, the last one as it falls."""
+    for start in range(0, len(tensors[0]), batch_size):
+        chosen = slice(start, start + batch_size) if order is None else order[start:][:batch_size]
+        yield tuple(tensor[chosen] for tensor in tensors)

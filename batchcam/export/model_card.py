@@ -1,0 +1,129 @@
+"""What a bundle says of itself to people: the names of its run, and its model card."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from batchcam.config import TrialConfig
+from batchcam.models import TimmCNN
+from batchcam.training.fit import TrialResult
+
+
+def title(config: TrialConfig) -> str:
+    """Return a short name of a run for people: backbone, data set and loss."""
+    return f"{config.backbone} on {config.dataset}, {loss_name(config)}"
+
+
+def loss_name(config: TrialConfig) -> str:
+    """Return the name of a run's loss, with its weights."""
+    terms = []
+    how = config.metric.upper() + (", HiResCAM" if config.cam == "hires_cam" else "")
+    if config.lambda_proto:
+        terms.append(f"Prototype Loss {config.lambda_proto:.3g} ({how})")
+    if config.lambda_batch:
+        terms.append(f"BCPL {config.lambda_batch:.3g} ({how})")
+    if config.lambda_energy:
+        terms.append(f"prototype energy {config.lambda_energy:.3g}")
+    if config.lambda_exchange:
+        terms.append(f"prototype exchange {config.lambda_exchange:.3g}")
+    return " + ".join(terms) or "cross-entropy"
+
+
+def loss_terms(config: TrialConfig) -> list[str]:
+    """Return the names of the terms of a run's loss beside cross-entropy."""
+    weights = {
+        "Prototype Loss": config.lambda_proto,
+        "BCPL": config.lambda_batch,
+        "prototype energy": config.lambda_energy,
+        "prototype exchange": config.lambda_exchange,
+    }
+    return [name for name, weight in weights.items() if weight]
+
+
+def _front_matter(config: TrialConfig, metrics: Mapping[str, Any]) -> str:
+    measured = [
+        {"type": "accuracy", "value": metrics["test_accuracy"]},
+        {"type": "ssim", "name": "CAM-prototype SSIM", "value": metrics["test_cam_ssim"]},
+    ]
+    result = {
+        "task": {"type": "image-classification"},
+        "dataset": {"name": config.dataset, "type": config.dataset, "split": "test"},
+        "metrics": measured,
+    }
+    content = {
+        "library_name": "batchcam",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "explainable-ai", "grad-cam", "batch-cam"],
+        "datasets": [config.dataset],
+        "metrics": ["accuracy"],
+        "model-index": [{"name": title(config), "results": [result]}],
+    }
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _elsewhere(result: TrialResult) -> str:
+    if isinstance(result.model, TimmCNN):
+        return (
+            'Without batchcam: `timm.create_model("local-dir:path/to/this/folder", '
+            "pretrained=True)`."
+        )
+    return "Without batchcam: `batchcam export DIR --out DIR2` writes it as ONNX."
+
+
+def model_card(result: TrialResult, metrics: Mapping[str, Any]) -> str:
+    """Return the README.md of a bundle: front matter in Hugging Face's format, and Markdown."""
+    config = result.config
+    partial_run = (
+        f"\nTraining was ended after {metrics['epochs']} of {config.epochs} epochs.\n"
+        if metrics["epochs"] < config.epochs
+        else ""
+    )
+    return f"""---
+{_front_matter(config, metrics)}---
+
+# {title(config)}
+
+![Class CAMs beside their prototypes](cams.png)
+
+An image classifier for {config.resolution}x{config.resolution} pixels, trained by
+{loss_name(config)} with batchcam (Batch-CAM, arXiv:2510.00664).
+
+| | |
+|---|---|
+| validation accuracy | {metrics["val_accuracy"]:.4f} |
+| test accuracy | {metrics["test_accuracy"]:.4f} |
+| CAM-prototype SSIM (class level, validation) | {metrics["cam_ssim"]:.4f} |
+| its ceiling on a {result.grid[0]}x{result.grid[1]} grid | {metrics["cam_ssim_ceiling"]:.4f} |
+| parameters | {metrics["parameters"]:,} |
+| training images per second | {metrics["images_per_second"]:,.0f} ({metrics["device"]}) |
+| seed | {metrics["seed"]} |
+{partial_run}
+Made by
+
+    {metrics["command"]}
+
+at commit {metrics["git_commit"] or "unknown"}, with \
+{", ".join(f"{name} {number}" for name, number in metrics["versions"].items())}.
+
+## Use
+
+```python
+import batchcam
+
+model = batchcam.load("path/to/this/folder")
+classes = model.predict(images)  # uint8, (N, {result.inputs.data.channels}, H, W)
+maps = model.explain(images)  # (N, {config.resolution}, {config.resolution}), in [0, 1]
+```
+
+{_elsewhere(result)}
+
+`batchcam verify DIR` retrains it from config.yaml and compares the metrics;
+`batchcam train --config DIR/config.yaml --out DIR2` trains it anew.
+
+## Limits
+
+A CAM that resembles its prototype was trained to; the SSIM says that the training worked, not that
+the model looks at the right thing. It knows only the classes and the kind of picture it was trained
+on.
+"""

@@ -1,0 +1,121 @@
+"""A bundle for those who do not have this project: timm's own format, and ONNX.
+
+Shapes: N images, R pixels of the model's input.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from batchcam.cam import attribution, of_targets, render, weighted_sums
+from batchcam.errors import BundleError
+from batchcam.export.bundle import LoadedModel
+from batchcam.export.timm_format import CONFIG_FILE, own_weights, write_config
+from batchcam.models import TimmCNN
+
+ONNX_FILE = "model.onnx"
+
+
+def export(loaded: LoadedModel, folder: Path) -> list[str]:
+    """Write a model in every format that it has, into a folder that exists.
+
+    - `config.json`, `model.safetensors`: for backbones that are timm's, which
+      `timm.create_model("local-dir:FOLDER", pretrained=True)` reads.
+    - `model.onnx`: where the head is linear, so that a CAM needs no gradients, which ONNX has not.
+      See :func:`write_onnx`.
+
+    Returns:
+        The files' names.
+
+    Raises:
+        BundleError: the model has no format that others read, or the extra `onnx` is missing.
+    """
+    written = []
+    if isinstance(loaded.model, TimmCNN):
+        write_timm(loaded, folder)
+        written += [CONFIG_FILE, "model.safetensors"]
+    if _is_linear(loaded):
+        write_onnx(loaded, folder / ONNX_FILE)
+        written.append(ONNX_FILE)
+    return written
+
+
+def write_timm(loaded: LoadedModel, folder: Path) -> None:
+    """Write a timm backbone as timm saves its own, with class names and preprocessing."""
+    model = loaded.model
+    assert isinstance(model, TimmCNN)
+    path = folder / CONFIG_FILE
+    write_config(model, loaded.class_names, loaded.channels, loaded.preprocess, path)
+    save_file(own_weights(model), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_onnx(loaded: LoadedModel, path: Path) -> None:
+    """Write a model of a linear head as ONNX.
+
+    Its input is `images`, uint8 `(N, channels, R, R)`; its outputs `probabilities`, `(N, C)`, and
+    `cams`, `(N, R, R)` in [0, 1], the CAM of each image's predicted class, of the kind that the
+    model was trained with.
+
+    Raises:
+        BundleError: the head is not linear, or the extra `onnx` is missing.
+    """
+    if not _is_linear(loaded):
+        raise BundleError(
+            f"a CAM of {loaded.config.backbone} needs the gradient of its head, which ONNX has "
+            "not; use timm's format."
+        )
+    if importlib.util.find_spec("onnxscript") is None:
+        raise BundleError(f"{path.name} needs ONNX: pip install 'batchcam[onnx]'.")
+    side = loaded.preprocess.resolution
+    images = torch.zeros(2, loaded.channels, side, side, dtype=torch.uint8)
+    program = torch.onnx.export(
+        _WithCam(loaded).eval(),
+        (images,),
+        dynamo=True,
+        dynamic_shapes={"images": {0: torch.export.Dim("N")}},
+        input_names=["images"],
+        output_names=["probabilities", "cams"],
+        verbose=False,
+    )
+    assert program is not None
+    program.save(path)
+
+
+class _WithCam(nn.Module):
+    """Preprocessing, model and CAM in one, without gradients."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__()
+        self.model = loaded.model.cpu()
+        self._resolution = loaded.preprocess.resolution
+        self._cam = loaded.config.cam
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(loaded.preprocess, name))
+            self.register_buffer(name, values.view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = (images.float() / 255 - self.mean) / self.std
+        features = self.model.features(x)
+        logits = self.model.head(features)
+        rows, columns = features.shape[2:]
+        predicted = logits.argmax(dim=1)
+        if self._cam == "hires_cam":
+            gradients_CKHW = self.model.class_gradients(rows, columns)
+            assert gradients_CKHW is not None
+            sums = attribution(of_targets(gradients_CKHW, predicted, features), features)
+        else:
+            weights_CK = self.model.class_weights(rows * columns)
+            assert weights_CK is not None
+            sums = weighted_sums(weights_CK[predicted], features)
+        return logits.softmax(dim=1), render(F.relu(sums), self._resolution)
+
+
+def _is_linear(loaded: LoadedModel) -> bool:
+    return loaded.model.class_weights(1) is not None

@@ -1,0 +1,1 @@
+"""One training run: the step, the epochs, the evaluation."""

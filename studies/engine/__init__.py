@@ -1,0 +1,1 @@
+"""The search engine: Ray schedules trials, Optuna proposes them, a ledger records them."""

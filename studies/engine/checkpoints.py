@@ -1,0 +1,96 @@
+"""The saved states of one trial, and its picture, in a folder that all nodes share or in a store.
+
+A state is whole or not there: it is written under another name first, and its name carries its
+digest. A damaged one is passed over, and the one before it taken: that is why two are kept.
+"""
+
+import hashlib
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import PIL.Image
+import pyarrow.fs
+
+from batchcam.figures import Image
+from studies.engine.storage import copy_file, open_storage
+
+log = logging.getLogger(__name__)
+
+_KEPT = 2
+PICTURE = "cams.png"
+"""Class prototypes above class CAMs."""
+_NAME = re.compile(r"epoch_(\d{6})\.([0-9a-f]{16})\.pt")
+
+
+class Checkpoints:
+    """The states of a trial.
+
+    Args:
+        folder: a path, or a URI such as `s3://bucket/study/trial`.
+
+    Every method raises OSError where the storage cannot be used.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self._fs, self._root = open_storage(folder)
+
+    def save(self, epoch: int, write: Callable[[Path], object]) -> None:
+        """Keep what `write` writes to the path it is given, and drop all but the newest two."""
+        with tempfile.TemporaryDirectory() as scratch:
+            source = Path(scratch) / "state.pt"
+            write(source)
+            name = f"epoch_{epoch:06d}.{_digest(source)}.pt"
+            self._fs.create_dir(self._root)
+            partial = f"{self._root}/.{name}.partial"
+            pyarrow.fs.copy_files(
+                str(source), partial, destination_filesystem=self._fs, use_threads=False
+            )
+            self._fs.move(partial, f"{self._root}/{name}")
+        # Another state of this epoch was damaged, or it would not have been trained again.
+        others = [old for _, old in self._names() if old != name]
+        again = [old for old in others if old.startswith(f"epoch_{epoch:06d}.")]
+        for old in [*again, *[old for old in others if old not in again][_KEPT - 1 :]]:
+            self._fs.delete_file(f"{self._root}/{old}")
+
+    def save_picture(self, image: Image) -> None:
+        """Keep a picture of what the trial's model sees, in the place of the one before."""
+        with tempfile.TemporaryDirectory() as scratch:
+            source = Path(scratch) / PICTURE
+            PIL.Image.fromarray(image).save(source)
+            copy_file(str(source), f"{self.folder}/{PICTURE}")
+
+    @contextmanager
+    def newest(self) -> Iterator[Path | None]:
+        """Give the newest state that is whole, as a local file, or None if there is none."""
+        with tempfile.TemporaryDirectory() as scratch:
+            yield self._fetch(Path(scratch) / "state.pt")
+
+    def _fetch(self, target: Path) -> Path | None:
+        for digest, name in self._names():
+            with (
+                self._fs.open_input_stream(f"{self._root}/{name}") as source,
+                target.open("wb") as file,
+            ):
+                shutil.copyfileobj(source, file)
+            if _digest(target) == digest:
+                return target
+            log.warning("%s/%s is damaged; going back to the one before it", self._root, name)
+        return None
+
+    def _names(self) -> list[tuple[str, str]]:
+        """Return (digest, file name) of each state, the newest first."""
+        selector = pyarrow.fs.FileSelector(self._root, allow_not_found=True)
+        found = [_NAME.fullmatch(info.base_name) for info in self._fs.get_file_info(selector)]
+        matches = sorted((match for match in found if match), key=lambda match: -int(match[1]))
+        return [(match[2], match[0]) for match in matches]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

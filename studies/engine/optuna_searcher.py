@@ -1,0 +1,252 @@
+"""The bridge to Optuna: which configuration to try next, and what has become of the others.
+
+Ray's own `OptunaSearch` tells Optuna that a trial which was stopped early is complete, forgets
+those that a crash interrupted, and drops what is not a number. Here Optuna's storage always holds
+what is true: COMPLETE ran to its last epoch, PRUNED was stopped early, FAIL failed or diverged,
+RUNNING is running or is to go on when the study is resumed.
+"""
+
+import math
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune.search import Searcher
+
+from studies.engine.ledger import State
+from studies.engine.optuna_storage import STORAGE_ERRORS
+from studies.engine.retry import patiently
+from studies.trial import OUT_OF_MEMORY
+
+Space = Callable[[optuna.Trial], dict[str, Any]]
+
+EPOCHS_MISSING = "epochs_missing"
+"""Name of the constraint by which a sampler of several objectives ranks trials stopped early."""
+
+_WHAT = "Optuna's storage"
+_RETRY_OF = "retry_of"
+
+_IN_OPTUNA: dict[State, TrialState] = {
+    "completed": TrialState.COMPLETE,
+    "stopped": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+}
+
+
+class OptunaBridge(Searcher):
+    """Proposes trials from an Optuna study, and tells it the truth about them.
+
+    Trials that are RUNNING in the storage when a study begins were cut by a crash: they are
+    proposed first, with the values they had. The study's numbers are the trials' names; Ray's ids
+    are not kept.
+
+    With several objectives Optuna's own interface takes no intermediate values, and its TPE fails
+    on trials that were pruned with some. They are written to the storage all the same, those of the
+    first objective, and a pruned trial carries the number of its missing epochs as a constraint,
+    which TPE ranks by.
+
+    Args:
+        study: all its objectives are maximised.
+        storage: what the study is kept in.
+        space: draws the parameters of a trial, and returns its configuration.
+        objectives: names of the metrics, in the order of the study's directions.
+        max_epochs: epochs of a trial that is not stopped early.
+        num_trials: how many to propose in all, those of earlier runs included, but not what was
+            proposed again after it failed.
+        max_live: returns how many trials may be proposed and not ended at a time. One more than the
+            cluster runs keeps it busy; further ones would be proposed knowing less.
+        enlarge: called with the number of a trial that ran out of memory; returns what it asks for
+            next, as a multiple of the usual resources, or None to let it fail.
+        attach: called with each trial before its end is told, after which Optuna takes nothing
+            more about it.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        storage: BaseStorage,
+        space: Space,
+        *,
+        objectives: Sequence[str],
+        max_epochs: int,
+        num_trials: int,
+        max_live: Callable[[], int] = lambda: sys.maxsize,
+        enlarge: Callable[[int], int | None] = lambda _: None,
+        attach: Callable[[optuna.Trial], None] = lambda _: None,
+    ) -> None:
+        super().__init__()
+        self._study = study
+        self._storage = storage
+        self._study_id = storage.get_study_id_from_name(study.study_name)
+        self._space = space
+        self._objectives = tuple(objectives)
+        self._max_epochs = max_epochs
+        self._max_live = max_live
+        self._enlarge = enlarge
+        self._attach = attach
+        self._live: dict[str, int] = {}
+        known = patiently(lambda: study.get_trials(deepcopy=False), _WHAT, STORAGE_ERRORS)
+        self.num_trials = num_trials + sum(_RETRY_OF in trial.user_attrs for trial in known)
+        self._asked = {trial.number for trial in known if trial.state != TrialState.WAITING}
+        self._again = deque(t.number for t in known if t.state == TrialState.RUNNING)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out everything: Ray pickles its searcher, and the storage may hold a password."""
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write nothing; Optuna's storage is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Read nothing; Optuna's storage is the state."""
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
+        """Return the configuration of the next trial, None for "later", or FINISHED."""
+        if self._live and len(self._live) >= self._max_live():
+            return None
+        trial = self._next()
+        if trial is None:
+            return None if self._live else Searcher.FINISHED
+        self._live[trial_id] = trial.number
+        self._asked.add(trial.number)
+        params = patiently(lambda: self._space(trial), _WHAT, STORAGE_ERRORS)
+        return {**params, "number": trial.number}
+
+    def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        """Record the first objective of an epoch as an intermediate value."""
+        self._report(self._live[trial_id], result)
+
+    def on_trial_complete(
+        self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Tell Optuna how a trial ended, or take it up again where memory was short."""
+        number = self._live.pop(trial_id, None)
+        if number is None:  # Ray tells it twice where a callback fails at the end of a trial.
+            return
+        result = result or {}
+        if result.get(OUT_OF_MEMORY) and self._enlarge(number) is not None:
+            self._again.append(number)
+            return
+        self.tell(number, result, error)
+
+    def tell(self, number: int, metrics: Mapping[str, Any], error: bool = False) -> State:
+        """Tell Optuna the end of a trial with its last metrics; return how it ended.
+
+        The metrics are recorded as a report: Ray passes none of that at which a trial is stopped.
+        Telling it again changes nothing.
+        """
+        ended = how_ended(metrics, self._objectives, self._max_epochs, error)
+        if number in self._again:
+            self._again.remove(number)
+
+        def tell() -> None:
+            trial = self._open(number)
+            several = len(self._objectives) > 1
+            values = None
+            if ended == "completed":
+                values = [float(metrics[name]) for name in self._objectives]
+            # What an earlier try or process has set stays.
+            elif several and ended == "stopped" and EPOCHS_MISSING not in trial.constraints:
+                trial.set_constraint(EPOCHS_MISSING, self._max_epochs - metrics["epoch"])
+            self._study.tell(trial, values, state=_IN_OPTUNA[ended], skip_if_finished=True)
+
+        if not self.is_told(number):
+            if not error:
+                self._report(number, metrics)
+            self._attach(self._open(number))
+            patiently(tell, _WHAT, STORAGE_ERRORS)
+        return ended
+
+    def _report(self, number: int, metrics: Mapping[str, Any]) -> None:
+        value = metrics.get(self._objectives[0])
+        if value is None or "epoch" not in metrics or metrics.get(OUT_OF_MEMORY):
+            return
+        patiently(
+            lambda: self._storage.set_trial_intermediate_value(
+                self._optuna_id(number), int(metrics["epoch"]), float(value)
+            ),
+            _WHAT,
+            STORAGE_ERRORS,
+        )
+
+    def is_told(self, number: int) -> bool:
+        """Return whether a trial has ended, as Optuna knows it."""
+        return self._frozen(number).state.is_finished()
+
+    def failed(self) -> list[int]:
+        """Return the numbers of the trials that failed, as Optuna knows them."""
+        trials = patiently(
+            lambda: self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,)),
+            _WHAT,
+            STORAGE_ERRORS,
+        )
+        return [trial.number for trial in trials]
+
+    def retry(self, number: int) -> None:
+        """Propose a trial that failed once more, as another trial; once, however often told."""
+
+        def is_proposed() -> bool:
+            trials = self._study.get_trials(deepcopy=False)
+            return any(trial.user_attrs.get(_RETRY_OF) == number for trial in trials)
+
+        def propose() -> None:
+            if not is_proposed():  # A try that seemed to fail may have proposed it all the same.
+                params = self._storage.get_trial(self._optuna_id(number)).params
+                self._study.enqueue_trial(params, user_attrs={_RETRY_OF: number})
+
+        if not patiently(is_proposed, _WHAT, STORAGE_ERRORS):
+            patiently(propose, _WHAT, STORAGE_ERRORS)
+            self.num_trials += 1
+
+    def _next(self) -> optuna.Trial | None:
+        if self._again:
+            return self._open(self._again.popleft())
+        if len(self._asked) >= self.num_trials:
+            return None
+        tries = 0
+
+        def ask() -> optuna.Trial:
+            nonlocal tries
+            tries += 1
+            # A try that seemed to fail may have made a trial all the same.
+            if tries > 1:
+                for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                    if trial.number not in self._asked:
+                        return self._open(trial.number)
+            return self._study.ask()
+
+        return patiently(ask, _WHAT, STORAGE_ERRORS)
+
+    def _frozen(self, number: int) -> FrozenTrial:
+        return patiently(
+            lambda: self._storage.get_trial(self._optuna_id(number)), _WHAT, STORAGE_ERRORS
+        )
+
+    def _open(self, number: int) -> optuna.Trial:
+        """Return a trial that is in the storage; values that it has are not drawn again."""
+        return optuna.Trial(self._study, self._optuna_id(number))
+
+    def _optuna_id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+
+
+def enqueue(study: optuna.Study, points: Sequence[Mapping[str, Any]]) -> None:
+    """Have a study try these points before any other; those it has already are left out."""
+    for point in points:
+        add = partial(study.enqueue_trial, dict(point), skip_if_exists=True)
+        patiently(add, _WHAT, STORAGE_ERRORS)
+
+
+def how_ended(
+    metrics: Mapping[str, Any], objectives: Sequence[str], max_epochs: int, error: bool
+) -> State:
+    """Return how a trial ended that has these last metrics; without all objectives it failed."""
+    values = [metrics.get(name, math.nan) for name in objectives]
+    if error or "epoch" not in metrics or not all(math.isfinite(value) for value in values):
+        return "failed"
+    return "completed" if metrics["epoch"] >= max_epochs else "stopped"

@@ -1,0 +1,129 @@
+"""A table of what runs, kept up to date at the foot of a terminal; nothing where there is none.
+
+It is 80 columns wide at most. Above it the lines of :mod:`studies.monitoring.console` scroll by,
+and they are all there is in the logs of a job.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import moocore
+import numpy as np
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from studies.engine.ledger import Ledger, TrialHistory
+
+WIDTH = 80
+_ROWS = 12
+"""Trials that are shown at a time; on a large cluster there are more."""
+_STATES = ("completed", "stopped", "failed")
+
+
+class LiveTable:
+    """What a study's ledger says, as a table.
+
+    Args:
+        ledger: of the study.
+        num_trials: how many there will be in all.
+        objectives: metrics that are maximised.
+        max_epochs: epochs of a trial that is not stopped early.
+        clock: seconds, from any moment on.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        num_trials: int,
+        objectives: Sequence[str],
+        max_epochs: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ledger = ledger
+        self._num_trials = num_trials
+        self._objectives = tuple(objectives)
+        self._max_epochs = max_epochs
+        self._clock = clock
+        self._started = clock()
+        self._before = sum(len(trial.reports) for trial in ledger.trials)
+
+    def __rich__(self) -> RenderableType:
+        """Render what is known now; rich asks for it twice a second."""
+        trials = self._ledger.trials
+        return Group("", *self._lines(trials), self._table(trials))
+
+    def _lines(self, trials: list[TrialHistory]) -> list[Text]:
+        ended = [trial for trial in trials if trial.state is not None]
+        counts = [
+            f"{sum(trial.state == state for trial in ended)} {state}"
+            for state in _STATES
+            if any(trial.state == state for trial in ended)
+        ]
+        running = len(trials) - len(ended)
+        first = f"{len(ended)} of {self._num_trials} trials ended"
+        first += f" ({', '.join(counts)})" if counts else ""
+        lines = [f"{first}, {running} running"]
+        found = np.array(
+            [
+                [trial.reports[-1][name] for name in self._objectives]
+                for trial in ended
+                if trial.state != "failed" and trial.reports
+            ]
+        )
+        if len(found):
+            front = int(moocore.is_nondominated(found, maximise=True, keep_weakly=True).sum())
+            best = ", ".join(
+                f"{name} {value:.4f}"
+                for name, value in zip(self._objectives, found.max(axis=0), strict=True)
+            )
+            lines.append(f"best {best}; {front} on the Pareto front")
+        left = self._left(trials)
+        if left is not None:
+            lines.append(f"{left} left at most")
+        return [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
+
+    def _left(self, trials: list[TrialHistory]) -> timedelta | None:
+        """Return how long it will take, by the epochs of this session and those to come at most."""
+        done = sum(len(trial.reports) for trial in trials) - self._before
+        if not done:
+            return None
+        to_come = sum(self._max_epochs - trial.epoch for trial in trials if trial.state is None)
+        to_come += (self._num_trials - len(trials)) * self._max_epochs
+        seconds = (self._clock() - self._started) / done * max(0, to_come)
+        return timedelta(seconds=round(seconds))
+
+    def _table(self, trials: list[TrialHistory]) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, width=WIDTH)
+        table.add_column("running", no_wrap=True, overflow="ellipsis", ratio=1)
+        for column in ("epoch", *self._objectives, "images/s"):
+            table.add_column(column, justify="right", no_wrap=True)
+        running = [trial for trial in trials if trial.state is None]
+        for trial in running[:_ROWS]:
+            last: dict[str, Any] = trial.reports[-1] if trial.reports else {}
+            values = [f"{last[name]:.4f}" if name in last else "" for name in self._objectives]
+            speed = last.get("images_per_second")
+            table.add_row(
+                str(trial.params.get("trial_id", trial.number)),
+                f"{trial.epoch}/{self._max_epochs}",
+                *values,
+                f"{speed:,.0f}" if speed else "",
+            )
+        if len(running) > _ROWS:
+            table.add_row(f"and {len(running) - _ROWS} more")
+        return table
+
+
+@contextmanager
+def shown(console: Console, table: LiveTable) -> Iterator[None]:
+    """Keep the table at the foot of the terminal while the context lasts, if there is one."""
+    if not console.is_terminal:
+        yield
+        return
+    with Live(table, console=console, refresh_per_second=2, transient=True):
+        yield

@@ -1,0 +1,1 @@
+"""What a study leaves: tables, bundles, its page and its report."""

@@ -1,0 +1,160 @@
+"""Several studies side by side, from what they exported.
+
+    python -m studies.outcome.compare results/one results/other --out comparison.md
+
+It reads trials.csv, pareto.json and the bundles' metrics.json and config.yaml: a copy of these is
+enough, wherever the study ran.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import moocore
+import numpy as np
+import pandas as pd
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from batchcam.config import TrialConfig
+from batchcam.errors import ConfigError
+from studies.cli import run_command
+from studies.evidence.tables import markdown
+from studies.monitoring.console import console
+from studies.outcome.export import BUNDLES, read_bundles
+from studies.trial import run_name
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a study exported.
+
+    Attributes:
+        name: its folder's.
+        trials: a row for each, as in trials.csv.
+        front: accuracy and SSIM of each trial of the Pareto front, `(n, 2)`.
+        bundles: configuration and metrics of each, by its name.
+    """
+
+    name: str
+    trials: pd.DataFrame
+    front: Any
+    bundles: dict[str, tuple[TrialConfig, dict[str, Any]]]
+
+    @property
+    def dataset(self) -> str:
+        """What it trained on."""
+        return str(self.trials["dataset"].iloc[0])
+
+    @property
+    def hypervolume(self) -> float:
+        """The area of accuracy times SSIM that its front dominates, in [0, 1]."""
+        return float(moocore.hypervolume(-self.front, ref=[0.0, 0.0]))
+
+
+def read(folder: Path) -> Exported:
+    """Read what a study exported.
+
+    Raises:
+        ConfigError: a file is missing or damaged.
+    """
+    try:
+        trials = pd.read_csv(folder / "trials.csv")
+        front = json.loads((folder / "pareto.json").read_text(encoding="utf-8"))["trials"]
+        values = [
+            [each["metrics"][name] for name in ("val_accuracy", "cam_ssim")] for each in front
+        ]
+        bundles = read_bundles(folder / "best")
+        return Exported(folder.resolve().name, trials, np.array(values, dtype=float), bundles)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{folder} does not hold what a study exports ({error}); name its folder, as "
+            "results/mine, or finish it by --resume."
+        ) from error
+
+
+Rows = tuple[list[str], list[list[str]]]
+
+
+def studies_table(studies: Sequence[Exported]) -> Rows:
+    """Return header and rows: what each study tried, and how far it came, a column for each."""
+    columns = []
+    for each in studies:
+        states = each.trials["state"].value_counts()
+        # Of each trial the last epoch's seconds are known.
+        hours = each.trials["seconds"].mul(each.trials["epoch"]).sum() / 3600
+        columns.append(
+            {
+                "data set": each.dataset,
+                "trials": str(len(each.trials)),
+                "stopped early": str(states.get("stopped", 0)),
+                "failed": str(states.get("failed", 0)),
+                "epochs in all": f"{each.trials['epoch'].sum():.0f}",
+                "hours of training, about": f"{hours:.2f}",
+                "Pareto front": str(len(each.front)),
+                "its hypervolume": f"{each.hypervolume:.4f}",
+            }
+        )
+    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    return ["", *(each.name for each in studies)], rows
+
+
+def bundles_table(studies: Sequence[Exported]) -> Rows:
+    """Return header and rows: the chosen configurations, those of one kind beneath each other."""
+    header = ["best by", "study", "accuracy", "test", "SSIM / ceiling", "configuration"]
+    rows = []
+    for name in BUNDLES:
+        for each in studies:
+            if name in each.bundles:
+                config, metrics = each.bundles[name]
+                accuracy = [f"{metrics[key]:.4f}" for key in ("val_accuracy", "test_accuracy")]
+                similar = f"{metrics['cam_ssim']:.3f} / {metrics['cam_ssim_ceiling']:.3f}"
+                rows.append([name, each.name, *accuracy, similar, run_name(config)])
+    return header, rows
+
+
+def show(out: Console, title: str, table: Rows) -> None:
+    """Print a table."""
+    header, rows = table
+    shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for column in header[:-1]:
+        shown.add_column(column, no_wrap=True)
+    shown.add_column(header[-1])
+    for row in rows:
+        shown.add_row(*row)
+    out.print(shown)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Show several studies side by side."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Of the studies, as results/one results/other."""
+    out: Path | None = None
+    """A Markdown file for the tables."""
+
+
+def main(settings: Compare) -> None:
+    """Print the tables, and write them."""
+    studies = [read(folder) for folder in settings.folders]
+    if not studies:
+        raise ConfigError("name the folders of the studies to compare, as results/one.")
+    tables = {"Studies": studies_table(studies), "Chosen": bundles_table(studies)}
+    for title, table in tables.items():
+        show(console, title, table)
+    datasets = sorted({each.dataset for each in studies})
+    note = "" if len(datasets) == 1 else f"Different data sets: {', '.join(datasets)}.\n"
+    if note:
+        console.print(note.rstrip())
+    if settings.out is not None:
+        parts = [f"## {title}\n\n{markdown(*table)}" for title, table in tables.items()]
+        settings.out.write_text("\n".join([*parts, note] if note else parts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main, Compare)

@@ -1,0 +1,29 @@
+"""Write the report of a study anew.
+
+python -m studies.outcome.report results/mine
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from studies.cli import run_command
+from studies.outcome.report.page import write
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write report.html beside a study: one file, which needs no network."""
+
+    folder: tyro.conf.Positional[Path]
+    """Of the study, as results/mine."""
+
+
+def main(settings: Report) -> None:
+    """Write the report, and say where."""
+    print(write(settings.folder))
+
+
+if __name__ == "__main__":
+    run_command(main, Report)

@@ -1,0 +1,201 @@
+"""What a report says of a study, read from the study's folder.
+
+The ledger and study.json are enough; what the folder does not hold, such as the pictures of trials
+whose checkpoints are gone, is left out.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import PIL.Image
+
+from batchcam.config import TrialConfig
+from batchcam.errors import ConfigError
+from batchcam.export.model_card import loss_terms
+from studies.engine.checkpoints import PICTURE
+from studies.engine.ledger import LEDGER, Ledger
+from studies.engine.storage import copy_file
+from studies.outcome.export import TrialRecord, collect, pareto_front, read_bundles
+from studies.settings import SETTINGS_FILE, StudySettings, load_settings
+from studies.space import SEARCHED
+from studies.trial import run_name
+
+_THUMBNAIL = 28
+"""Pixels per side of a class in a trial's picture."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """A study as its report shows it.
+
+    Attributes:
+        settings: by which it was started.
+        settings_file: study.json as it is.
+        records: its trials, in the order of their proposals.
+        front: those of the Pareto front.
+        rows: what charts and table show of each trial that reported; see :func:`trial_row`.
+        curves: a row for each epoch of each trial.
+        chosen: metrics.json of each bundle, by its name.
+        configs: config.yaml of each bundle, by its name.
+        pictures: by the id of a trial, its class prototypes above its class CAMs.
+    """
+
+    settings: StudySettings
+    settings_file: str
+    records: Sequence[TrialRecord]
+    front: Sequence[TrialRecord]
+    rows: Sequence[Mapping[str, Any]]
+    curves: Sequence[Mapping[str, Any]]
+    chosen: Mapping[str, Mapping[str, Any]]
+    configs: Mapping[str, TrialConfig]
+    pictures: Mapping[str, PIL.Image.Image]
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes, as a bundle has them; none without a bundle."""
+        for metrics in self.chosen.values():
+            return list(metrics["cam_ssim_per_class"])
+        return []
+
+
+def read(folder: Path) -> Content:
+    """Read what a study's folder holds.
+
+    Raises:
+        ConfigError: it holds no study, or one that has reported nothing.
+    """
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no study; there is no {SETTINGS_FILE} in it.")
+    settings = replace(load_settings(path), out=folder.resolve().parent)
+    ledger = Ledger(folder / LEDGER)
+    records = collect(ledger, settings.base_config(), settings.checkpoints)
+    front = pareto_front(records, settings.objectives)
+    if not front:
+        raise ConfigError(f"no trial of {folder} has reported yet; there is nothing to show.")
+    try:
+        bundles = read_bundles(folder / "best")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"a bundle in {folder / 'best'} is damaged: {error}; write it again by --resume."
+        ) from error
+    chosen = {name: metrics for name, (_, metrics) in bundles.items()}
+    pictures = {record.trial_id: _picture(record.checkpoints) for record in records}
+    for metrics in chosen.values():  # A run that confirmed a trial is none of the records.
+        confirmed = str(metrics["trial_id"])
+        if confirmed not in pictures:
+            pictures[confirmed] = _picture(f"{settings.checkpoints}/{confirmed}")
+    found = {name: picture for name, picture in pictures.items() if picture is not None}
+    on_front = {record.trial_id for record in front}
+    return Content(
+        settings=settings,
+        settings_file=path.read_text(encoding="utf-8"),
+        records=records,
+        front=front,
+        rows=[
+            trial_row(
+                record,
+                number,
+                record.trial_id in on_front,
+                _thumbnail(found.get(record.trial_id)),
+                sum(report["seconds"] for report in trial.reports),
+            )
+            for number, (record, trial) in enumerate(zip(records, ledger.trials, strict=True))
+            if record.usable
+        ],
+        curves=[
+            {
+                "number": number,
+                "epoch": report["epoch"],
+                "accuracy": report["val_accuracy"],
+                "ssim": report["cam_ssim"],
+                "last": report is trial.reports[-1],
+            }
+            for number, trial in enumerate(ledger.trials)
+            for report in trial.reports
+        ],
+        chosen=chosen,
+        configs={name: config for name, (config, _) in bundles.items()},
+        pictures=found,
+    )
+
+
+def trial_row(
+    record: TrialRecord, number: int, on_front: bool, picture: str | None, seconds: float
+) -> dict[str, Any]:
+    """Return what is shown of a trial, by column.
+
+    Those by which readers filter are words; `seconds` are of training and evaluation, in all.
+    """
+    config, metrics = record.config, record.metrics
+    return {
+        "number": number,
+        "name": run_name(config),
+        "state": record.state,
+        "loss": " + ".join(loss_terms(config)) or "cross-entropy",
+        "backbone": config.backbone,
+        "resolution": f"{config.resolution} px",
+        "metric": config.metric.upper() if config.uses_cam else "none",
+        "front": on_front,
+        "epochs": int(metrics["epoch"]),
+        "val_accuracy": metrics["val_accuracy"],
+        "val_error": 1 - metrics["val_accuracy"],
+        "cam_ssim": metrics["cam_ssim"],
+        "cam_ssim_ceiling": metrics["cam_ssim_ceiling"],
+        "images_per_second": metrics["images_per_second"],
+        "seconds": seconds,
+        **{f"of_{name}": value for name, value in searched_values(config).items()},
+        "picture": picture,
+    }
+
+
+def searched_values(config: TrialConfig) -> dict[str, Any]:
+    """Return what the search decides of a configuration; `metric` is "none" where nothing uses it.
+
+    A field that the search did not decide has the same value in all trials.
+    """
+    values = {name: getattr(config, name) for name, _ in SEARCHED}
+    for name in ("resolution", "output_stride"):
+        values[name] = str(values[name])
+    return values | {"metric": config.metric if config.uses_cam else "none"}
+
+
+def halves(picture: PIL.Image.Image) -> tuple[PIL.Image.Image, PIL.Image.Image]:
+    """Return the prototypes and the CAMs of a trial's picture."""
+    width, height = picture.size
+    return (
+        picture.crop((0, 0, width, height // 2)),
+        picture.crop((0, height // 2, width, height)),
+    )
+
+
+def data_uri(picture: PIL.Image.Image) -> str:
+    """Return a picture as an address that holds it, in at most 256 colours."""
+    content = io.BytesIO()
+    picture.convert("RGB").quantize(256).save(content, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def _thumbnail(picture: PIL.Image.Image | None) -> str | None:
+    if picture is None:
+        return None
+    side = picture.height // 2
+    size = (picture.width * _THUMBNAIL // side, 2 * _THUMBNAIL)
+    return data_uri(picture.resize(size, PIL.Image.Resampling.BOX))
+
+
+def _picture(checkpoints: str) -> PIL.Image.Image | None:
+    """Return a trial's picture, or None if there is none."""
+    with TemporaryDirectory() as scratch:
+        copy = Path(scratch) / PICTURE
+        try:
+            copy_file(f"{checkpoints}/{PICTURE}", str(copy))
+            with PIL.Image.open(copy) as picture:
+                return picture.convert("RGB")
+        except OSError:
+            return None

@@ -1,0 +1,194 @@
+"""What a finished study says: the table on the terminal, and the README.md beside its results."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from batchcam.provenance import command_line, git_commit, package_versions
+from studies.outcome.confirm import Confirmed
+from studies.outcome.export import TrialRecord
+from studies.settings import StudySettings
+from studies.trial import run_name
+
+_ROWS = 12
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What has come of a study.
+
+    Attributes:
+        records: its trials.
+        front: those of the Pareto front.
+        confirmed: those that were trained again with fresh seeds, if any were.
+        chosen: what is exported, by the name of its bundle.
+        metrics: of each bundle.
+    """
+
+    records: Sequence[TrialRecord]
+    front: Sequence[TrialRecord]
+    confirmed: Sequence[Confirmed]
+    chosen: Mapping[str, TrialRecord]
+    metrics: Mapping[str, Mapping[str, Any]]
+
+
+def print_summary(console: Console, outcome: Outcome, folder: Path) -> None:
+    """Print the best trials, the test metrics of those exported, and where they are."""
+    records, front, chosen = outcome.records, outcome.front, outcome.chosen
+    heading = f"Best of {len(records)} trials ({_count_states(records)})"
+    table = Table(title=heading, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for column in ("accuracy", "SSIM", "ceiling", "epochs"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("configuration")
+    table.add_column("best by", no_wrap=True)
+    table.add_column("trial", no_wrap=True)
+    for record in _ranked(records, front):
+        names = [name for name, picked in chosen.items() if picked.trial_id == record.trial_id]
+        table.add_row(
+            f"{record.metrics['val_accuracy']:.4f}",
+            f"{record.metrics['cam_ssim']:.3f}",
+            f"{record.metrics['cam_ssim_ceiling']:.3f}",
+            f"{record.metrics['epoch']:g}",
+            run_name(record.config),
+            "\n".join(names) or ("(front)" if record in front else ""),
+            str(records.index(record)),
+        )
+    console.print(table)
+    if outcome.confirmed:
+        _print_confirmed(console, outcome)
+    console.print("Accuracy and SSIM are of the validation split; on the test split, read once:")
+    for name in chosen:
+        metrics = outcome.metrics[name]
+        accuracy, similarity = metrics["test_accuracy"], metrics["test_cam_ssim"]
+        console.print(f"  {name:<9} accuracy {accuracy:.4f}  SSIM {similarity:.3f}")
+    console.print(f"Best bundle: {folder / 'best' / 'knee'}", soft_wrap=True)
+
+
+def _print_confirmed(console: Console, outcome: Outcome) -> None:
+    seeds = len(outcome.confirmed[0].runs)
+    title = f"Confirmed with {seeds} fresh seeds: mean ± 95 % confidence interval"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for column in ("accuracy", "SSIM"):
+        table.add_column(column, no_wrap=True)
+    for column in ("configuration", "best by", "trial"):
+        table.add_column(column)
+    numbers = {record.trial_id: index for index, record in enumerate(outcome.records)}
+    for each in outcome.confirmed:
+        names = [n for n, picked in outcome.chosen.items() if picked == each.as_record]
+        table.add_row(
+            _interval(each, "val_accuracy", 4),
+            _interval(each, "cam_ssim", 3),
+            run_name(each.candidate.config),
+            "\n".join(names),
+            str(numbers[each.candidate.trial_id]),
+        )
+    console.print(table)
+
+
+def _interval(confirmed: Confirmed, name: str, digits: int) -> str:
+    mean, _, high = confirmed.intervals[name]
+    return f"{mean:.{digits}f} ± {high - mean:.{digits}f}"
+
+
+def write_readme(
+    path: Path, settings: StudySettings, outcome: Outcome, dataset_sha256: str
+) -> None:
+    """Write the study's page: how it was made, its Pareto front, and how to use its bundles."""
+    records, front, chosen = outcome.records, outcome.front, outcome.chosen
+    versions = package_versions("ray", "optuna", "wandb").items()
+    lines = [
+        f"# Study {settings.study}",
+        "",
+        f"{len(records)} trials on {settings.dataset} ({_count_states(records)}), up to "
+        f"{settings.max_epochs} epochs each, maximising {' and '.join(settings.objectives)}; "
+        f"seed {settings.seed}. Accuracy and SSIM are of the validation split, SSIM beside the "
+        "best that the CAM grid can reach; the test split was read once for each exported bundle, "
+        "after it was chosen.",
+        "",
+        "    " + command_line(),
+        "",
+        f"Commit {git_commit() or 'unknown'}; data set SHA-256 {dataset_sha256[:16]}…; "
+        + ", ".join(f"{name} {number}" for name, number in versions)
+        + ".",
+        "",
+        "## Best",
+        "",
+        "| bundle | trial | configuration | val. accuracy | SSIM / ceiling | test accuracy |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, record in chosen.items():
+        lines.append(
+            f"| [{name}](best/{name}) | {record.trial_id} | {run_name(record.config)} | "
+            f"{record.metrics['val_accuracy']:.4f} | {record.metrics['cam_ssim']:.3f} / "
+            f"{record.metrics['cam_ssim_ceiling']:.3f} | "
+            f"{outcome.metrics[name]['test_accuracy']:.4f} |"
+        )
+    if outcome.confirmed:
+        lines += _confirmed_section(outcome)
+    lines += [
+        "",
+        "![Class CAMs of the knee beside their prototypes](best/knee/cams.png)",
+        "",
+        "## Pareto front",
+        "",
+        "| trial | configuration | val. accuracy | SSIM / ceiling | images/s | epochs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for record in front:
+        values = record.metrics
+        lines.append(
+            f"| {record.trial_id} | {run_name(record.config)} | {values['val_accuracy']:.4f} | "
+            f"{values['cam_ssim']:.3f} / {values['cam_ssim_ceiling']:.3f} | "
+            f"{values['images_per_second']:,.0f} | {values['epoch']:g} |"
+        )
+    lines += [
+        "",
+        "With charts: [report.html](report.html), one file to open in a browser. All trials: "
+        "[trials.csv](trials.csv); the front with full configurations: [pareto.json](pareto.json).",
+        "",
+        "## Reuse",
+        "",
+        "```sh",
+        f"batchcam verify {settings.out}/{settings.study}/best/knee",
+        f"batchcam train --config {settings.out}/{settings.study}/best/knee/config.yaml --out DIR",
+        "```",
+        "",
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _confirmed_section(outcome: Outcome) -> list[str]:
+    seeds = ", ".join(str(run.config.seed) for run in outcome.confirmed[0].runs)
+    lines = [
+        "",
+        f"Those above were chosen by their means over fresh runs (seeds {seeds}) of the best of "
+        "the front, on the full budget; ± is the 95 % confidence interval of the mean, by "
+        "Student's t. A bundle holds the run of the first of these seeds.",
+        "",
+        "| trial | configuration | val. accuracy | SSIM |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {each.candidate.trial_id} | {run_name(each.candidate.config)} | "
+        f"{_interval(each, 'val_accuracy', 4)} | {_interval(each, 'cam_ssim', 3)} |"
+        for each in outcome.confirmed
+    ]
+    return lines
+
+
+def _ranked(records: Sequence[TrialRecord], front: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Return the front, then the others by accuracy, as many as fit a screen."""
+    others = [record for record in records if record.usable and record not in front]
+    others.sort(key=lambda record: -record.metrics["val_accuracy"])
+    return [*front, *others][:_ROWS]
+
+
+def _count_states(records: Sequence[TrialRecord]) -> str:
+    states = ("completed", "stopped", "failed", "unfinished")
+    counts = {state: sum(record.state == state for record in records) for state in states}
+    return ", ".join(f"{count} {state}" for state, count in counts.items() if count)

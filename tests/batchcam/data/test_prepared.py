@@ -1,0 +1,73 @@
+"""Inputs: prototypes of the right split, groups of images, supports on a grid."""
+
+import pytest
+import torch
+
+from batchcam.config import TrialConfig
+from batchcam.data.prepared import Inputs, prepare
+from batchcam.data.preprocessing import to_device
+from batchcam.errors import DataError
+from batchcam.prototypes import class_supports, min_max
+
+
+@pytest.fixture(scope="module")
+def clustered() -> Inputs:
+    return prepare(TrialConfig(dataset="digits", prototype="kmeans", clusters=3))
+
+
+def test_each_split_is_compared_with_the_prototypes_meant_for_it(tiny_inputs: Inputs) -> None:
+    train, validation, test = (
+        tiny_inputs.prototypes(split, 14) for split in ("train", "validation", "test")
+    )
+    assert torch.equal(test, train)
+    assert not torch.equal(validation, train)
+    assert train.shape == (10, 14, 14)
+
+
+def test_with_one_prototype_per_class_groups_are_classes(tiny_inputs: Inputs) -> None:
+    assert torch.equal(tiny_inputs.groups("test"), torch.from_numpy(tiny_inputs.data.test.labels))
+    assert tiny_inputs.group_names == tiny_inputs.data.class_names
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_groups_are_within_classes(clustered: Inputs, split: str) -> None:
+    groups = clustered.groups(split)
+    labels = torch.from_numpy(clustered.data.split(split).labels)
+    assert torch.equal(groups // 3, labels)
+    assert set(groups.tolist()) == set(range(30))
+
+
+def test_a_training_prototype_is_the_mean_of_its_group(clustered: Inputs) -> None:
+    images, _ = to_device(clustered.data.train, torch.device("cpu"))
+    mean = images[clustered.groups("train") == 4, 0].float().mean(dim=0, keepdim=True)
+    torch.testing.assert_close(clustered.train_prototypes[4:5], min_max(mean))
+    assert clustered.validation_prototypes.shape == clustered.train_prototypes.shape
+    assert not torch.equal(clustered.validation_prototypes[4], clustered.train_prototypes[4])
+
+
+def test_groups_are_named_by_class_and_number(clustered: Inputs) -> None:
+    assert clustered.group_names[:4] == ("0 #1", "0 #2", "0 #3", "1 #1")
+    assert len(clustered.group_names) == len(clustered.train_prototypes) == 30
+
+
+def test_one_cluster_is_the_mean() -> None:
+    one = prepare(TrialConfig(dataset="digits", prototype="kmeans", clusters=1))
+    mean = prepare(TrialConfig(dataset="digits"))
+    torch.testing.assert_close(one.train_prototypes, mean.train_prototypes)
+    assert torch.equal(one.groups("validation"), mean.groups("validation"))
+
+
+def test_more_clusters_than_images_are_refused() -> None:
+    with pytest.raises(DataError, match=r"too few for 999 clusters; set clusters lower"):
+        prepare(TrialConfig(dataset="digits", prototype="kmeans", clusters=999))
+
+
+def test_outside_is_where_a_class_has_no_support(tiny_inputs: Inputs) -> None:
+    outside = tiny_inputs.outside((8, 8))
+    supports = class_supports(*to_device(tiny_inputs.data.train, torch.device("cpu")), 10)
+    assert torch.equal(outside == 1, ~supports)
+    assert outside.dtype == torch.float32
+    # A cell of a coarser grid is outside only if all its pixels are.
+    coarse = tiny_inputs.outside((4, 4))
+    blocks = outside.view(10, 4, 2, 4, 2).permute(0, 1, 3, 2, 4).flatten(3)
+    assert torch.equal(coarse == 1, (blocks == 1).all(dim=3))

@@ -1,0 +1,445 @@
+"""Backbones: one contract that every usable one keeps, and the remedies for those that are not."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from torch import Tensor, nn
+
+from batchcam.cam import batch_cam, grad_cam, pooled, tap
+from batchcam.errors import BackboneError
+from batchcam.losses.objective import Objective
+from batchcam.models import (
+    ExplainableModel,
+    backbone_names,
+    check_explainable,
+    create_model,
+    feature_grid,
+    resolve_output_stride,
+)
+
+RESOLUTION = 28
+
+
+@dataclass(frozen=True)
+class Backbone:
+    name: str
+    output_stride: int | None
+    grid: tuple[int, int]
+    images: int = 4
+
+    def create(self, seed: int = 0) -> ExplainableModel:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return create_model(self.name, in_chans=1, output_stride=self.output_stride)
+
+    def batch(self, seed: int = 1) -> tuple[Tensor, Tensor]:
+        """Return images, and labels of two classes."""
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randn(self.images, 1, RESOLUTION, RESOLUTION, generator=generator)
+        return images, torch.arange(self.images) % 2 * 7
+
+
+BACKBONES = (
+    Backbone("simple_cnn", None, (14, 14)),
+    Backbone("resnet18", 8, (4, 4)),
+    Backbone("convnextv2_tiny", 8, (3, 3), images=2),
+    Backbone("convnextv2_atto", 8, (3, 3)),
+    Backbone("resnet10t", 8, (4, 4)),
+    Backbone("efficientnet_b0", 8, (4, 4)),
+    Backbone("regnetx_002", 8, (4, 4)),
+)
+
+
+@pytest.fixture(scope="module", params=BACKBONES, ids=lambda backbone: backbone.name)
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    chosen: Backbone = request.param
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def pristine(backbone: Backbone) -> ExplainableModel:
+    return backbone.create()
+
+
+@pytest.fixture
+def model(pristine: ExplainableModel) -> ExplainableModel:
+    return copy.deepcopy(pristine)
+
+
+# --- The contract ----------------------------------------------------------------------------
+
+
+def test_the_grid_told_is_the_grid_of_a_real_forward(
+    backbone: Backbone, model: ExplainableModel
+) -> None:
+    images, _ = backbone.batch()
+    with torch.no_grad():
+        features = model.eval().features(images)
+    assert tuple(features.shape[2:]) == backbone.grid
+    assert feature_grid(backbone.name, RESOLUTION, 1, backbone.output_stride) == backbone.grid
+
+
+def test_forward_is_the_head_of_the_features(backbone: Backbone, model: ExplainableModel) -> None:
+    images, _ = backbone.batch()
+    model.eval()
+    with torch.no_grad():
+        logits = model(images)
+        assert torch.equal(logits, model.head(model.features(images)))
+    assert logits.shape == (backbone.images, 10)
+
+
+def test_gradients_of_a_batch_in_training_are_those_of_its_images_alone(
+    backbone: Backbone, model: ExplainableModel
+) -> None:
+    images, labels = backbone.batch()
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    features = model.features(images).detach().requires_grad_()
+    scores = model.head(features).gather(1, labels[:, None]).sum()
+    (together,) = torch.autograd.grad(scores, features)
+    for number, label in enumerate(labels):
+        alone = features.detach()[number : number + 1].requires_grad_()
+        (gradient,) = torch.autograd.grad(model.head(alone)[0, label], alone)
+        torch.testing.assert_close(together[number], gradient[0])
+    check_explainable(model, RESOLUTION, in_chans=1)
+
+
+class _Tapped(nn.Module):
+    """A model with a layer where its features are, for a library that hooks layers."""
+
+    def __init__(self, model: ExplainableModel) -> None:
+        super().__init__()
+        self.model = model
+        self.tap = nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.head(self.tap(self.model.features(images)))
+
+
+def test_grad_cam_equals_pytorch_grad_cam_before_its_scaling(
+    backbone: Backbone, model: ExplainableModel
+) -> None:
+    images, labels = backbone.batch()
+    tapped = _Tapped(model)
+    reference = GradCAM(tapped, [tapped.tap])
+    targets = [ClassifierOutputTarget(int(label)) for label in labels]
+    reference(images, targets)
+    recorded = reference.activations_and_grads
+    expected = reference.get_cam_image(
+        images,
+        tapped.tap,
+        targets,
+        recorded.activations[0].numpy(),
+        recorded.gradients[0].numpy(),
+    ).clip(min=0)
+    recorded.release()
+
+    features = model.eval().features(images)
+    maps = grad_cam(model.head(features), features, labels).detach()
+    scale = float(expected.max())
+    assert scale > 0
+    torch.testing.assert_close(maps, torch.from_numpy(expected), atol=1e-5 * scale, rtol=0)
+
+
+def test_a_training_step_moves_every_parameter_by_a_finite_gradient(
+    backbone: Backbone, model: ExplainableModel
+) -> None:
+    images, labels = backbone.batch()
+    prototypes = torch.rand(10, RESOLUTION, RESOLUTION, generator=torch.Generator().manual_seed(0))
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
+    features = model.features(images)
+    loss, terms = Objective("ssim", 1.0, 1.0, 1.0)(
+        model.head(features), features, labels, prototypes
+    )
+    torch.autograd.backward(loss)
+    optimizer.step()
+    assert set(terms) == {"class", "proto", "batch"}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    assert any(not torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+def test_batch_cam_differentiates_twice_as_numbers_say(
+    backbone: Backbone, model: ExplainableModel
+) -> None:
+    images, labels = backbone.batch()
+    model.double().eval()
+    parameters = list(model.parameters())
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.dim() == 1:
+                # Some gains start at 0, which puts whole blocks on the very kink of a ReLU.
+                parameter.add_(torch.rand(parameter.shape, generator=generator), alpha=0.1)
+
+    def loss() -> Tensor:
+        features = model.features(images.double())
+        maps, _ = batch_cam(model.head(features), features, labels, 10)
+        return maps.square().sum()
+
+    gradients = torch.autograd.grad(loss(), parameters, materialize_grads=True)
+    # Up the slope, by the same length in every tensor: the rise is the sum of the slopes.
+    direction = [gradient / (gradient.norm() + 1e-30) for gradient in gradients]
+    exact = torch.stack([gradient.norm() for gradient in gradients]).sum()
+    step, sides = 1e-7, []
+    for factor in (step, -2 * step):
+        with torch.no_grad():
+            for parameter, d in zip(parameters, direction, strict=True):
+                parameter.add_(d, alpha=factor)
+        sides.append(loss().item())
+    numeric = torch.tensor((sides[0] - sides[1]) / (2 * step), dtype=torch.float64)
+    assert numeric.abs() > 0
+    torch.testing.assert_close(exact, numeric, rtol=1e-3, atol=0)
+
+
+LINEAR_HEADS = {"simple_cnn", "resnet18", "resnet10t", "efficientnet_b0", "regnetx_002"}
+
+
+@pytest.mark.parametrize("resolution", [28, 40])
+def test_weights_of_a_linear_head_are_the_pooled_gradients(
+    backbone: Backbone, model: ExplainableModel, resolution: int
+) -> None:
+    """Values, and gradients of what is made of them, with no backward pass through the head."""
+    model = copy.deepcopy(model).double()
+    # Grids of which SimpleCNN's pooling takes equal parts, and those of which it does not.
+    images = torch.randn(backbone.images, 1, resolution, resolution, dtype=torch.float64)
+    labels = torch.arange(backbone.images) % 2 * 7
+    with torch.no_grad():
+        fixed = model.eval().features(images)
+    weights = model.class_weights(fixed.shape[2] * fixed.shape[3])
+    if backbone.name not in LINEAR_HEADS:
+        assert weights is None
+        return
+    assert weights is not None
+    losses = []
+    for known in (False, True):
+        given = fixed.clone().requires_grad_()
+        features, sums = tap(weights[labels], given) if known else (given, None)
+        objective = Objective("l2", 0.5, 0.7, 0.3)
+        prototypes = torch.rand(10, 14, 14, generator=torch.Generator().manual_seed(0)).double()
+        loss, _ = objective(model.head(features), features, labels, prototypes, sums)
+        wanted = [given, *model.parameters()]
+        losses.append((loss, torch.autograd.grad(loss, wanted, materialize_grads=True)))
+    (slow, slow_gradients), (fast, fast_gradients) = losses
+    torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(fast_gradients, slow_gradients)
+
+
+@pytest.mark.parametrize("resolution", [28, 40, 56])
+@pytest.mark.parametrize("lambda_energy", [0.0, 0.4])
+def test_known_gradients_are_those_of_the_scores(
+    backbone: Backbone, model: ExplainableModel, resolution: int, lambda_energy: float
+) -> None:
+    """HiResCAM and energy: values and their gradients, with no backward pass through the head."""
+    model = copy.deepcopy(model).double()
+    images = torch.randn(backbone.images, 1, resolution, resolution, dtype=torch.float64)
+    labels = torch.arange(backbone.images) % 2 * 7
+    with torch.no_grad():
+        fixed = model.eval().features(images)
+    known = model.class_gradients(*fixed.shape[2:])
+    if backbone.name not in LINEAR_HEADS:
+        assert known is None
+        return
+    assert known is not None
+    generator = torch.Generator().manual_seed(0)
+    prototypes = torch.rand(10, 14, 14, generator=generator).double()
+    outside = (torch.rand(10, *fixed.shape[2:], generator=generator) < 0.5).double()
+    objective = Objective("l2", 0.0, 0.7, 0.3, lambda_energy, cam="hires_cam")
+    losses = []
+    for given in (None, known):
+        features = fixed.clone().requires_grad_()
+        loss, _ = objective(
+            model.head(features),
+            features,
+            labels,
+            prototypes,
+            outside_CHW=outside,
+            gradients_CKHW=given,
+        )
+        wanted = [features, *model.parameters()]
+        losses.append((loss, torch.autograd.grad(loss, wanted, materialize_grads=True)))
+    (slow, slow_gradients), (fast, fast_gradients) = losses
+    torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(fast_gradients, slow_gradients)
+    weights = model.class_weights(fixed.shape[2] * fixed.shape[3])
+    torch.testing.assert_close(pooled(known), weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_maps_are_float32_in_either_precision(
+    backbone: Backbone, model: ExplainableModel, dtype: torch.dtype
+) -> None:
+    images, labels = backbone.batch()
+    model.eval()
+    features = model.features(images)
+    expected = grad_cam(model.head(features), features, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        low_features = model.features(images)
+        low_logits = model.head(low_features)
+    maps = grad_cam(low_logits, low_features, labels)
+    assert low_logits.dtype == dtype
+    assert maps.dtype == torch.float32
+    assert torch.cosine_similarity(maps.flatten(), expected.flatten(), dim=0) > 0.95
+
+
+def test_a_state_dict_carries_the_model_over(backbone: Backbone, model: ExplainableModel) -> None:
+    images, _ = backbone.batch()
+    other = backbone.create(seed=99)
+    model.eval()
+    other.eval()
+    with torch.no_grad():
+        assert not torch.equal(other(images), model(images))
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other(images), model(images))
+
+
+# --- Choosing a stride -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution", "stride", "grid"),
+    [
+        ("simple_cnn", 28, None, (14, 14)),
+        ("resnet18", 28, 8, (4, 4)),
+        ("convnextv2_tiny", 28, 8, (3, 3)),
+        ("resnet18", 112, None, (4, 4)),
+        ("resnet18", 48, 16, (3, 3)),
+    ],
+)
+def test_a_stride_left_out_is_the_first_whose_grid_is_three_cells(
+    name: str, resolution: int, stride: int | None, grid: tuple[int, int]
+) -> None:
+    assert resolve_output_stride(name, resolution) == stride
+    assert feature_grid(name, resolution, 1, stride) == grid
+
+
+def test_a_stride_that_is_given_is_kept() -> None:
+    assert resolve_output_stride("resnet18", 112, output_stride=8) == 8
+    assert resolve_output_stride("resnet18", 48, output_stride=32) == 32
+    assert feature_grid("resnet18", 112, 1, 8) == (14, 14)
+
+
+def test_colour_images_are_taken() -> None:
+    model = create_model("simple_cnn", num_classes=3, in_chans=3).eval()
+    assert model(torch.rand(2, 3, 28, 28)).shape == (2, 3)
+    assert feature_grid("resnet10t", 28, 3, 8) == (4, 4)
+
+
+def test_the_grid_is_told_without_touching_the_random_state() -> None:
+    before = torch.get_rng_state()
+    feature_grid("resnet10t", 40, 1, 8)
+    check_explainable(create_model("simple_cnn"), 28, 1)
+    torch.manual_seed(0)
+    expected = torch.get_rng_state()
+    torch.set_rng_state(before)
+    torch.manual_seed(0)
+    feature_grid("resnet10t", 44, 1, 8)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+# --- Backbones that cannot be used, each with its remedy -------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("resnet81", "resnet18"), ("simplecnn", "simple_cnn"), ("convnext2_tiny", "convnextv2_tiny")],
+)
+def test_an_unknown_name_suggests_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(BackboneError, match=f"'{name}' is unknown. Did you mean .*{near}"):
+        create_model(name)
+    assert near in backbone_names()
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_a_transformer_is_refused_at_its_own_resolution_for_a_cnn(name: str) -> None:
+    with pytest.raises(BackboneError, match=rf"{name} gives features.*convolutional backbone"):
+        resolve_output_stride(name, 224, in_chans=3)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_a_transformer_is_refused_at_another_resolution(name: str) -> None:
+    with pytest.raises(BackboneError, match=rf"{name} fails on 28x28 pixels.*doesn't match"):
+        resolve_output_stride(name, 28)
+
+
+def test_a_backbone_that_shrinks_images_away_asks_for_a_larger_resolution() -> None:
+    with pytest.raises(BackboneError, match=r"densenet121 fails on 28x28.*larger resolution"):
+        resolve_output_stride("densenet121", 28)
+
+
+@pytest.mark.parametrize(("name", "stride"), [("resnet18", 32), ("ghostnet_100", None)])
+def test_a_grid_of_one_cell_is_refused(name: str, stride: int | None) -> None:
+    with pytest.raises(BackboneError, match=f"{name} reduces 28x28.*1x1.*smaller output_stride"):
+        resolve_output_stride(name, 28, output_stride=stride)
+
+
+def test_simple_cnn_has_one_stride_and_no_pretrained_weights() -> None:
+    with pytest.raises(BackboneError, match="output stride of 2, not 8; leave output_stride out"):
+        create_model("simple_cnn", output_stride=8)
+    with pytest.raises(BackboneError, match="no pretrained weights; set pretrained to false"):
+        create_model("simple_cnn", pretrained=True)
+    assert create_model("simple_cnn", output_stride=2)
+
+
+def test_a_stride_on_a_backbone_without_one_is_refused() -> None:
+    with pytest.raises(BackboneError, match=r"densenet121 cannot have output_stride=8.*leave"):
+        create_model("densenet121", output_stride=8)
+
+
+def test_a_tag_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(BackboneError, match=r"resnet18\.no_such_tag cannot be built.*another"):
+        create_model("resnet18.no_such_tag")
+
+
+def test_pretrained_weights_out_of_reach_name_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    # As HF_HUB_OFFLINE=1 and an empty HF_HOME would, had they been set before the import.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(BackboneError, match=r"resnet18 cannot be loaded.*HF_HOME.*pretrained to"):
+        create_model("resnet18", pretrained=True)
+
+
+class _MixingHead(ExplainableModel):
+    """Batch-normalised after its feature maps, so that images see each other in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 4, 3)
+        self.norm = nn.BatchNorm1d(4)
+        self.classifier = nn.Linear(4, 3)
+
+    def features(self, images: Tensor) -> Tensor:
+        maps: Tensor = self.convolution(images)
+        return maps
+
+    def head(self, features_NKHW: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.norm(features_NKHW.mean(dim=(2, 3))))
+        return logits
+
+
+def test_a_head_that_mixes_images_is_refused() -> None:
+    with pytest.raises(BackboneError, match=r"_MixingHead mixes the images.*such as resnet18"):
+        check_explainable(_MixingHead(), 28, in_chans=1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_check_leaves_the_model_as_it_was(training: bool) -> None:
+    model = create_model("simple_cnn").train(training)
+    before = copy.deepcopy(model.state_dict())
+    check_explainable(model, 28, in_chans=1)
+    assert model.training is training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name

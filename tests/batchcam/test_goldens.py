@@ -1,0 +1,121 @@
+"""Golden losses: twenty seeded steps of every loss term, compared with committed values.
+
+A change that should not alter the numbers proves it here. `python tests/batchcam/test_goldens.py
+NAME` writes `goldens/NAME.json` anew, for a change that should; its commit says why. The committed
+values were made at commit 346d551.
+
+Tolerances: rounding differs between processors, and twenty steps amplify it. On the processor that
+made the values a difference beyond 1e-5 (fp32) is a change of the mathematics; the tolerances below
+allow for another processor, and are checked against the portable kernels of PyTorch
+(`ATEN_CPU_CAPABILITY=default`).
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from batchcam.config import TrialConfig
+from batchcam.data.dataset import ImageData, load_data
+from batchcam.data.decoys import paint_decoys
+from batchcam.data.prepared import with_prototypes
+from batchcam.data.splits import Split
+from batchcam.training.fit import fit
+
+FOLDER = Path(__file__).parent / "goldens"
+STEPS = 20
+BACKBONES = ("simple_cnn", "resnet18", "convnextv2_atto")
+PRECISIONS = ("fp32", "bf16")
+TERMS: dict[str, dict[str, Any]] = {
+    "cross_entropy": {},
+    "proto_l1": {"lambda_proto": 0.5},
+    "proto_l2": {"lambda_proto": 0.5, "metric": "l2"},
+    "proto_ssim": {"lambda_proto": 0.5, "metric": "ssim"},
+    "batch_l1": {"lambda_batch": 0.2},
+    "batch_l2": {"lambda_batch": 0.2, "metric": "l2"},
+    "batch_ssim": {"lambda_batch": 0.2, "metric": "ssim"},
+    "batch_kmeans": {"lambda_batch": 0.2, "prototype": "kmeans"},
+    "both_hires_cam": {"lambda_proto": 0.5, "lambda_batch": 0.2, "cam": "hires_cam"},
+    "energy": {"lambda_energy": 1.0},
+    "exchange": {"lambda_exchange": 0.3},
+    "all": {
+        "lambda_proto": 0.5,
+        "lambda_batch": 0.2,
+        "lambda_energy": 1.0,
+        "lambda_exchange": 0.3,
+        "metric": "ssim",
+    },
+    "mask_gradient": {"lambda_mask_gradient": 1.0},
+}
+_TOLERANCE = {"fp32": 2e-3, "bf16": 5e-2}
+_UNTIMED = ("epoch", "seconds", "images_per_second")
+
+
+def _first(split: Split, count: int) -> Split:
+    chosen = np.concatenate([np.flatnonzero(split.labels == label)[:count] for label in range(10)])
+    return split.take(np.sort(chosen))
+
+
+def _data() -> ImageData:
+    """Return thirty digits to train on and ten to validate, each with a decoy in a corner."""
+    generator = np.random.default_rng(0)
+    data = load_data(TrialConfig(dataset="digits"))
+    train, validation = (
+        paint_decoys(split, split.labels, generator)
+        for split in (_first(data.train, 3), _first(data.validation, 1))
+    )
+    return replace(data, train=train, validation=validation, test=validation)
+
+
+def _config(backbone: str, precision: str, term: str) -> TrialConfig:
+    """Return a configuration of one step per epoch, so that an epoch's losses are a step's."""
+    return TrialConfig(
+        **{"lambda_batch": 0.0, **TERMS[term]},
+        backbone=backbone,
+        precision=precision,
+        epochs=STEPS,
+        batch_size=30,
+        learning_rate=1e-3,
+        schedule="constant",
+        device="cpu",
+    )
+
+
+def steps(backbone: str, precision: str, term: str) -> dict[str, list[float]]:
+    """Return each metric of each of twenty steps: losses, accuracy and SSIM."""
+    torch.set_num_threads(1)
+    config = _config(backbone, precision, term)
+    history = fit(config, inputs=with_prototypes(_data(), config)).history
+    return {
+        name: [float(f"{metrics[name]:.8g}") for metrics in history]
+        for name in history[0]
+        if name not in _UNTIMED
+    }
+
+
+@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_steps_are_the_golden_ones(backbone: str, precision: str, term: str) -> None:
+    golden = json.loads((FOLDER / f"{backbone}_{precision}.json").read_text())[term]
+    found = steps(backbone, precision, term)
+    assert found.keys() == golden.keys()
+    for name, values in golden.items():
+        if name.startswith("loss") or name == "cam_ssim_ceiling":
+            assert found[name] == pytest.approx(values, rel=_TOLERANCE[precision], abs=1e-4), name
+        else:
+            assert found[name] == pytest.approx(values, abs=0.1), name
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for name in sys.argv[1:] or [f"{b}_{p}" for b in BACKBONES for p in PRECISIONS]:
+        model, _, kind = name.rpartition("_")
+        made = {term: steps(model, kind, term) for term in TERMS}
+        (FOLDER / f"{name}.json").write_text(json.dumps(made, indent=1) + "\n")
+        print(name, flush=True)

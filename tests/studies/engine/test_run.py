@@ -1,0 +1,78 @@
+"""Searches over trials without a model, on a local Ray."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import ray
+from optuna.trial import TrialState
+from ray import tune
+
+from studies.engine.ledger import LEDGER, Ledger
+from studies.engine.optuna_storage import JOURNAL, open_journal
+from studies.engine.run import Search, run_search, trial_id
+from studies.planning.resources import TrialResources
+from studies.trial import OUT_OF_MEMORY, SHARE
+
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.xdist_group("ray")]
+
+OBJECTIVES = ("val_accuracy", "cam_ssim")
+
+
+def space(trial: optuna.Trial) -> dict[str, Any]:
+    return {"needs": trial.suggest_categorical("needs", (1, 2, 4))}
+
+
+def search(*needs: int) -> Search:
+    """Return a search of trials that need so many times the usual memory."""
+    return Search(
+        name="s",
+        key="k",
+        space=space,
+        first_points=[{"needs": need} for need in needs],
+        objectives=OBJECTIVES,
+        min_epochs=1,
+        max_epochs=1,
+        num_trials=len(needs),
+    )
+
+
+def hungry(params: dict[str, Any]) -> None:
+    if params[SHARE] < params["needs"]:
+        tune.report({"epoch": 0, OUT_OF_MEMORY: True})
+        return
+    context = ray.get_runtime_context()
+    cpus = context.get_assigned_resources()["CPU"]  # type: ignore[no-untyped-call]
+    tune.report({"epoch": 1, "val_accuracy": cpus, "cam_ssim": 0.5})
+
+
+def test_trial_out_of_memory_starts_again_with_a_larger_share(tmp_path: Path) -> None:
+    # A node of two CPUs: twice the usual one is all there is.
+    ledger = run_search(search(1, 2, 4), tmp_path, hungry, TrialResources(1.0, 0.0, 2.0))
+    states = [(trial.state, trial.share) for trial in ledger.trials]
+    assert states == [("completed", 1), ("completed", 2), ("failed", 2)]
+    assert [trial.reports[-1]["val_accuracy"] for trial in ledger.trials[:2]] == [1.0, 2.0]
+    assert "out of memory" in str(ledger.trials[2].error)
+    storage = optuna.storages.JournalStorage(open_journal(tmp_path / JOURNAL))
+    told = optuna.load_study(study_name="s", storage=storage).trials
+    assert [trial.state for trial in told] == [
+        TrialState.COMPLETE,
+        TrialState.COMPLETE,
+        TrialState.FAIL,
+    ]
+
+
+def test_keys_of_object_stores_come_back_to_the_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted")
+    before = dict(os.environ)
+    run_search(search(1), tmp_path, hungry, TrialResources(1.0, 0.0, 2.0))
+    assert dict(os.environ) == before
+    assert [trial.state for trial in Ledger(tmp_path / LEDGER).trials] == ["completed"]
+
+
+def test_ids_sort_in_the_order_of_the_proposals() -> None:
+    assert sorted([trial_id("k", 10), trial_id("k", 9)]) == ["k_00009", "k_00010"]

@@ -1,0 +1,53 @@
+from typing import Any
+
+import pytest
+from ray.tune.experiment import Trial
+
+from studies.monitoring.console import TrialLines
+from studies.trial import OUT_OF_MEMORY
+
+METRICS = {
+    "val_accuracy": 0.98765,
+    "cam_ssim": 0.5,
+    "cam_ssim_ceiling": 0.99,
+    "images_per_second": 1234.5,
+    "epoch": 4,
+}
+
+
+def make_trial(trial_id: str, last: dict[str, Any]) -> Trial:
+    trial = Trial("run_trial", stub=True, config={"trial_id": trial_id})
+    trial.update_last_result(last | {"trial_id": "of Ray", "training_iteration": 1})  # type: ignore[no-untyped-call]
+    return trial
+
+
+def test_trial_that_ended_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = TrialLines(num_trials=12)
+    lines.on_trial_complete(1, [], make_trial("abc", METRICS))
+    assert capsys.readouterr().out == (
+        "   1/12  abc  accuracy 0.9877  SSIM 0.500 of 0.990  1,234 images/s  after 4 epochs\n"
+    )
+
+
+def test_trial_without_a_report_is_a_line_too(capsys: pytest.CaptureFixture[str]) -> None:
+    TrialLines(num_trials=2).on_trial_complete(1, [], make_trial("abc", {}))
+    assert capsys.readouterr().out == "   1/2  abc  ended without a report\n"
+
+
+def test_trial_that_failed_is_named_with_its_file(capsys: pytest.CaptureFixture[str]) -> None:
+    TrialLines(num_trials=2).on_trial_error(1, [], make_trial("abc", METRICS))
+    assert capsys.readouterr().out == "   1/2  abc  failed; see errors/abc.txt\n"
+
+
+def test_trial_that_is_to_start_again_is_not_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = TrialLines(num_trials=2)
+    lines.on_trial_complete(1, [], make_trial("abc", {"epoch": 1, OUT_OF_MEMORY: True}))
+    lines.on_trial_complete(1, [], make_trial("abc", METRICS))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "          abc  out of memory"
+    assert second.startswith("   1/2  abc  accuracy")
+
+
+def test_count_goes_on_after_resuming(capsys: pytest.CaptureFixture[str]) -> None:
+    TrialLines(num_trials=3, ended=1).on_trial_complete(1, [], make_trial("b", METRICS))
+    assert capsys.readouterr().out.startswith("   2/3  b  ")

@@ -1,0 +1,75 @@
+"""Studies side by side, read from what they exported."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from batchcam.errors import ConfigError
+from studies.evidence.tables import markdown
+from studies.outcome.compare import Compare, bundles_table, main, read, studies_table
+
+STUDY = Path(__file__).parents[3] / "results" / "fashion"
+
+
+def test_studies_stand_side_by_side_and_their_choices_beneath_each_other(
+    tmp_path: Path, read_csv: Callable[[Path], list[dict[str, str]]]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(STUDY, other)
+    shutil.rmtree(other / "best" / "knee")
+    studies = [read(STUDY), read(other)]
+    header, rows = studies_table(studies)
+    assert header == ["", "fashion", "other"]
+    cells = {name: values for name, *values in rows}
+    states = [row["state"] for row in read_csv(STUDY / "trials.csv")]
+    assert cells["trials"] == [str(len(states))] * 2
+    assert cells["stopped early"] == [str(states.count("stopped"))] * 2
+    # Of each trial of the front, the part of the area that those of less accuracy leave to it.
+    front = sorted(studies[0].front.tolist())
+    below = [ssim for _, ssim in front[1:]] + [0.0]
+    area = sum(
+        accuracy * (ssim - less) for (accuracy, ssim), less in zip(front, below, strict=True)
+    )
+    assert float(cells["its hypervolume"][0]) == pytest.approx(area, abs=1e-4)
+    _, chosen = bundles_table(studies)
+    assert [row[:2] for row in chosen] == [
+        ["accuracy", "fashion"],
+        ["accuracy", "other"],
+        ["ssim", "fashion"],
+        ["ssim", "other"],
+        ["knee", "fashion"],
+        ["baseline", "fashion"],
+        ["baseline", "other"],
+    ]
+    best = json.loads((STUDY / "best" / "accuracy" / "metrics.json").read_text())
+    assert float(chosen[0][2]) == pytest.approx(best["val_accuracy"], abs=5e-5)
+    assert float(chosen[0][3]) == pytest.approx(best["test_accuracy"], abs=5e-5)
+    assert chosen[-1][5] == "simple_cnn 28px cross-entropy"
+
+
+def test_tables_are_written_and_other_data_sets_are_said(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(STUDY, other)
+    table = other / "trials.csv"
+    table.write_text(table.read_text().replace(",fashion_mnist,", ",digits,"))
+    out = tmp_path / "comparison.md"
+    main(Compare(folders=(STUDY, other), out=out))
+    text = out.read_text()
+    assert markdown(*studies_table([read(STUDY), read(other)])) in text
+    assert text.endswith("Different data sets: digits, fashion_mnist.\n")
+
+
+def test_a_folder_without_a_study_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not hold what a study exports"):
+        read(tmp_path)
+    with pytest.raises(ConfigError, match="name the folders"):
+        main(Compare(folders=()))
+    command = [sys.executable, "-m", "studies.outcome.compare", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path} does not hold")

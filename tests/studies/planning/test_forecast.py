@@ -1,0 +1,104 @@
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from batchcam.config import TrialConfig
+from batchcam.data.prepared import Inputs
+from studies.planning.forecast import Forecast, forecast, print_forecast, sample_configs
+from studies.planning.probe import Probe, kinds, probe
+from studies.planning.resources import TrialResources
+from studies.settings import StudySettings
+from studies.space import SearchSpace
+
+STRIDES = {("simple_cnn", 14): (None,), ("resnet18", 14): (4, 8)}
+
+
+@pytest.fixture
+def settings() -> StudySettings:
+    return StudySettings(
+        num_trials=10,
+        max_epochs=8,
+        min_epochs=1,
+        space=SearchSpace(backbones=("simple_cnn", "resnet18"), resolutions=(14,)),
+    )
+
+
+def probes(settings: StudySettings) -> list[Probe]:
+    """Return what might be measured: two kinds as fast as each other, and one too large."""
+    found = [
+        Probe(config, 1, 100.0, 50.0, 2**30, 8 * 2**30)
+        for config in kinds(settings.base_config(), settings.space, STRIDES)
+    ]
+    return [*found[:-1], Probe(found[-1].config, 1, error="out of memory")]
+
+
+def test_the_dearest_of_each_kind_is_probed(settings: StudySettings) -> None:
+    configs = list(kinds(settings.base_config(), settings.space, STRIDES))
+    assert [(config.backbone, config.output_stride) for config in configs] == [
+        ("simple_cnn", None),
+        ("resnet18", 4),
+        ("resnet18", 8),
+    ]
+    assert {config.metric for config in configs} == {"ssim"}
+    assert all(config.lambda_proto and config.lambda_batch for config in configs)
+
+
+def test_probe_measures_speed_and_memory(config: TrialConfig, inputs: Inputs) -> None:
+    found = probe(config, inputs, 1)
+    assert found.error is None
+    assert found.train_images_per_second > 0
+    assert found.validation_images_per_second > 0
+    assert 2**26 < found.peak_bytes < found.device_bytes
+    assert found.device == "cpu"
+
+
+def test_probe_that_runs_out_of_memory_says_so(
+    config: TrialConfig, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr("studies.planning.probe.fit", fail)
+    assert probe(config, inputs, 1).error == "no more"
+
+
+def test_epochs_and_hours_add_up(settings: StudySettings, inputs: Inputs) -> None:
+    configs = [each.config for each in probes(settings)]
+    result = forecast(settings, configs, probes(settings), inputs, at_a_time=2)
+    assert (result.most_epochs, result.at_a_time, result.trials) == (80, 2, 10)
+    # Half at epochs 1, 2 and 4: 1 + 1/2 + 2/4 + 4/8 epochs each.
+    assert result.fewest_epochs == 25
+    # 200 images at 100 and 100 at 50 a second; two at a time.
+    assert result.most_hours == pytest.approx(80 * (2 + 2) / 2 / 3600)
+    assert result.fewest_hours == pytest.approx(25 * (2 + 2) / 2 / 3600)
+    assert result.peak_bytes == 2**30
+
+
+def test_without_early_stopping_there_is_one_number(
+    settings: StudySettings, inputs: Inputs
+) -> None:
+    settings = replace(settings, min_epochs=8)
+    result = forecast(settings, [], probes(settings), inputs, 1)
+    assert result.most_epochs == result.fewest_epochs == 80
+
+
+def test_sampled_configurations_are_of_the_space(settings: StudySettings) -> None:
+    configs = sample_configs(settings, STRIDES, 30)
+    assert {config.backbone for config in configs} == {"simple_cnn", "resnet18"}
+    assert {config.output_stride for config in configs} == {None, 4, 8}
+    assert configs == sample_configs(settings, STRIDES, 30)
+
+
+def test_forecast_can_be_read(settings: StudySettings) -> None:
+    stream = StringIO()
+    result = Forecast(10, 2, 80, 25, 2.5, 0.5, 2**30)
+    resources = TrialResources(1.0, 0.25, 8.0)
+    console = Console(file=stream, width=90)
+    print_forecast(console, settings, probes(settings), resources, result)
+    text = " ".join(stream.getvalue().split())
+    assert "simple_cnn 14 own 100 50 1.0 GiB 8" in text
+    assert "resnet18 14 8 out of memory" in text
+    assert "1 CPU and 0.25 GPU: 2 at a time; the largest takes 1.0 GiB" in text
+    assert "80 epochs in 2.5 h if none is stopped early, 25 in 30.0 min" in text

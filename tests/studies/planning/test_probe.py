@@ -1,0 +1,63 @@
+"""Probes as a study runs them, in processes that may be killed."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import ray
+
+from batchcam.config import TrialConfig
+from batchcam.data.prepared import Inputs
+from studies.planning.probe import Probe, probe_all
+
+pytestmark = pytest.mark.xdist_group("ray")
+
+
+@contextmanager
+def local_ray(**settings: float) -> Iterator[None]:
+    """Start a Ray of one CPU, with settings that a user never makes."""
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        _system_config=settings,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def test_probe_killed_by_the_kernel_is_out_of_memory_and_the_next_one_is_not(
+    config: TrialConfig, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(each: TrialConfig, _: Inputs, threads: int) -> Probe:
+        if each.batch_size == 128:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Probe(each, threads, 1.0, 1.0, 1, 2)
+
+    monkeypatch.setattr("studies.planning.probe.probe", greedy)
+    larger = TrialConfig(batch_size=128)
+    with local_ray():
+        killed, found = probe_all([larger, config], inputs, 1.0, 0.0)
+    assert (killed.config, killed.threads, killed.device) == (larger, 1, "cpu")
+    assert killed.error
+    assert found == Probe(config, 1, 1.0, 1.0, 1, 2)
+
+
+def test_probe_killed_by_ray_is_out_of_memory(
+    config: TrialConfig, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(each: TrialConfig, _: Inputs, threads: int) -> Probe:
+        time.sleep(60)
+        return Probe(each, threads)
+
+    monkeypatch.setattr("studies.planning.probe.probe", greedy)
+    # To this Ray a node is full that has more than a thousandth of its memory in use.
+    with local_ray(memory_usage_threshold=0.001, memory_monitor_refresh_ms=50):
+        (killed,) = probe_all([config], inputs, 1.0, 0.0)
+    assert "memory" in str(killed.error)
