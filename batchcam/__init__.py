@@ -1,7 +1,7 @@
 """Batch-CAM: image classifiers whose explanations are part of the loss (arXiv:2510.00664)."""
 
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import Inputs, prepare
+from batchcam.data.prepared import PreparedData, prepare
 from batchcam.errors import BatchCamError
 from batchcam.export.bundle import LoadedModel, load
 from batchcam.training.fit import EpochReport, TrialResult, fit
@@ -9,8 +9,8 @@ from batchcam.training.fit import EpochReport, TrialResult, fit
 __all__ = [
     "BatchCamError",
     "EpochReport",
-    "Inputs",
     "LoadedModel",
+    "PreparedData",
     "TrialConfig",
     "TrialResult",
     "fit",

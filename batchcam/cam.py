@@ -215,10 +215,10 @@ def weighted_sums(weights_NK: Tensor, features_NKHW: Tensor) -> Tensor:
     At least float32. Of bfloat16 features they are computed in bfloat16, as logits are: terms are
     added in float32, sums rounded to 8 bits.
     """
-    return tap(weights_NK, features_NKHW)[1]
+    return fused_weighted_sum(weights_NK, features_NKHW)[1]
 
 
-def tap(weights_NK: Tensor, features_NKHW: Tensor) -> tuple[Tensor, Tensor]:
+def fused_weighted_sum(weights_NK: Tensor, features_NKHW: Tensor) -> tuple[Tensor, Tensor]:
     """Return the features, to go on with, and :func:`weighted_sums` of them.
 
     To what comes back to the features that are returned the part of the sums is added in place.
@@ -231,7 +231,7 @@ def tap(weights_NK: Tensor, features_NKHW: Tensor) -> tuple[Tensor, Tensor]:
     kept = features_NKHW.dtype == torch.bfloat16
     dtype = torch.bfloat16 if kept else torch.promote_types(features_NKHW.dtype, weights_NK.dtype)
     with _exact(features_NKHW.device):
-        same_NKHW, sums_NHW = _Tap.apply(weights_NK.to(dtype), features_NKHW)
+        same_NKHW, sums_NHW = _FusedWeightedSum.apply(weights_NK.to(dtype), features_NKHW)
     return same_NKHW, sums_NHW.to(at_least_float32(sums_NHW))
 
 
@@ -242,7 +242,7 @@ def _exact(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
-class _Tap(torch.autograd.Function):
+class _FusedWeightedSum(torch.autograd.Function):
     """Features and their weighted sums; backwards in the features' own order in memory.
 
     In another order their gradient would slow down every layer that it goes back through.

@@ -104,7 +104,9 @@ def cluster_centres(
     return torch.cat(centres)
 
 
-def nearest_groups(images: Tensor, labels: Tensor, centres_PHW: Tensor, num_classes: int) -> Tensor:
+def nearest_prototype_index(
+    images: Tensor, labels: Tensor, centres_PHW: Tensor, num_classes: int
+) -> Tensor:
     """Return for each image which centre of its own class is nearest, int64 `(N,)`.
 
     By Euclidean distance of grey levels, as k-means has it.
@@ -120,7 +122,7 @@ def nearest_groups(images: Tensor, labels: Tensor, centres_PHW: Tensor, num_clas
     return groups
 
 
-def group_prototypes(images: Tensor, groups: Tensor, centres_PHW: Tensor) -> Tensor:
+def cluster_prototypes(images: Tensor, groups: Tensor, centres_PHW: Tensor) -> Tensor:
     """Return the mean image of each group, min-max scaled; its centre where it has no image."""
     means = [
         _grey_members(images, groups, group).mean(dim=0) if (groups == group).any() else centre

@@ -10,7 +10,7 @@ import tyro
 from ray import tune
 
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import Inputs, prepare
+from batchcam.data.prepared import PreparedData, prepare
 from batchcam.errors import BatchCamError, ConfigError
 from batchcam.export.bundle import check_writable
 from batchcam.models import create_model, feature_grid
@@ -70,9 +70,9 @@ def run_study(settings: StudySettings) -> Path:
             if settings.storage is not None:
                 check_storage(settings.checkpoints)
         settings = settings.begun()
-    inputs = prepare(settings.base_config())
-    strides = feasible_strides(settings.space, inputs.data.channels)
-    _fill_ceilings(inputs, strides)
+    prepared = prepare(settings.base_config())
+    strides = feasible_strides(settings.space, prepared.dataset.channels)
+    _fill_ceilings(prepared, strides)
     if settings.pretrained:  # Better no study than one whose every trial fails.
         for backbone in settings.space.backbones:
             create_model(backbone, pretrained=True)
@@ -81,14 +81,14 @@ def run_study(settings: StudySettings) -> Path:
 
     connect(settings.address)
     try:
-        probes = _probe(settings, inputs, strides)
+        probes = _probe(settings, prepared, strides)
         shares = [each.peak_bytes / each.device_bytes for each in probes if each.error is None]
         resources = choose_resources(
             settings.cpus_per_trial, settings.gpus_per_trial, max(shares, default=None)
         )
         if settings.dry_run:
             configs = sample_configs(settings, strides, settings.num_trials)
-            result = forecast(settings, configs, probes, inputs, slots(resources))
+            result = forecast(settings, configs, probes, prepared, slots(resources))
             print_forecast(console, settings, probes, resources, result)
             return settings.folder
         settings.folder.mkdir(parents=True, exist_ok=True)
@@ -107,8 +107,8 @@ def run_study(settings: StudySettings) -> Path:
         trial_settings = TrialSettings(
             settings.base_config(), resources, settings.checkpoints, tracking
         )
-        # with_parameters puts the inputs into the object store once; trials map them from there.
-        trainable = tune.with_parameters(run_trial, settings=trial_settings, inputs=inputs)
+        # with_parameters puts the prepared into the object store once; trials map them from there.
+        trainable = tune.with_parameters(run_trial, settings=trial_settings, prepared=prepared)
         memory = settings.copy_of(settings.folder / MEMORY)
         ledger = run_search(
             search,
@@ -116,7 +116,7 @@ def run_study(settings: StudySettings) -> Path:
             trainable,
             resources,
             copy=memory,
-            attach=partial(attach_picture, settings=settings),
+            on_trial_end=partial(attach_picture, settings=settings),
         )
         records, front = _write_tables(settings, ledger)
         chosen = export.choose(records, front, settings.objectives)
@@ -128,10 +128,12 @@ def run_study(settings: StudySettings) -> Path:
             means = [each.as_record for each in confirmed]
             chosen = export.choose(means, means, settings.objectives)
         metrics = export.export_bundles(
-            settings.folder / "best", chosen, inputs, settings.study or ""
+            settings.folder / "best", chosen, prepared, settings.study or ""
         )
         outcome = summary.Outcome(records, front, confirmed, chosen, metrics)
-        summary.write_readme(settings.folder / "README.md", settings, outcome, inputs.data.sha256)
+        summary.write_readme(
+            settings.folder / "README.md", settings, outcome, prepared.dataset.sha256
+        )
         page = report.write(settings.folder)
         console.print(f"Report: {page}", soft_wrap=True)
         summary.print_summary(console, outcome, settings.folder)
@@ -155,15 +157,15 @@ def _check_new(settings: StudySettings) -> None:
         )
 
 
-def _fill_ceilings(inputs: Inputs, strides: Strides) -> None:
+def _fill_ceilings(prepared: PreparedData, strides: Strides) -> None:
     """Compute the SSIM ceiling of every grid that can occur, once for all trials."""
     for (backbone, resolution), options in strides.items():
         for stride in options:
-            grid = feature_grid(backbone, resolution, inputs.data.channels, stride)
-            inputs.ceiling(resolution, grid)
+            grid = feature_grid(backbone, resolution, prepared.dataset.channels, stride)
+            prepared.ceiling(resolution, grid)
 
 
-def _probe(settings: StudySettings, inputs: Inputs, strides: Strides) -> list[Probe]:
+def _probe(settings: StudySettings, prepared: PreparedData, strides: Strides) -> list[Probe]:
     """Measure what a trial of each kind takes, where that decides anything."""
     said = settings.cpus_per_trial, settings.gpus_per_trial
     needed = said[0] if cluster_device() == "cpu" else said[1]
@@ -171,7 +173,7 @@ def _probe(settings: StudySettings, inputs: Inputs, strides: Strides) -> list[Pr
         return []
     gpus = 1.0 if cluster_device() == "cuda" and said[1] != 0 else 0.0
     configs = list(kinds(settings.base_config(), settings.space, strides))
-    return probe_all(configs, inputs, said[0] or 1.0, gpus)
+    return probe_all(configs, prepared, said[0] or 1.0, gpus)
 
 
 def _search(settings: StudySettings, strides: Strides) -> Search:

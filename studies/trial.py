@@ -13,12 +13,12 @@ import torch
 from ray import tune
 
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from batchcam.export.model_card import loss_name, loss_terms
 from batchcam.figures import tile
 from batchcam.training.fit import EpochReport, Metrics, fit, load_state
 from studies.engine.checkpoints import Checkpoints
-from studies.engine.retry import StorageLostError, patiently
+from studies.engine.retry import StorageLostError, retry
 from studies.monitoring.wandb_runs import Tracking, track
 from studies.planning.resources import TrialResources
 
@@ -39,7 +39,7 @@ METRICS = (
 )
 """The metrics of a trial, as `batchcam.training.fit.EpochReport` names them."""
 
-SHARE = "share"
+RESOURCE_MULTIPLIER = "share"
 """In a trial's parameters: how many times the usual resources it has."""
 RESUMES_AT = "resumes_at"
 """In a trial's parameters: the last epoch that the ledger has a report of."""
@@ -53,7 +53,7 @@ _FIELDS = {field.name for field in fields(TrialConfig)}
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """What all trials of a study share, beside their inputs.
+    """What all trials of a study share, beside their prepared.
 
     Attributes:
         base: what the search does not decide.
@@ -86,14 +86,14 @@ def run_tags(config: TrialConfig) -> tuple[str, ...]:
     return (config.dataset, config.backbone, f"{config.resolution}px", *used, *metric)
 
 
-def run_trial(params: dict[str, Any], *, settings: TrialSettings, inputs: Inputs) -> None:
+def run_trial(params: dict[str, Any], *, settings: TrialSettings, prepared: PreparedData) -> None:
     """Train one trial, reporting each epoch to Ray Tune and to W&B.
 
     Goes on from the trial's newest checkpoint if it has any; epochs in it that the study has not
     heard of are reported first. Where the scheduler stops the trial, Ray raises SystemExit from the
     report.
     """
-    torch.set_num_threads(settings.resources.enlarged(params[SHARE]).threads)
+    torch.set_num_threads(settings.resources.enlarged(params[RESOURCE_MULTIPLIER]).threads)
     config = trial_config(settings.base, params)
     folder = f"{settings.checkpoints}/{params['trial_id']}"
     checkpoints = waiting_for(folder, lambda: Checkpoints(folder))
@@ -124,7 +124,7 @@ def run_trial(params: dict[str, Any], *, settings: TrialSettings, inputs: Inputs
             if last >= config.epochs:
                 return
         try:
-            fit(config, on_epoch, inputs=inputs, state=state)
+            fit(config, on_epoch, prepared=prepared, state=state)
         except (torch.OutOfMemoryError, MemoryError):
             tune.report({"epoch": last, OUT_OF_MEMORY: True})
 
@@ -136,7 +136,7 @@ def waiting_for(storage: str, action: Callable[[], T]) -> T:
         OSError: it did not come back.
     """
     try:
-        return patiently(action, storage)
+        return retry(action, storage)
     except StorageLostError as error:  # The trial fails, not the process that it runs in.
         raise OSError(str(error)) from error
 

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from batchcam import figures
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import Inputs, prepare
+from batchcam.data.prepared import PreparedData, prepare
 from batchcam.data.preprocessing import to_device
 from batchcam.data.sources import read_picture
 from batchcam.errors import BundleError, ConfigError
@@ -57,9 +57,9 @@ class Train:
         def save_state(report: EpochReport) -> None:
             report.save_state(state)
 
-        inputs = prepare(self.trial)
+        prepared = prepare(self.trial)
         resumed = state if self.resume else None
-        result = _fit_with_progress(self.trial, inputs, save_state, resumed)
+        result = _fit_with_progress(self.trial, prepared, save_state, resumed)
         metrics = save_bundle(self.out, result)
         state.unlink(missing_ok=True)
         console.print(f"test accuracy {metrics['test_accuracy']:.4f}; bundle written to {self.out}")
@@ -82,13 +82,15 @@ class Evaluate:
         """Print accuracy and SSIM per class; write JSON and figures where asked to."""
         model = load(self.bundle).to(self.device)
         config = _with_data_root(model.config, self.data_root)
-        inputs = prepare(config)
-        _check_same_data(model, inputs.data.sha256)
-        images, labels = to_device(inputs.data.split(self.split), torch.device("cpu"))
-        prototypes = inputs.prototypes(self.split, config.resolution)
-        evaluation = model.evaluate(images, labels, prototypes, inputs.groups(self.split))
+        prepared = prepare(config)
+        _check_same_data(model, prepared.dataset.sha256)
+        images, labels = to_device(prepared.dataset.split(self.split), torch.device("cpu"))
+        prototypes = prepared.prototypes(self.split, config.resolution)
+        evaluation = model.evaluate(
+            images, labels, prototypes, prepared.prototype_index(self.split)
+        )
         grid = model.metrics["grid"]
-        ceiling = inputs.ceiling(config.resolution, (grid[0], grid[1]))
+        ceiling = prepared.ceiling(config.resolution, (grid[0], grid[1]))
 
         console.print(f"{title(config)}, {self.split} split, {len(labels)} images")
         console.print(f"accuracy          {evaluation.accuracy:.4f}")
@@ -97,7 +99,7 @@ class Evaluate:
             f"{evaluation.cam_ssim_sample:.4f} (per image)"
         )
         for name, value, limit in zip(
-            inputs.group_names, evaluation.cam_ssim_P.tolist(), ceiling.tolist(), strict=True
+            prepared.prototype_names, evaluation.cam_ssim_P.tolist(), ceiling.tolist(), strict=True
         ):
             console.print(f"  {name:<14}{value:8.4f} of {limit:.4f}")
         if self.out is None:
@@ -112,7 +114,7 @@ class Evaluate:
             "cam_ssim_sample": evaluation.cam_ssim_sample,
             "cam_ssim_ceiling": ceiling.mean().item(),
             "cam_ssim_per_class": dict(
-                zip(inputs.group_names, evaluation.cam_ssim_P.tolist(), strict=True)
+                zip(prepared.prototype_names, evaluation.cam_ssim_P.tolist(), strict=True)
             ),
             "confusion": evaluation.confusion_CC.tolist(),
         }
@@ -122,7 +124,7 @@ class Evaluate:
             figures.class_cams(
                 evaluation.maps_PRR,
                 prototypes,
-                inputs.group_names,
+                prepared.prototype_names,
                 evaluation.cam_ssim_P,
                 ceiling,
                 heading,
@@ -161,13 +163,13 @@ class Compare:
         if self.out.is_dir() or not self.out.parent.is_dir():
             raise ConfigError(f"{self.out} cannot be written; give a file in a folder that exists.")
         models = [load(bundle) for bundle in self.bundles]
-        inputs = prepare(_with_data_root(models[0].config, self.data_root))
-        images, labels = to_device(inputs.data.validation, torch.device("cpu"))
-        groups, names = inputs.groups("validation"), inputs.group_names
+        prepared = prepare(_with_data_root(models[0].config, self.data_root))
+        images, labels = to_device(prepared.dataset.validation, torch.device("cpu"))
+        groups, names = prepared.prototype_index("validation"), prepared.prototype_names
         rows: list[figures.Row] = []
         for model in models:
-            _check_same_data(model, inputs.data.sha256)
-            prototypes = inputs.prototypes("validation", model.config.resolution)
+            _check_same_data(model, prepared.dataset.sha256)
+            prototypes = prepared.prototypes("validation", model.config.resolution)
             evaluation = model.evaluate(images, labels, prototypes, groups)
             if not rows:
                 rows.append(("prototype", prototypes, None))
@@ -178,7 +180,7 @@ class Compare:
                 f"{title(model.config)}: accuracy {evaluation.accuracy:.4f}, SSIM "
                 f"{evaluation.cam_ssim:.3f} of {model.metrics['cam_ssim_ceiling']:.3f}"
             )
-        heading = f"Class CAMs on {inputs.data.name}, validation split"
+        heading = f"Class CAMs on {prepared.dataset.name}, validation split"
         figures.save(figures.class_rows(rows, names, heading), self.out)
         console.print(f"written to {self.out}")
         return 0
@@ -260,9 +262,9 @@ class Verify:
         def stop(report: EpochReport) -> bool:
             return report.epoch >= epochs
 
-        inputs = prepare(config)
-        _check_same_data(model, inputs.data.sha256)
-        result = _fit_with_progress(config, inputs, stop)
+        prepared = prepare(config)
+        _check_same_data(model, prepared.dataset.sha256)
+        result = _fit_with_progress(config, prepared, stop)
         passed = True
         for name, tolerance in (
             ("val_accuracy", self.accuracy_tolerance),
@@ -316,7 +318,7 @@ def _check_same_data(model: LoadedModel, sha256: str) -> None:
 
 def _fit_with_progress(
     config: TrialConfig,
-    inputs: Inputs,
+    prepared: PreparedData,
     on_epoch: Callable[[EpochReport], bool | None],
     state: Path | None = None,
 ) -> TrialResult:
@@ -347,4 +349,4 @@ def _fit_with_progress(
             progress.update(bar, description=summary, completed=0)
             return on_epoch(report)
 
-        return fit(config, epoch, inputs=inputs, state=state, on_step=step)
+        return fit(config, epoch, prepared=prepared, state=state, on_step=step)

@@ -16,8 +16,8 @@ from batchcam.prototypes import (
     class_prototypes,
     class_supports,
     cluster_centres,
-    group_prototypes,
-    nearest_groups,
+    cluster_prototypes,
+    nearest_prototype_index,
     resize_prototypes,
     ssim_ceiling,
     supported_cells,
@@ -27,7 +27,7 @@ _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Inputs:
+class PreparedData:
     """Data and prototypes.
 
     Training and validation have prototypes of their own, as in the paper (Section 3.1); the test
@@ -37,7 +37,7 @@ class Inputs:
     class whose cluster centre is nearest to it. Else the groups are the classes.
     """
 
-    data: ImageData
+    dataset: ImageData
     train_prototypes: Tensor
     """`(P, H, W)` at the stored image size; those of a class follow one another."""
     validation_prototypes: Tensor
@@ -51,22 +51,22 @@ class Inputs:
         chosen = self.validation_prototypes if split == "validation" else self.train_prototypes
         return resize_prototypes(chosen, resolution)
 
-    def groups(self, split: str) -> Tensor:
+    def prototype_index(self, split: str) -> Tensor:
         """Return the number of the prototype that each image of `split` goes with, int64 `(N,)`."""
-        images, labels = to_device(self.data.split(split), _CPU)
+        images, labels = to_device(self.dataset.split(split), _CPU)
         if self.centres_PHW is None:
             return labels
-        return nearest_groups(images, labels, self.centres_PHW, self.data.num_classes)
+        return nearest_prototype_index(images, labels, self.centres_PHW, self.dataset.num_classes)
 
     @property
-    def group_names(self) -> tuple[str, ...]:
+    def prototype_names(self) -> tuple[str, ...]:
         """What to call each prototype, `(P,)`: its class, with a number if that has several."""
-        per_class = len(self.train_prototypes) // self.data.num_classes
+        per_class = len(self.train_prototypes) // self.dataset.num_classes
         if per_class == 1:
-            return self.data.class_names
+            return self.dataset.class_names
         return tuple(
             f"{name} #{number}"
-            for name in self.data.class_names
+            for name in self.dataset.class_names
             for number in range(1, per_class + 1)
         )
 
@@ -77,7 +77,7 @@ class Inputs:
             self._ceilings[key] = ssim_ceiling(self.prototypes("validation", resolution), grid)
         return self._ceilings[key]
 
-    def outside(self, grid: tuple[int, int]) -> Tensor:
+    def off_support_mask(self, grid: tuple[int, int]) -> Tensor:
         """Return where on a grid a class has no support in the training split, `(C, *grid)`.
 
         The grid is a CAM's, or the input's pixels.
@@ -85,12 +85,12 @@ class Inputs:
         See :func:`batchcam.prototypes.class_supports`. 1 outside, 0 inside, float32.
         """
         if not self._supports:
-            images, labels = to_device(self.data.train, _CPU)
-            self._supports.append(class_supports(images, labels, self.data.num_classes))
+            images, labels = to_device(self.dataset.train, _CPU)
+            self._supports.append(class_supports(images, labels, self.dataset.num_classes))
         return 1 - supported_cells(self._supports[0], grid).float()
 
 
-def prepare(config: TrialConfig) -> Inputs:
+def prepare(config: TrialConfig) -> PreparedData:
     """Load the data that `config` names and make the prototypes of its splits.
 
     Raises:
@@ -100,7 +100,7 @@ def prepare(config: TrialConfig) -> Inputs:
     return with_prototypes(load_data(config), config)
 
 
-def with_prototypes(data: ImageData, config: TrialConfig) -> Inputs:
+def with_prototypes(data: ImageData, config: TrialConfig) -> PreparedData:
     """Return data and the prototypes that `config` wants of it, by its `prototype` and `clusters`.
 
     Raises:
@@ -109,14 +109,16 @@ def with_prototypes(data: ImageData, config: TrialConfig) -> Inputs:
     train, validation = to_device(data.train, _CPU), to_device(data.validation, _CPU)
     if config.prototype != "kmeans":
         kind = config.prototype
-        return Inputs(
+        return PreparedData(
             data,
             class_prototypes(*train, data.num_classes, kind),
             class_prototypes(*validation, data.num_classes, kind),
         )
     centres = cluster_centres(*train, data.num_classes, config.clusters)
     own, seen = (
-        group_prototypes(images, nearest_groups(images, labels, centres, data.num_classes), centres)
+        cluster_prototypes(
+            images, nearest_prototype_index(images, labels, centres, data.num_classes), centres
+        )
         for images, labels in (train, validation)
     )
-    return Inputs(data, own, seen, centres)
+    return PreparedData(data, own, seen, centres)

@@ -134,7 +134,7 @@ class LoadedModel:
         images: Tensor,
         labels: Tensor,
         prototypes_PRR: Tensor,
-        groups: Tensor | None = None,
+        prototype_index: Tensor | None = None,
     ) -> Evaluation:
         """Evaluate on a labelled split; see :func:`batchcam.training.evaluate.evaluate`."""
         device = self._device
@@ -144,7 +144,7 @@ class LoadedModel:
             labels.to(device),
             prototypes_PRR.to(device),
             self.preprocess,
-            groups=None if groups is None else groups.to(device),
+            prototype_index=None if prototype_index is None else prototype_index.to(device),
             cam=self.config.cam,
         )
 
@@ -344,21 +344,21 @@ def _load_prototypes(path: Path, resolution: int) -> tuple[tuple[str, ...], Tens
 
 
 def _describe(result: TrialResult, command: str) -> dict[str, Any]:
-    config, data = result.config, result.inputs.data
+    config, data = result.config, result.prepared.dataset
     device = next(result.model.parameters()).device
     images, labels = to_device(data.test, device)
-    prototypes = result.inputs.prototypes("test", config.resolution).to(device)
+    prototypes = result.prepared.prototypes("test", config.resolution).to(device)
     test = evaluate(
         result.model,
         images,
         labels,
         prototypes,
         result.preprocess,
-        groups=result.inputs.groups("test").to(device),
+        prototype_index=result.prepared.prototype_index("test").to(device),
         cam=config.cam,
         precision=config.precision,
     )
-    last, names = result.metrics, result.inputs.group_names
+    last, names = result.metrics, result.prepared.prototype_names
     return {
         "val_accuracy": last["val_accuracy"],
         "test_accuracy": test.accuracy,
@@ -367,7 +367,7 @@ def _describe(result: TrialResult, command: str) -> dict[str, Any]:
         "cam_ssim_sample": last["cam_ssim_sample"],
         "cam_ssim_per_class": _by_name(names, result.evaluation.cam_ssim_P),
         "cam_ssim_ceiling_per_class": _by_name(
-            names, result.inputs.ceiling(config.resolution, result.grid)
+            names, result.prepared.ceiling(config.resolution, result.grid)
         ),
         **_errors(data.class_names, result.evaluation.confusion_CC),
         "test_cam_ssim": test.cam_ssim,
@@ -402,7 +402,7 @@ def _errors(names: tuple[str, ...], confusion_CC: Tensor) -> dict[str, Any]:
 
 
 def _save_weights(path: Path, result: TrialResult) -> None:
-    data, config = result.inputs.data, result.config
+    data, config = result.prepared.dataset, result.config
     description = {
         "class_names": data.class_names,
         "channels": data.channels,
@@ -418,15 +418,15 @@ def _save_weights(path: Path, result: TrialResult) -> None:
 
 def _save_timm_config(path: Path, result: TrialResult) -> None:
     if isinstance(result.model, TimmCNN):
-        data = result.inputs.data
+        data = result.prepared.dataset
         write_config(result.model, data.class_names, data.channels, result.preprocess, path)
 
 
 def _save_prototypes(path: Path, result: TrialResult) -> None:
     """Write the prototypes as they look: 8 bits a pixel."""
-    prototypes_PRR = result.inputs.prototypes("train", result.config.resolution)
+    prototypes_PRR = result.prepared.prototypes("train", result.config.resolution)
     pixels_PRR = (prototypes_PRR * 255).round().to(torch.uint8).contiguous()
-    names = {_NAMES_KEY: json.dumps(result.inputs.group_names)}
+    names = {_NAMES_KEY: json.dumps(result.prepared.prototype_names)}
     save_file({"prototypes": pixels_PRR}, path, metadata={"format": "pt", **names})
 
 
@@ -434,10 +434,10 @@ def _draw_cams(path: Path, result: TrialResult) -> None:
     config, last = result.config, result.metrics
     figure = figures.class_cams(
         result.evaluation.maps_PRR,
-        result.inputs.prototypes("validation", config.resolution),
-        result.inputs.group_names,
+        result.prepared.prototypes("validation", config.resolution),
+        result.prepared.prototype_names,
         result.evaluation.cam_ssim_P,
-        result.inputs.ceiling(config.resolution, result.grid),
+        result.prepared.ceiling(config.resolution, result.grid),
         f"{title(config)}: validation accuracy {last['val_accuracy']:.2%}, "
         f"CAM-prototype SSIM {last['cam_ssim']:.2f} of {last['cam_ssim_ceiling']:.2f}",
     )

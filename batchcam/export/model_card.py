@@ -112,7 +112,7 @@ at commit {metrics["git_commit"] or "unknown"}, with \
 import batchcam
 
 model = batchcam.load("path/to/this/folder")
-classes = model.predict(images)  # uint8, (N, {result.inputs.data.channels}, H, W)
+classes = model.predict(images)  # uint8, (N, {result.prepared.dataset.channels}, H, W)
 maps = model.explain(images)  # (N, {config.resolution}, {config.resolution}), in [0, 1]
 ```
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 
-def exchange(x_NCRR: Tensor, labels_N: Tensor, outside_CRR: Tensor) -> Tensor:
+def exchange(x_NCRR: Tensor, labels_N: Tensor, off_support_CRR: Tensor) -> Tensor:
     """Return each image with its partner's pixels where neither's class has support.
 
     Partners are neighbours: the batches of training are in random order. Of a batch of one the
@@ -28,11 +28,11 @@ def exchange(x_NCRR: Tensor, labels_N: Tensor, outside_CRR: Tensor) -> Tensor:
     Args:
         x_NCRR: images, of any number of channels.
         labels_N: int64, the class of each image.
-        outside_CRR: 1 where a class has no support, else 0; see
-            :meth:`batchcam.data.prepared.Inputs.outside`.
+        off_support_CRR: 1 where a class has no support, else 0; see
+            :meth:`batchcam.data.prepared.PreparedData.outside`.
     """
-    outside_NRR = outside_CRR.index_select(0, labels_N).bool()
-    free_NRR = outside_NRR & _partners(outside_NRR)
+    off_support_NRR = off_support_CRR.index_select(0, labels_N).bool()
+    free_NRR = off_support_NRR & _partners(off_support_NRR)
     return torch.where(free_NRR.unsqueeze(1), _partners(x_NCRR), x_NCRR)
 
 

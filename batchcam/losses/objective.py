@@ -54,8 +54,8 @@ class Objective:
         labels_N: Tensor,
         prototypes_PRR: Tensor,
         sums_NHW: Tensor | None = None,
-        groups_N: Tensor | None = None,
-        outside_CHW: Tensor | None = None,
+        prototype_index_N: Tensor | None = None,
+        off_support_CHW: Tensor | None = None,
         gradients_CKHW: Tensor | None = None,
         exchanged_NC: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -70,8 +70,8 @@ class Objective:
                 class, where they are known without a backward pass; see
                 :meth:`batchcam.models.ExplainableModel.class_weights`. Else, if wanted, weights
                 are computed for each image.
-            groups_N: int64, the prototype that each image goes with; None: that of its class.
-            outside_CHW: 1 where a class has no support, else 0; needed for the energy loss.
+            prototype_index_N: int64, the prototype of each image; None: that of its class.
+            off_support_CHW: 1 where a class has no support, else 0; needed for the energy loss.
             gradients_CKHW: those of each class's score, where they are the same for all images;
                 see :meth:`batchcam.models.ExplainableModel.class_gradients`. Else, if wanted, they
                 are computed for each image.
@@ -83,7 +83,7 @@ class Objective:
             weight is not 0.
 
         Raises:
-            ValueError: `lambda_energy` is not 0, and `outside_CHW` is not given; or
+            ValueError: `lambda_energy` is not 0, and `off_support_CHW` is not given; or
                 `lambda_exchange`, and `exchanged_NC`.
         """
         terms: dict[str, Tensor] = {}
@@ -100,8 +100,8 @@ class Objective:
             evidence_NHW = attribution(gradients_NKHW, features_NKHW)
         if self._compares:
             distance = METRICS[self.metric]
-            groups_N = labels_N if groups_N is None else groups_N
-            slots_N, wanted_SRR = _slots(groups_N, prototypes_PRR)
+            prototype_index_N = labels_N if prototype_index_N is None else prototype_index_N
+            slots_N, wanted_SRR = _slots(prototype_index_N, prototypes_PRR)
             known_NHW = sums_NHW if self.wants_weights else evidence_NHW
             weights_NK = None
             if known_NHW is None:
@@ -115,17 +115,19 @@ class Objective:
 
             if self.lambda_proto:
                 own_NHW = sums_by(weighted_sums)
-                terms["proto"] = prototype_loss(own_NHW, groups_N, prototypes_PRR, distance)
+                terms["proto"] = prototype_loss(
+                    own_NHW, prototype_index_N, prototypes_PRR, distance
+                )
             if self.lambda_batch:
                 shared_NHW = sums_by(class_sums, slots_N, len(wanted_SRR))
                 terms["batch"] = batch_cam_loss(shared_NHW, slots_N, wanted_SRR, distance)
         if self.lambda_energy:
-            if outside_CHW is None:
+            if off_support_CHW is None:
                 raise ValueError(
-                    "the energy loss needs outside_CHW, where classes have no support."
+                    "the energy loss needs off_support_CHW, where classes have no support."
                 )
             assert evidence_NHW is not None
-            terms["energy"] = energy_loss(evidence_NHW, outside_CHW[labels_N])
+            terms["energy"] = energy_loss(evidence_NHW, off_support_CHW[labels_N])
         if self.lambda_exchange:
             if exchanged_NC is None:
                 raise ValueError("the exchange loss needs exchanged_NC, scores after an exchange.")
@@ -154,37 +156,37 @@ class Objective:
         return self.lambda_proto > 0 or self.lambda_batch > 0
 
 
-def _slots(groups_N: Tensor, prototypes_PRR: Tensor) -> tuple[Tensor, Tensor]:
+def _slots(prototype_index_N: Tensor, prototypes_PRR: Tensor) -> tuple[Tensor, Tensor]:
     """Return where the map of each image's group is kept, and the prototype of each such slot.
 
     A slot per prototype, or, where there are more of them than images, a slot per image, of which
     a group takes that of its first image: maps that no image has a part in are few at any number
     of classes, and no shape depends on the labels, for which a GPU would have to be waited for.
     """
-    if len(prototypes_PRR) <= len(groups_N):
-        return groups_N, prototypes_PRR
-    first_N = (groups_N[:, None] == groups_N).int().argmax(dim=1)
-    return first_N, prototypes_PRR[groups_N]
+    if len(prototypes_PRR) <= len(prototype_index_N):
+        return prototype_index_N, prototypes_PRR
+    first_N = (prototype_index_N[:, None] == prototype_index_N).int().argmax(dim=1)
+    return first_N, prototypes_PRR[prototype_index_N]
 
 
 def prototype_loss(
-    sums_NHW: Tensor, groups_N: Tensor, prototypes_PRR: Tensor, distance: Distance
+    sums_NHW: Tensor, prototype_index_N: Tensor, prototypes_PRR: Tensor, distance: Distance
 ) -> Tensor:
     """Return the Prototype Loss: the mean over images of `φ(M_i, P_y)` (Eq. 11).
 
     Args:
         sums_NHW: of each image; :func:`batchcam.losses.alignment.alignment_loss` makes maps of
             them.
-        groups_N: int64, the prototype of each image.
+        prototype_index_N: int64, the prototype of each image.
         prototypes_PRR: square, scaled to [0, 1].
         distance: φ.
     """
     shares_N = sums_NHW.new_full((len(sums_NHW),), 1 / len(sums_NHW))
-    return alignment_loss(sums_NHW, prototypes_PRR, distance, shares_N, groups_N)
+    return alignment_loss(sums_NHW, prototypes_PRR, distance, shares_N, prototype_index_N)
 
 
 def batch_cam_loss(
-    sums_NHW: Tensor, groups_N: Tensor, prototypes_PRR: Tensor, distance: Distance
+    sums_NHW: Tensor, prototype_index_N: Tensor, prototypes_PRR: Tensor, distance: Distance
 ) -> Tensor:
     """Return the Batch-CAM Prototype Loss: the sum over groups present of `φ(M̄_c, P_c)` (Eq. 12).
 
@@ -193,15 +195,15 @@ def batch_cam_loss(
     Args:
         sums_NHW: of each image, by its group's mean weights; averaged by group, maps are made of
             them as above.
-        groups_N: int64, the prototype of each image.
+        prototype_index_N: int64, the prototype of each image.
         prototypes_PRR: square, scaled to [0, 1].
         distance: φ.
     """
-    means_PHW, counts_P = class_means(sums_NHW, groups_N, len(prototypes_PRR))
+    means_PHW, counts_P = class_means(sums_NHW, prototype_index_N, len(prototypes_PRR))
     return alignment_loss(means_PHW, prototypes_PRR, distance, counts_P.clamp(max=1))
 
 
-def energy_loss(evidence_NHW: Tensor, outside_NHW: Tensor) -> Tensor:
+def energy_loss(evidence_NHW: Tensor, off_support_NHW: Tensor) -> Tensor:
     """Return the prototype energy loss: the mean over images of the evidence outside the support.
 
     A prototype says where a class is, and so where it is not. The score of the true class is made
@@ -215,6 +217,6 @@ def energy_loss(evidence_NHW: Tensor, outside_NHW: Tensor) -> Tensor:
 
     Args:
         evidence_NHW: :func:`batchcam.cam.attribution` of the true class.
-        outside_NHW: 1 outside the support of the image's class, 0 inside.
+        off_support_NHW: 1 outside the support of the image's class, 0 inside.
     """
-    return (evidence_NHW.abs() * outside_NHW).sum(dim=(1, 2)).mean()
+    return (evidence_NHW.abs() * off_support_NHW).sum(dim=(1, 2)).mean()

@@ -64,7 +64,7 @@ class ClassCam:
         self._weights_CK = torch.zeros(0)
         self._counts_C = torch.zeros(0)
 
-    def add(self, weights_NK: Tensor, features_NKHW: Tensor, groups_N: Tensor) -> None:
+    def add(self, weights_NK: Tensor, features_NKHW: Tensor, prototype_index_N: Tensor) -> None:
         """Add a batch: channel weights, features, and the class each image is averaged into."""
         features_NKHW = features_NKHW.detach().to(weights_NK.dtype)
         if self._features_CKHW is None:
@@ -72,17 +72,17 @@ class ClassCam:
             self._features_CKHW = features_NKHW.new_zeros(shape)
             self._weights_CK = features_NKHW.new_zeros(shape[:2])
             self._counts_C = features_NKHW.new_zeros(self._num_classes)
-        self._features_CKHW.index_add_(0, groups_N, features_NKHW)
-        self._weights_CK.index_add_(0, groups_N, weights_NK)
-        self._counts_C.index_add_(0, groups_N, torch.ones_like(weights_NK[:, 0]))
+        self._features_CKHW.index_add_(0, prototype_index_N, features_NKHW)
+        self._weights_CK.index_add_(0, prototype_index_N, weights_NK)
+        self._counts_C.index_add_(0, prototype_index_N, torch.ones_like(weights_NK[:, 0]))
 
-    def add_maps(self, sums_NHW: Tensor, groups_N: Tensor) -> None:
+    def add_maps(self, sums_NHW: Tensor, prototype_index_N: Tensor) -> None:
         """Add a batch: :func:`batchcam.cam.weighted_sums`, and the class of each image."""
         if self._maps_CHW is None:
             self._maps_CHW = sums_NHW.new_zeros(self._num_classes, *sums_NHW.shape[1:])
             self._counts_C = sums_NHW.new_zeros(self._num_classes)
-        self._maps_CHW.index_add_(0, groups_N, sums_NHW)
-        self._counts_C.index_add_(0, groups_N, torch.ones_like(sums_NHW[:, 0, 0]))
+        self._maps_CHW.index_add_(0, prototype_index_N, sums_NHW)
+        self._counts_C.index_add_(0, prototype_index_N, torch.ones_like(sums_NHW[:, 0, 0]))
 
     def maps(self) -> tuple[Tensor, Tensor]:
         """Return `maps_CHW`, zero for classes without images, and `present_C`."""
@@ -104,7 +104,7 @@ def evaluate(
     prototypes_PRR: Tensor,
     preprocess: Preprocess,
     *,
-    groups: Tensor | None = None,
+    prototype_index: Tensor | None = None,
     cam: str = "grad_cam",
     batch_size: int | None = None,
     precision: str = "fp32",
@@ -117,7 +117,7 @@ def evaluate(
         labels: int64 `(N,)` on the same device.
         prototypes_PRR: scaled to [0, 1], R the input's resolution, on the same device.
         preprocess: turns images into the model's input.
-        groups: int64 `(N,)`, the prototype that each image goes with; None: that of its class.
+        prototype_index: int64 `(N,)`, the prototype of each image; None: that of its class.
         cam: grad_cam or hires_cam; see :class:`batchcam.losses.objective.Objective`.
         batch_size: images at a time, None: what suits the device; it does not change the result.
         precision: fp32, bf16 or fp16, of the forward pass.
@@ -128,7 +128,7 @@ def evaluate(
     sample_ssim, predictions, num_classes = [], [], 0
     was_training = model.training
     model.eval()
-    together = (images, labels, labels if groups is None else groups)
+    together = (images, labels, labels if prototype_index is None else prototype_index)
     size = batch_size or evaluation_batch(images.device)
     for batch, batch_labels, batch_groups in batches(together, size):
         seen = _explained(model, preprocess(batch), cam, precision, batch_labels)

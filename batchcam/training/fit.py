@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import Inputs, prepare
+from batchcam.data.prepared import PreparedData, prepare
 from batchcam.data.preprocessing import Preprocess, batches, to_device
 from batchcam.devices import keep_freed_memory, resolve_device
 from batchcam.errors import ConfigError, DivergedError
@@ -61,7 +61,7 @@ class TrialResult:
 
     config: TrialConfig
     model: ExplainableModel
-    inputs: Inputs
+    prepared: PreparedData
     preprocess: Preprocess
     grid: tuple[int, int]
     history: list[Metrics]
@@ -77,7 +77,7 @@ def fit(
     config: TrialConfig,
     on_epoch: Callable[[EpochReport], bool | None] | None = None,
     *,
-    inputs: Inputs | None = None,
+    prepared: PreparedData | None = None,
     state: Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> TrialResult:
@@ -90,7 +90,7 @@ def fit(
     Args:
         config: the run.
         on_epoch: called after each epoch; returning True ends training there.
-        inputs: data and prototypes, if they are loaded already; see
+        prepared: data and prototypes, if they are loaded already; see
             :func:`batchcam.data.prepared.prepare`.
         state: a file that `EpochReport.save_state` wrote, to go on from.
         on_step: called after each step with the steps done in this epoch and its total.
@@ -99,11 +99,11 @@ def fit(
         BatchCamError: the data, the backbone, the device or the saved state cannot be used, or the
             loss is no longer finite.
     """
-    inputs = inputs or prepare(config)
+    prepared = prepared or prepare(config)
     device = resolve_device(config.device)
     with _own_random_state(device):
         torch.manual_seed(config.seed)
-        trainer = Trainer(config, inputs, device)
+        trainer = Trainer(config, prepared, device)
         evaluation: Evaluation | None = None
         if state is not None:
             trainer.load_state(state)
@@ -124,16 +124,18 @@ def fit(
     return trainer.result(evaluation)
 
 
-def restore(config: TrialConfig, state: Path, *, inputs: Inputs | None = None) -> TrialResult:
+def restore(
+    config: TrialConfig, state: Path, *, prepared: PreparedData | None = None
+) -> TrialResult:
     """Return the run that a saved state holds, as it stood then, without training further.
 
     Raises:
         ConfigError: the state cannot be read, or belongs to another configuration.
     """
-    inputs = inputs or prepare(config)
+    prepared = prepared or prepare(config)
     device = resolve_device(config.device)
     with _own_random_state(device):
-        trainer = Trainer(config, inputs, device)
+        trainer = Trainer(config, prepared, device)
         trainer.load_state(state)
         return trainer.result(trainer.validate())
 
@@ -146,20 +148,20 @@ def _own_random_state(device: torch.device) -> AbstractContextManager[None]:
 class Trainer:
     """The state of a run between its epochs: what :func:`fit` goes through them with."""
 
-    def __init__(self, config: TrialConfig, inputs: Inputs, device: torch.device) -> None:
+    def __init__(self, config: TrialConfig, prepared: PreparedData, device: torch.device) -> None:
         if device.type == "cpu":
             keep_freed_memory()
-        data = inputs.data
+        data = prepared.dataset
         self.config = config
-        self._inputs = inputs
+        self._prepared = prepared
         self.epoch = 0
         self.history: list[Metrics] = []
         self._device = device
         self.preprocess = Preprocess(config.resolution, data.mean, data.std)
-        self._train = (*to_device(data.train, device), inputs.groups("train").to(device))
+        self._train = (*to_device(data.train, device), prepared.prototype_index("train").to(device))
         self._validation = to_device(data.validation, device)
-        self._validation_groups = inputs.groups("validation").to(device)
-        self.validation_prototypes = inputs.prototypes("validation", config.resolution).to(device)
+        self._validation_groups = prepared.prototype_index("validation").to(device)
+        self.validation_prototypes = prepared.prototypes("validation", config.resolution).to(device)
 
         stride = resolve_output_stride(
             config.backbone, config.resolution, data.channels, config.output_stride
@@ -170,7 +172,7 @@ class Trainer:
         )
         check_explainable(model, config.resolution, data.channels)
         self._steps = -(-len(data.train) // config.batch_size)
-        prototypes = inputs.prototypes("train", config.resolution).to(device)
+        prototypes = prepared.prototypes("train", config.resolution).to(device)
         size = (config.resolution, config.resolution)
         self.step = TrainingStep(
             model,
@@ -178,8 +180,12 @@ class Trainer:
             config,
             config.epochs * self._steps,
             device,
-            outside_CHW=inputs.outside(self.grid).to(device) if config.lambda_energy else None,
-            outside_CRR=inputs.outside(size).to(device) if config.lambda_exchange else None,
+            off_support_CHW=prepared.off_support_mask(self.grid).to(device)
+            if config.lambda_energy
+            else None,
+            off_support_CRR=prepared.off_support_mask(size).to(device)
+            if config.lambda_exchange
+            else None,
         )
         self.model = self.step.model
 
@@ -193,7 +199,7 @@ class Trainer:
         evaluation = self.validate()
         # What the last step did shows only here: its own loss was that of the weights before it.
         self._refuse_divergence({"cam_ssim": evaluation.cam_ssim})
-        ceiling = self._inputs.ceiling(self.config.resolution, self.grid)  # Sought for once.
+        ceiling = self._prepared.ceiling(self.config.resolution, self.grid)  # Sought for once.
         self.epoch += 1
         self.history.append(
             {
@@ -244,7 +250,7 @@ class Trainer:
             *self._validation,
             self.validation_prototypes,
             self.preprocess,
-            groups=self._validation_groups,
+            prototype_index=self._validation_groups,
             cam=self.config.cam,
             precision=self.config.precision,
         )
@@ -254,7 +260,7 @@ class Trainer:
         return TrialResult(
             config=self.config,
             model=self.model.eval(),
-            inputs=self._inputs,
+            prepared=self._prepared,
             preprocess=self.preprocess,
             grid=self.grid,
             history=self.history,

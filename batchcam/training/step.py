@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchcam.cam import tap
+from batchcam.cam import fused_weighted_sum
 from batchcam.config import TrialConfig
 from batchcam.devices import autocast, compile_mode, prefers_channels_last
 from batchcam.losses.exchange import exchange
@@ -27,8 +27,8 @@ class TrainingStep:
         config: TrialConfig,
         total_steps: int,
         device: torch.device,
-        outside_CHW: Tensor | None = None,
-        outside_CRR: Tensor | None = None,
+        off_support_CHW: Tensor | None = None,
+        off_support_CRR: Tensor | None = None,
     ) -> None:
         """Move the model to the device, and make optimiser and schedule for `total_steps`.
 
@@ -38,11 +38,11 @@ class TrainingStep:
             config: weights of the losses, optimiser, schedule, precision.
             total_steps: length of the schedule.
             device: where to train.
-            outside_CHW: of the CAM grid's cells, on the device; see
-                :meth:`batchcam.data.prepared.Inputs.outside`. Needed where `config.lambda_energy`
-                is not 0.
-            outside_CRR: the same of the input's pixels. Needed where `config.lambda_exchange` is
-                not 0.
+            off_support_CHW: of the CAM grid's cells, on the device; see
+                :meth:`batchcam.data.prepared.PreparedData.off_support_mask`. Needed where
+                `config.lambda_energy` is not 0.
+            off_support_CRR: the same of the input's pixels. Needed where
+                `config.lambda_exchange` is not 0.
 
         Raises:
             ConfigError: the device does not have the precision asked for.
@@ -63,8 +63,8 @@ class TrainingStep:
         )
         self.optimizer = make_optimizer(model, config)
         self._prototypes_PRR = prototypes_PRR
-        self._outside_CHW = outside_CHW
-        self._outside_CRR = outside_CRR
+        self._outside_CHW = off_support_CHW
+        self._outside_CRR = off_support_CRR
         self._schedule = make_schedule(self.optimizer, config, total_steps)
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         # Only the features: torch.compile cannot differentiate the head twice.
@@ -75,14 +75,14 @@ class TrainingStep:
         self._has_graphs = config.compile and mode == "reduce-overhead"
 
     def __call__(
-        self, x_NCHW: Tensor, labels_N: Tensor, groups_N: Tensor | None = None
+        self, x_NCHW: Tensor, labels_N: Tensor, prototype_index_N: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Train on a batch; return `loss` and its terms, `loss_class` and so on, detached.
 
         Args:
             x_NCHW: preprocessed images on the device.
             labels_N: int64, on the device.
-            groups_N: the prototype of each image, if not that of its class.
+            prototype_index_N: the prototype of each image, if not that of its class.
         """
         if self._has_graphs:  # Features live in memory that the next step uses again.
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
@@ -93,7 +93,7 @@ class TrainingStep:
         if self.objective.wants_weights:
             weights = self.model.class_weights(rows * columns)
         if weights is not None:
-            features, sums = tap(weights.index_select(0, labels_N), features)
+            features, sums = fused_weighted_sum(weights.index_select(0, labels_N), features)
         with self._autocast():
             logits = self.model.head(features)
         if self.objective.wants_gradients:
@@ -105,7 +105,7 @@ class TrainingStep:
             labels_N,
             self._prototypes_PRR,
             sums,
-            groups_N,
+            prototype_index_N,
             self._outside_CHW,
             gradients,
             exchanged,

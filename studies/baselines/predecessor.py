@@ -72,8 +72,8 @@ class Hooks:
     ) -> None:
         self._handle.remove()
 
-    def _keep(self, module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        del module, inputs
+    def _keep(self, module: torch.nn.Module, prepared: tuple[Tensor], output: Tensor) -> None:
+        del module, prepared
         self.features_NKHW = output
         output.register_hook(self._keep_gradient)  # type: ignore[no-untyped-call]
 

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from batchcam.config import TrialConfig
 from batchcam.data.dataset import ImageData
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from batchcam.data.preprocessing import to_device
 from batchcam.data.splits import Split
 from batchcam.losses.objective import Objective
@@ -31,7 +31,7 @@ EXTENSIONS = {name: OBJECTIVES[name] for name in (CROSS_ENTROPY, "BCPL, L1")} | 
 """What the paper does not have, beside what it has."""
 
 
-def random_inputs(images: int, num_classes: int, side: int, seed: int = 0) -> Inputs:
+def random_data(images: int, num_classes: int, side: int, seed: int = 0) -> PreparedData:
     """Return grey noise of `side` pixels square, its classes equally frequent."""
     generator = np.random.default_rng(seed)
 
@@ -42,7 +42,7 @@ def random_inputs(images: int, num_classes: int, side: int, seed: int = 0) -> In
     names = tuple(str(label) for label in range(num_classes))
     data = ImageData("noise", names, (0.5,), (0.29,), split(images), split(8), split(8), "")
     prototypes = torch.from_numpy(generator.random((num_classes, side, side), dtype=np.float32))
-    return Inputs(data, prototypes, prototypes)
+    return PreparedData(data, prototypes, prototypes)
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Bench:
     def build(cls, config: TrialConfig, device: torch.device, num_classes: int = 10) -> "Bench":
         """Return a bench of `config`'s model, batch size, precision and compilation."""
         count = max(config.batch_size, num_classes)  # Supports are made of images of every class.
-        inputs = random_inputs(count, num_classes, config.resolution, config.seed)
+        prepared = random_data(count, num_classes, config.resolution, config.seed)
         torch.manual_seed(config.seed)
-        trainer = Trainer(config, inputs, device)
+        trainer = Trainer(config, prepared, device)
         trainer.model.train()
-        images, labels = to_device(inputs.data.train, device)
+        images, labels = to_device(prepared.dataset.train, device)
         batch = slice(config.batch_size)
         return cls(trainer, images[batch], labels[batch], device)
 

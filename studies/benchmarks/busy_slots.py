@@ -23,7 +23,7 @@ import tyro
 from ray import tune
 
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import Inputs, prepare
+from batchcam.data.prepared import PreparedData, prepare
 from batchcam.provenance import command_line, git_commit, package_versions
 from batchcam.training.fit import fit
 from studies.engine.ledger import Ledger
@@ -54,8 +54,8 @@ def main(settings: BusySlots) -> None:
     """Measure, and write what was measured."""
     os.environ["WANDB_MODE"] = "offline"
     base = TrialConfig(resolution=14, epochs=1, device="cpu", seed=settings.seed)
-    inputs = prepare(base)
-    fit(base, inputs=inputs)  # Fills in the ceiling, as a study does for all its trials.
+    prepared = prepare(base)
+    fit(base, prepared=prepared)  # Fills in the ceiling, as a study does for all its trials.
     ray.init(
         address="local",
         num_cpus=settings.slots,
@@ -64,11 +64,11 @@ def main(settings: BusySlots) -> None:
         runtime_env={"env_vars": WORKER_ENVIRONMENT},
     )
     try:
-        short, short_wall = by_engine(settings, base, inputs)
+        short, short_wall = by_engine(settings, base, prepared)
         epoch = sum(sum(report["seconds"] for report in t.reports) for t in short.trials)
         epochs = max(1, round(settings.seconds / (epoch / settings.trials)))
         plain_wall = by_plain_ray(settings, base)
-        long, wall = by_engine(settings, TrialConfig(**{**vars(base), "epochs": epochs}), inputs)
+        long, wall = by_engine(settings, TrialConfig(**{**vars(base), "epochs": epochs}), prepared)
     finally:
         ray.shutdown()
     trained = sum(sum(report["seconds"] for report in t.reports) for t in long.trials)
@@ -93,14 +93,16 @@ def main(settings: BusySlots) -> None:
     print(json.dumps(measured, indent=2))
 
 
-def by_engine(settings: BusySlots, base: TrialConfig, inputs: Inputs) -> tuple[Ledger, float]:
+def by_engine(
+    settings: BusySlots, base: TrialConfig, prepared: PreparedData
+) -> tuple[Ledger, float]:
     """Run trials as a study does, none stopped early; return the ledger and the wall time."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         resources = TrialResources(1, 0, 1)
         tracking = Tracking("batchcam", "busy", folder, "offline")
         trial_settings = TrialSettings(base, resources, str(folder / "checkpoints"), tracking)
-        trainable = tune.with_parameters(run_trial, settings=trial_settings, inputs=inputs)
+        trainable = tune.with_parameters(run_trial, settings=trial_settings, prepared=prepared)
         search = Search(
             name="busy",
             key=f"busy{base.epochs}",

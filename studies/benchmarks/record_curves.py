@@ -21,7 +21,7 @@ import tyro
 
 from batchcam.config import TrialConfig
 from batchcam.data.dataset import load_data
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from batchcam.data.preprocessing import to_device
 from batchcam.data.splits import Split, stratified_split
 from batchcam.errors import ConfigError, DivergedError
@@ -88,14 +88,14 @@ def record(recording: Recording) -> None:
         epochs=recording.epochs,
         device="cpu",
     )
-    inputs = subset(base, recording.train_images, recording.validation_images, recording.seed)
+    prepared = subset(base, recording.train_images, recording.validation_images, recording.seed)
     recording.out.parent.mkdir(parents=True, exist_ok=True)
     done = {int(row["number"]) for row in _rows(recording.out, recording.dataset)}
-    for number, params in enumerate(configurations(recording, inputs.data.channels)):
+    for number, params in enumerate(configurations(recording, prepared.dataset.channels)):
         if number in done:
             continue
         config = replace(trial_config(base, params), seed=number)
-        curve = _train(config, inputs)
+        curve = _train(config, prepared)
         _append(recording.out, config, number, curve)
         last = curve[-1] if curve else {}
         _log.info("%s %d: %s", recording.dataset, number, _shown("val_accuracy", last))
@@ -111,7 +111,9 @@ def configurations(recording: Recording, channels: int) -> Iterator[dict[str, An
         yield suggest(study.ask(), space, strides)
 
 
-def subset(config: TrialConfig, train_images: int, validation_images: int, seed: int) -> Inputs:
+def subset(
+    config: TrialConfig, train_images: int, validation_images: int, seed: int
+) -> PreparedData:
     """Return part of a data set, each class in proportion, with prototypes of that part alone.
 
     Raises:
@@ -134,13 +136,13 @@ def subset(config: TrialConfig, train_images: int, validation_images: int, seed:
         class_prototypes(*to_device(split, torch.device("cpu")), data.num_classes)
         for split in (data.train, data.validation)
     )
-    return Inputs(data, train, validation)
+    return PreparedData(data, train, validation)
 
 
-def _train(config: TrialConfig, inputs: Inputs) -> list[Metrics]:
+def _train(config: TrialConfig, prepared: PreparedData) -> list[Metrics]:
     curve: list[Metrics] = []
     try:
-        fit(config, lambda report: curve.append(dict(report.metrics)), inputs=inputs)
+        fit(config, lambda report: curve.append(dict(report.metrics)), prepared=prepared)
     except DivergedError as error:
         _log.info("%s", error)
     return curve

@@ -22,7 +22,7 @@ import torch
 import tyro
 
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import Inputs, prepare
+from batchcam.data.prepared import PreparedData, prepare
 from batchcam.provenance import command_line, git_commit, package_versions
 from batchcam.training.fit import fit
 
@@ -63,7 +63,7 @@ class _FirstSteps(Exception):  # noqa: N818 - how a run is left, not an error.
 def main(settings: Startup) -> None:
     """Measure, and write what was measured."""
     base = TrialConfig(dataset=settings.dataset, device="cpu")
-    inputs = prepare(base)
+    prepared = prepare(base)
     measured = {
         "seconds": {
             backbone: {
@@ -71,7 +71,7 @@ def main(settings: Startup) -> None:
                     [of_process(backbone, settings) for _ in range(settings.repeats)]
                 ),
                 "reused": _spread(
-                    of_reused(replace(base, backbone=backbone), inputs, settings.repeats)
+                    of_reused(replace(base, backbone=backbone), prepared, settings.repeats)
                 ),
             }
             for backbone in settings.backbones
@@ -98,7 +98,7 @@ def of_process(backbone: str, settings: Startup) -> float:
     return float(done.stdout) - began
 
 
-def of_reused(config: TrialConfig, inputs: Inputs, repeats: int) -> list[float]:
+def of_reused(config: TrialConfig, prepared: PreparedData, repeats: int) -> list[float]:
     """Return the seconds of `fit` before its first step, once there has been such a trial."""
     found = []
     for _ in range(repeats + 1):
@@ -111,7 +111,7 @@ def of_reused(config: TrialConfig, inputs: Inputs, repeats: int) -> list[float]:
                 raise _FirstSteps
 
         try:
-            fit(config, inputs=inputs, on_step=note)
+            fit(config, prepared=prepared, on_step=note)
         except _FirstSteps:
             began, first, second = stamps
             found.append(max(0.0, (first - began) - (second - first)))

@@ -25,7 +25,7 @@ import tyro
 from torch import Tensor
 
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from batchcam.data.preprocessing import Preprocess, batches, to_device
 from batchcam.data.splits import Split
 from batchcam.devices import autocast, evaluation_batch, resolve_device
@@ -35,7 +35,7 @@ from batchcam.provenance import command_line, git_commit, package_versions
 from batchcam.training.evaluate import evaluate
 from batchcam.training.fit import fit
 from studies.baselines import plain
-from studies.benchmarks.batches import Bench, random_inputs
+from studies.benchmarks.batches import Bench, random_data
 from studies.benchmarks.elsewhere import elsewhere
 from studies.benchmarks.pairs import median_ratio, timed
 
@@ -97,22 +97,22 @@ def measure(settings: Throughput, backbone: str, precision: str) -> dict[str, An
         seed=settings.seed,
     )
     steps = settings.steps if backbone == "simple_cnn" else max(2, settings.steps // 10)
-    inputs = _inputs(steps * config.batch_size)
-    fit(config, inputs=_inputs(config.batch_size))  # Warms up allocator and kernels.
+    prepared = _prepared(steps * config.batch_size)
+    fit(config, prepared=_prepared(config.batch_size))  # Warms up allocator and kernels.
     bare = _bare_step(config)
     with_plain = settings.plain and backbone == "simple_cnn" and device.type == "cpu"
-    forward, evaluation = _evaluations(config, inputs)
+    forward, evaluation = _evaluations(config, prepared)
     seconds: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:
         seconds.setdefault(name, []).append(value)
 
-    given = config, inputs, steps, settings.threads, with_plain
+    given = config, prepared, steps, settings.threads, with_plain
     with elsewhere(start_untuned, *given) as other:
         for _ in range(settings.rounds):
             note("bare", timed(lambda: [bare() for _ in range(steps)], device))
             note("untuned", other("untuned"))
-            metrics = fit(config, inputs=inputs).metrics
+            metrics = fit(config, prepared=prepared).metrics
             note("training", steps * config.batch_size / metrics["images_per_second"])
             note("epoch", metrics["seconds"])
             if with_plain:
@@ -134,7 +134,7 @@ def measure(settings: Throughput, backbone: str, precision: str) -> dict[str, An
         "device": str(device),
         "batch_size": config.batch_size,
         "steps": steps,
-        "validation_images": len(inputs.data.validation),
+        "validation_images": len(prepared.dataset.validation),
         "images_per_second": {
             name: round(steps * config.batch_size / float(np.median(times[name])), 1)
             for name in ("bare", "untuned", "training", "epoch", "plain")
@@ -155,14 +155,14 @@ def measure(settings: Throughput, backbone: str, precision: str) -> dict[str, An
     }
 
 
-def _inputs(images: int) -> Inputs:
+def _prepared(images: int) -> PreparedData:
     """Return noise to train on, and a ninth of it to validate, as splits are cut."""
-    inputs = random_inputs(images, num_classes=10, side=28)
+    prepared = random_data(images, num_classes=10, side=28)
     count = max(16, images // 9)
     generator = np.random.default_rng(1)
     pixels = generator.integers(0, 256, (count, 1, 28, 28), dtype=np.uint8)
     validation = Split(pixels, np.arange(count) % 10)
-    return replace(inputs, data=replace(inputs.data, validation=validation))
+    return replace(prepared, dataset=replace(prepared.dataset, validation=validation))
 
 
 def _bare_step(config: TrialConfig) -> Callable[[], None]:
@@ -191,12 +191,12 @@ def _step(
 
 
 def start_untuned(
-    config: TrialConfig, inputs: Inputs, steps: int, threads: int, with_plain: bool
+    config: TrialConfig, prepared: PreparedData, steps: int, threads: int, with_plain: bool
 ) -> dict[str, Callable[[], object]]:
     """Return what runs beside: bare steps as PyTorch has them, in fp32, and the plain script."""
     torch.set_num_threads(threads)
     torch.manual_seed(config.seed)
-    data, device = inputs.data, resolve_device(config.device)
+    data, device = prepared.dataset, resolve_device(config.device)
     stride = resolve_output_stride(config.backbone, config.resolution, data.channels)
 
     def model() -> ExplainableModel:
@@ -212,36 +212,36 @@ def start_untuned(
         "untuned": partial(timed, lambda: [step() for _ in range(steps)], device)
     }
     if with_plain:
-        epoch = _plain_epoch(model(), config, inputs, threads)
+        epoch = _plain_epoch(model(), config, prepared, threads)
         runs["plain"] = partial(timed, epoch, device)
     return runs
 
 
 def _plain_epoch(
-    model: ExplainableModel, config: TrialConfig, inputs: Inputs, workers: int
+    model: ExplainableModel, config: TrialConfig, prepared: PreparedData, workers: int
 ) -> Callable[[], object]:
-    data = inputs.data
+    data = prepared.dataset
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     objective = Objective(config.metric, 1.0, config.lambda_proto, config.lambda_batch)
     loader = plain.loader(
         data.train, data.mean[0], data.std[0], config.batch_size, shuffle=True, workers=workers
     )
-    prototypes = inputs.prototypes("train", config.resolution)
+    prototypes = prepared.prototypes("train", config.resolution)
     for _ in loader:  # Starts the workers.
         pass
     return lambda: plain.train_epoch(model, loader, optimizer, schedule, objective, prototypes)
 
 
 def _evaluations(
-    config: TrialConfig, inputs: Inputs
+    config: TrialConfig, prepared: PreparedData
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Return a forward pass over the training images, and their evaluation."""
-    result = fit(config, lambda _: True, inputs=_inputs(config.batch_size))
+    result = fit(config, lambda _: True, prepared=_prepared(config.batch_size))
     model, preprocess = result.model, result.preprocess
     device = resolve_device(config.device)
-    images, labels = to_device(inputs.data.train, device)
-    prototypes = inputs.prototypes("validation", config.resolution).to(device)
+    images, labels = to_device(prepared.dataset.train, device)
+    prototypes = prepared.prototypes("validation", config.resolution).to(device)
 
     def forward() -> None:
         with torch.no_grad(), autocast(device, config.precision):

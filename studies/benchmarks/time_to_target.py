@@ -23,7 +23,7 @@ import torch
 import tyro
 
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import Inputs, prepare
+from batchcam.data.prepared import PreparedData, prepare
 from batchcam.data.preprocessing import Preprocess
 from batchcam.losses.objective import Objective
 from batchcam.models import create_model
@@ -85,10 +85,10 @@ class TimeToTarget:
 def main(settings: TimeToTarget) -> None:
     """Measure, and add what was measured to what is there."""
     torch.set_num_threads(settings.threads)
-    inputs = prepare(settings.config())
-    entry: dict[str, Any] = {"trainer": by_trainer(settings, inputs)}
+    prepared = prepare(settings.config())
+    entry: dict[str, Any] = {"trainer": by_trainer(settings, prepared)}
     if settings.plain:
-        with elsewhere(start_plain_script, settings, inputs) as other:
+        with elsewhere(start_plain_script, settings, prepared) as other:
             entry["plain"] = other("plain script")
         if entry["trainer"]["reached"] and entry["plain"]["reached"]:
             entry["ratio"] = round(entry["plain"]["seconds"] / entry["trainer"]["seconds"], 3)
@@ -105,7 +105,7 @@ def main(settings: TimeToTarget) -> None:
     path.write_text(json.dumps([*kept, entry], indent=1) + "\n")
 
 
-def by_trainer(settings: TimeToTarget, inputs: Inputs) -> dict[str, Any]:
+def by_trainer(settings: TimeToTarget, prepared: PreparedData) -> dict[str, Any]:
     """Train with `batchcam.fit`; return the seconds, and what each epoch gave."""
     history: list[dict[str, float]] = []
 
@@ -115,24 +115,24 @@ def by_trainer(settings: TimeToTarget, inputs: Inputs) -> dict[str, Any]:
         print("trainer", history[-1], flush=True)
         return settings.reached(metrics["val_accuracy"], metrics["cam_ssim"])
 
-    fit(settings.config(), on_epoch, inputs=inputs)
+    fit(settings.config(), on_epoch, prepared=prepared)
     return _outcome(settings, history)
 
 
 def start_plain_script(
-    settings: TimeToTarget, inputs: Inputs
+    settings: TimeToTarget, prepared: PreparedData
 ) -> dict[str, Callable[[], dict[str, Any]]]:
     """Return the plain script's run, by name."""
     torch.set_num_threads(settings.threads)
-    return {"plain script": partial(by_plain_script, settings, inputs)}
+    return {"plain script": partial(by_plain_script, settings, prepared)}
 
 
-def by_plain_script(settings: TimeToTarget, inputs: Inputs) -> dict[str, Any]:
+def by_plain_script(settings: TimeToTarget, prepared: PreparedData) -> dict[str, Any]:
     """Train with the plain script; return the same.
 
     The SSIM is computed by `batchcam.training.evaluate`, outside the time: a plain script has none.
     """
-    config, data = settings.config(), inputs.data
+    config, data = settings.config(), prepared.dataset
     torch.manual_seed(config.seed)
     model = plain.plain_model(create_model(config.backbone, data.num_classes, data.channels))
     optimizer = torch.optim.AdamW(
@@ -153,7 +153,7 @@ def by_plain_script(settings: TimeToTarget, inputs: Inputs) -> dict[str, Any]:
         optimizer, max_lr=config.learning_rate, total_steps=config.epochs * len(train) + 1
     )
     objective = Objective(config.metric, 1.0, 0.0, config.lambda_batch)
-    prototypes = inputs.prototypes("train", config.resolution)
+    prototypes = prepared.prototypes("train", config.resolution)
     history: list[dict[str, float]] = []
     for _ in range(config.epochs):
         began = time.perf_counter()
@@ -164,7 +164,7 @@ def by_plain_script(settings: TimeToTarget, inputs: Inputs) -> dict[str, Any]:
             model,
             torch.from_numpy(data.validation.images),
             torch.from_numpy(data.validation.labels),
-            inputs.prototypes("validation", config.resolution),
+            prepared.prototypes("validation", config.resolution),
             Preprocess(config.resolution, data.mean, data.std),
         )
         history.append(

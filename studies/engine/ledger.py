@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from batchcam.errors import ConfigError
 from batchcam.training.fit import Metrics
-from studies.engine.retry import patiently
+from studies.engine.retry import retry
 
 LEDGER = "ledger.jsonl"
 
@@ -31,7 +31,7 @@ class TrialHistory:
         reports: the metrics of each epoch, in order.
         state: how it ended; None while it has not.
         error: the last line of what made it fail.
-        share: how many times the usual resources it asks for.
+        resource_multiplier: how many times the usual resources it asks for.
     """
 
     number: int
@@ -39,7 +39,7 @@ class TrialHistory:
     reports: list[Metrics] = field(default_factory=list)
     state: State | None = None
     error: str | None = None
-    share: int = 1
+    resource_multiplier: int = 1
 
     @property
     def epoch(self) -> int:
@@ -106,7 +106,7 @@ class Ledger:
 
     def _record(self, event: dict[str, Any]) -> None:
         line = (json.dumps(event, separators=(",", ":")) + "\n").encode()
-        patiently(lambda: self._append(line), str(self._path))
+        retry(lambda: self._append(line), str(self._path))
         self._size += len(line)
         self._apply(event)
 
@@ -129,7 +129,7 @@ class Ledger:
         elif event["event"] == "ended":
             trial.state, trial.error = event["state"], event["error"]
         else:
-            trial.share = event["share"]
+            trial.resource_multiplier = event["share"]
 
     def _read(self) -> None:
         content = self._path.read_bytes()

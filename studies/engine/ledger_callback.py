@@ -9,13 +9,13 @@ from ray.tune.experiment import Trial
 
 from studies.engine.ledger import Ledger
 from studies.engine.optuna_searcher import how_ended
-from studies.trial import METRICS, OUT_OF_MEMORY, RESUMES_AT, SHARE
+from studies.trial import METRICS, OUT_OF_MEMORY, RESOURCE_MULTIPLIER, RESUMES_AT
 
 ERRORS = "errors"
 """Where, in the study's folder, the errors of failed trials are."""
 
 
-class Recorder(tune.Callback):
+class LedgerCallback(tune.Callback):
     """Keeps the ledger of a study.
 
     Ray calls the scheduler before it, so that a report is judged, then recorded, then acted upon: a
@@ -60,7 +60,9 @@ class Recorder(tune.Callback):
             ended = how_ended(last, self._objectives, self._max_epochs, error=False)
             error = None if ended != "failed" else "an objective was not reported as a number"
             self._ledger.end(number, ended, error)
-        elif (history := self._ledger.get(number)) and history.share == trial.config[SHARE]:
+        elif (history := self._ledger.get(number)) and history.resource_multiplier == trial.config[
+            RESOURCE_MULTIPLIER
+        ]:
             self._ledger.end(number, "failed", "out of memory, with all that a node has")
 
     def on_trial_error(
@@ -78,6 +80,8 @@ class Recorder(tune.Callback):
 
     def _propose(self, trial: Trial) -> None:
         decided = {
-            name: value for name, value in trial.config.items() if name not in (SHARE, RESUMES_AT)
+            name: value
+            for name, value in trial.config.items()
+            if name not in (RESOURCE_MULTIPLIER, RESUMES_AT)
         }
         self._ledger.propose(decided)

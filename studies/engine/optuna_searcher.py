@@ -20,7 +20,7 @@ from ray.tune.search import Searcher
 
 from studies.engine.ledger import State
 from studies.engine.optuna_storage import STORAGE_ERRORS
-from studies.engine.retry import patiently
+from studies.engine.retry import retry
 from studies.trial import OUT_OF_MEMORY
 
 Space = Callable[[optuna.Trial], dict[str, Any]]
@@ -38,7 +38,7 @@ _IN_OPTUNA: dict[State, TrialState] = {
 }
 
 
-class OptunaBridge(Searcher):
+class OptunaSearcher(Searcher):
     """Proposes trials from an Optuna study, and tells it the truth about them.
 
     Trials that are RUNNING in the storage when a study begins were cut by a crash: they are
@@ -58,12 +58,12 @@ class OptunaBridge(Searcher):
         max_epochs: epochs of a trial that is not stopped early.
         num_trials: how many to propose in all, those of earlier runs included, but not what was
             proposed again after it failed.
-        max_live: returns how many trials may be proposed and not ended at a time. One more than the
-            cluster runs keeps it busy; further ones would be proposed knowing less.
+        max_concurrent_trials: returns how many trials may be proposed and not ended at a time. One
+            more than the cluster runs keeps it busy; further ones would be proposed knowing less.
         enlarge: called with the number of a trial that ran out of memory; returns what it asks for
             next, as a multiple of the usual resources, or None to let it fail.
-        attach: called with each trial before its end is told, after which Optuna takes nothing
-            more about it.
+        on_trial_end: called with each trial before Optuna is told its end, after which Optuna
+            takes nothing more about it.
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class OptunaBridge(Searcher):
         objectives: Sequence[str],
         max_epochs: int,
         num_trials: int,
-        max_live: Callable[[], int] = lambda: sys.maxsize,
+        max_concurrent_trials: Callable[[], int] = lambda: sys.maxsize,
         enlarge: Callable[[int], int | None] = lambda _: None,
-        attach: Callable[[optuna.Trial], None] = lambda _: None,
+        on_trial_end: Callable[[optuna.Trial], None] = lambda _: None,
     ) -> None:
         super().__init__()
         self._study = study
@@ -86,11 +86,11 @@ class OptunaBridge(Searcher):
         self._space = space
         self._objectives = tuple(objectives)
         self._max_epochs = max_epochs
-        self._max_live = max_live
+        self._max_live = max_concurrent_trials
         self._enlarge = enlarge
-        self._attach = attach
+        self._on_trial_end = on_trial_end
         self._live: dict[str, int] = {}
-        known = patiently(lambda: study.get_trials(deepcopy=False), _WHAT, STORAGE_ERRORS)
+        known = retry(lambda: study.get_trials(deepcopy=False), _WHAT, STORAGE_ERRORS)
         self.num_trials = num_trials + sum(_RETRY_OF in trial.user_attrs for trial in known)
         self._asked = {trial.number for trial in known if trial.state != TrialState.WAITING}
         self._again = deque(t.number for t in known if t.state == TrialState.RUNNING)
@@ -114,7 +114,7 @@ class OptunaBridge(Searcher):
             return None if self._live else Searcher.FINISHED
         self._live[trial_id] = trial.number
         self._asked.add(trial.number)
-        params = patiently(lambda: self._space(trial), _WHAT, STORAGE_ERRORS)
+        params = retry(lambda: self._space(trial), _WHAT, STORAGE_ERRORS)
         return {**params, "number": trial.number}
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
@@ -158,15 +158,15 @@ class OptunaBridge(Searcher):
         if not self.is_told(number):
             if not error:
                 self._report(number, metrics)
-            self._attach(self._open(number))
-            patiently(tell, _WHAT, STORAGE_ERRORS)
+            self._on_trial_end(self._open(number))
+            retry(tell, _WHAT, STORAGE_ERRORS)
         return ended
 
     def _report(self, number: int, metrics: Mapping[str, Any]) -> None:
         value = metrics.get(self._objectives[0])
         if value is None or "epoch" not in metrics or metrics.get(OUT_OF_MEMORY):
             return
-        patiently(
+        retry(
             lambda: self._storage.set_trial_intermediate_value(
                 self._optuna_id(number), int(metrics["epoch"]), float(value)
             ),
@@ -180,7 +180,7 @@ class OptunaBridge(Searcher):
 
     def failed(self) -> list[int]:
         """Return the numbers of the trials that failed, as Optuna knows them."""
-        trials = patiently(
+        trials = retry(
             lambda: self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,)),
             _WHAT,
             STORAGE_ERRORS,
@@ -199,8 +199,8 @@ class OptunaBridge(Searcher):
                 params = self._storage.get_trial(self._optuna_id(number)).params
                 self._study.enqueue_trial(params, user_attrs={_RETRY_OF: number})
 
-        if not patiently(is_proposed, _WHAT, STORAGE_ERRORS):
-            patiently(propose, _WHAT, STORAGE_ERRORS)
+        if not retry(is_proposed, _WHAT, STORAGE_ERRORS):
+            retry(propose, _WHAT, STORAGE_ERRORS)
             self.num_trials += 1
 
     def _next(self) -> optuna.Trial | None:
@@ -220,10 +220,10 @@ class OptunaBridge(Searcher):
                         return self._open(trial.number)
             return self._study.ask()
 
-        return patiently(ask, _WHAT, STORAGE_ERRORS)
+        return retry(ask, _WHAT, STORAGE_ERRORS)
 
     def _frozen(self, number: int) -> FrozenTrial:
-        return patiently(
+        return retry(
             lambda: self._storage.get_trial(self._optuna_id(number)), _WHAT, STORAGE_ERRORS
         )
 
@@ -239,7 +239,7 @@ def enqueue(study: optuna.Study, points: Sequence[Mapping[str, Any]]) -> None:
     """Have a study try these points before any other; those it has already are left out."""
     for point in points:
         add = partial(study.enqueue_trial, dict(point), skip_if_exists=True)
-        patiently(add, _WHAT, STORAGE_ERRORS)
+        retry(add, _WHAT, STORAGE_ERRORS)
 
 
 def how_ended(

@@ -17,7 +17,7 @@ from optuna.storages.journal._file import get_lock_file
 from sqlalchemy.engine import make_url
 
 from batchcam.errors import ConfigError
-from studies.engine.retry import patiently
+from studies.engine.retry import retry
 
 JOURNAL = "optuna.journal"
 STORAGE_VARIABLE = "BATCHCAM_OPTUNA_STORAGE"
@@ -50,7 +50,7 @@ def storage_kind() -> str:
         ) from None
 
 
-def open_proposals(
+def open_optuna_study(
     folder: Path, study_name: str, num_objectives: int, sampler: optuna.samplers.BaseSampler
 ) -> tuple[optuna.Study, BaseStorage]:
     """Open Optuna's study of this name, all of whose objectives are maximised, or make it.
@@ -74,7 +74,7 @@ def open_proposals(
         )
         return study, storage
 
-    return patiently(open_study, "Optuna's storage", STORAGE_ERRORS, patience=_OPEN_SECONDS)
+    return retry(open_study, "Optuna's storage", STORAGE_ERRORS, patience=_OPEN_SECONDS)
 
 
 def open_optuna_storage(folder: Path) -> BaseStorage:

@@ -9,11 +9,11 @@ study, and is proposed again by the bridge.
 from batchcam.errors import DivergedError
 from batchcam.training.fit import Metrics
 from studies.engine.ledger import Ledger
-from studies.engine.optuna_searcher import OptunaBridge
+from studies.engine.optuna_searcher import OptunaSearcher
 from studies.engine.scheduler import ParetoASHA
 
 
-def recover(ledger: Ledger, bridge: OptunaBridge, scheduler: ParetoASHA, max_epochs: int) -> None:
+def recover(ledger: Ledger, bridge: OptunaSearcher, scheduler: ParetoASHA, max_epochs: int) -> None:
     """Reconcile the parts of a study that was cut; does nothing where there is nothing to do.
 
     Trials that failed are proposed once more: whoever resumes a study has mended what can be

@@ -19,7 +19,7 @@ from ray.tune.experiment import Trial
 from batchcam.errors import ConfigError
 from studies.engine.ledger import LEDGER
 from studies.engine.optuna_storage import JOURNAL
-from studies.engine.retry import patiently
+from studies.engine.retry import retry
 from studies.engine.storage import cannot_keep, open_storage
 
 FILES = (LEDGER, JOURNAL)
@@ -36,7 +36,7 @@ Part = dict[str, tuple[int, str]]
 _NAME = re.compile(r"(\d{8})\.(whole|part)\.json")
 
 
-class Mirror(tune.Callback):
+class Replica(tune.Callback):
     """Keeps the copy of a study's memory up to date; making one brings either side to the other.
 
     Where the driver's folder has lost the files, or is behind, as on a new machine, they come from
@@ -77,7 +77,7 @@ class Mirror(tune.Callback):
                 for name, text in added.items()
             }
             name = f"{self._written:08d}.{'whole' if whole else 'part'}.json"
-            patiently(lambda: self._put(name, json.dumps(content).encode()), self._place)
+            retry(lambda: self._put(name, json.dumps(content).encode()), self._place)
             self._written += 1
             for file, text in added.items():
                 self._sizes[file] += len(text)

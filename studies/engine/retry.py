@@ -23,7 +23,7 @@ class StorageLostError(BaseException):
     """
 
 
-def patiently(
+def retry(
     action: Callable[[], T],
     what: str,
     errors: tuple[type[Exception], ...] = (OSError,),

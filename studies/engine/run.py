@@ -19,17 +19,17 @@ import optuna
 from ray import tune
 
 from studies.engine.ledger import LEDGER, Ledger
-from studies.engine.ledger_callback import Recorder
-from studies.engine.optuna_searcher import OptunaBridge, Space, enqueue
-from studies.engine.optuna_storage import open_proposals
+from studies.engine.ledger_callback import LedgerCallback
+from studies.engine.optuna_searcher import OptunaSearcher, Space, enqueue
+from studies.engine.optuna_storage import open_optuna_study
 from studies.engine.recovery import recover
-from studies.engine.replica import Mirror
+from studies.engine.replica import Replica
 from studies.engine.sampler import ReproducibleTPE
 from studies.engine.scheduler import ParetoASHA
 from studies.monitoring.console import TrialLines, console
-from studies.monitoring.status_table import LiveTable, shown
+from studies.monitoring.status_table import StatusTable, shown
 from studies.planning.resources import TrialResources, slots
-from studies.trial import RESUMES_AT, SHARE
+from studies.trial import RESOURCE_MULTIPLIER, RESUMES_AT
 
 Trainable = Callable[[dict[str, Any]], None]
 
@@ -92,7 +92,7 @@ def run_search(
     resources: TrialResources,
     callbacks: Sequence[tune.Callback] = (),
     copy: str | None = None,
-    attach: Callable[[optuna.Trial], None] = lambda _: None,
+    on_trial_end: Callable[[optuna.Trial], None] = lambda _: None,
 ) -> Ledger:
     """Run a search to its end, going on with what `folder` holds of it; return its ledger.
 
@@ -103,8 +103,8 @@ def run_search(
         resources: what a trial asks for.
         callbacks: hear of each event after it is recorded.
         copy: a folder or URI for a copy of the memory, from which `folder` is made where it is
-            lost; see :class:`studies.engine.replica.Mirror`.
-        attach: called with each of Optuna's trials before its end is told.
+            lost; see :class:`studies.engine.replica.Replica`.
+        on_trial_end: called with each of Optuna's trials before its end is told.
 
     Raises:
         ConfigError: the ledger is damaged, or the storage's address is wrong.
@@ -112,9 +112,9 @@ def run_search(
     """
     # It misses the files that Ray was told not to write.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    mirrors = [] if copy is None else [Mirror(folder, copy)]
+    replicas = [] if copy is None else [Replica(folder, copy)]
     ledger = Ledger(folder / LEDGER)
-    study, storage = open_proposals(
+    study, storage = open_optuna_study(
         folder, search.name, len(search.objectives), ReproducibleTPE(search.seed)
     )
     enqueue(study, search.first_points)
@@ -124,13 +124,13 @@ def run_search(
         return {
             **search.space(trial),
             "trial_id": trial_id(search.key, trial.number),
-            SHARE: history.share if history else 1,
+            RESOURCE_MULTIPLIER: history.resource_multiplier if history else 1,
             RESUMES_AT: history.epoch if history else 0,
         }
 
     def enlarge(number: int) -> int | None:
         history = ledger.get(number)  # Not by its place: a later trial may have started first.
-        share = 2 * (history.share if history else 1)
+        share = 2 * (history.resource_multiplier if history else 1)
         if resources.enlarged(share) == resources.enlarged(share // 2):
             return None
         ledger.enlarge(number, share)
@@ -142,20 +142,20 @@ def run_search(
         max_epochs=search.max_epochs,
         seed=search.seed,
     )
-    bridge = OptunaBridge(
+    bridge = OptunaSearcher(
         study,
         storage,
         configure,
         objectives=search.objectives,
         max_epochs=search.max_epochs,
         num_trials=search.num_trials,
-        max_live=_recent(lambda: slots(resources) + 1, seconds=2),
+        max_concurrent_trials=_recent(lambda: slots(resources) + 1, seconds=2),
         enlarge=enlarge,
-        attach=attach,
+        on_trial_end=on_trial_end,
     )
     recover(ledger, bridge, scheduler, search.max_epochs)
     ended = sum(trial.state is not None for trial in ledger.trials)
-    table = LiveTable(ledger, bridge.num_trials, search.objectives, search.max_epochs)
+    table = StatusTable(ledger, bridge.num_trials, search.objectives, search.max_epochs)
     with (
         tempfile.TemporaryDirectory(prefix="batchcam-ray-") as scratch,
         _environment(),
@@ -163,7 +163,7 @@ def run_search(
     ):
         tune.Tuner(
             tune.with_resources(
-                trainable, lambda params: resources.enlarged(params[SHARE]).as_ray()
+                trainable, lambda params: resources.enlarged(params[RESOURCE_MULTIPLIER]).as_ray()
             ),
             tune_config=tune.TuneConfig(
                 num_samples=-1,
@@ -177,16 +177,16 @@ def run_search(
                 storage_path=scratch,
                 failure_config=tune.FailureConfig(max_failures=search.max_failures),
                 callbacks=[
-                    Recorder(ledger, folder, search.objectives, search.max_epochs),
-                    *mirrors,
+                    LedgerCallback(ledger, folder, search.objectives, search.max_epochs),
+                    *replicas,
                     TrialLines(bridge.num_trials, ended),
                     *callbacks,
                 ],
                 verbose=0,
             ),
         ).fit()
-    for mirror in mirrors:
-        mirror.flush()
+    for replica in replicas:
+        replica.flush()
     return ledger
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchcam.config import TrialConfig
 from batchcam.data.decoys import PATCH
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from batchcam.models import create_model, resolve_output_stride
 
 CORNERS_OUTSIDE = "corners_outside"
@@ -21,23 +21,23 @@ CONTROLS = (CORNERS_OUTSIDE, SIGHT_OUTSIDE)
 
 
 @dataclass(frozen=True)
-class CellsOutside(Inputs):
-    """Inputs by which no class has support in some cells."""
+class CellsOutside(PreparedData):
+    """PreparedData by which no class has support in some cells."""
 
     cells: Callable[[tuple[int, int]], Tensor] = field(kw_only=True)
     """Which, bool, of a grid."""
 
-    def outside(self, grid: tuple[int, int]) -> Tensor:
-        """Return :meth:`Inputs.outside`, and 1 in those cells."""
-        outside_CHW = super().outside(grid)
-        outside_CHW[:, self.cells(grid)] = 1
-        return outside_CHW
+    def off_support_mask(self, grid: tuple[int, int]) -> Tensor:
+        """Return :meth:`PreparedData.outside`, and 1 in those cells."""
+        off_support_CHW = super().off_support_mask(grid)
+        off_support_CHW[:, self.cells(grid)] = 1
+        return off_support_CHW
 
 
-def controlled(inputs: Inputs, config: TrialConfig, control: str) -> Inputs:
-    """Return inputs with the supports of a control, one of :data:`CONTROLS`."""
+def controlled(prepared: PreparedData, config: TrialConfig, control: str) -> PreparedData:
+    """Return prepared with the supports of a control, one of :data:`CONTROLS`."""
     if control == SIGHT_OUTSIDE:
-        channels = inputs.data.channels
+        channels = prepared.dataset.channels
         stride = resolve_output_stride(
             config.backbone, config.resolution, channels, config.output_stride
         )
@@ -48,12 +48,12 @@ def controlled(inputs: Inputs, config: TrialConfig, control: str) -> Inputs:
             return seeing_HW
 
     else:
-        cells = partial(touched_cells, size=inputs.data.train.images.shape[2:])
+        cells = partial(touched_cells, size=prepared.dataset.train.images.shape[2:])
     return CellsOutside(
-        inputs.data,
-        inputs.train_prototypes,
-        inputs.validation_prototypes,
-        inputs.centres_PHW,
+        prepared.dataset,
+        prepared.train_prototypes,
+        prepared.validation_prototypes,
+        prepared.centres_PHW,
         cells=cells,
     )
 

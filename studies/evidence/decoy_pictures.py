@@ -16,7 +16,7 @@ from studies.cli import run_command
 from studies.evidence.measures import explain
 from studies.evidence.right_reasons import RightReasons, choose
 from studies.evidence.runs import Run, state_of
-from studies.evidence.training import load_inputs, train
+from studies.evidence.training import load_prepared, train
 
 
 def main(settings: RightReasons) -> None:
@@ -33,15 +33,15 @@ def main(settings: RightReasons) -> None:
 
 def draw(settings: RightReasons, runs: list[Run]) -> None:
     """Draw the first test image of each class, and what each run's model looks at in it."""
-    test = load_inputs(runs[0].study).data
+    test = load_prepared(runs[0].study).dataset
     _, labels = to_device(test.test, torch.device("cpu"))
     first = [(labels == label).int().argmax() for label in range(test.num_classes)]
     some = test.test.take(torch.stack(first).numpy())
     images, _ = to_device(some, torch.device("cpu"))
     rows: list[figures.Row] = [("image", images.float().mean(dim=1) / 255, None)]
     for run in runs:
-        inputs = load_inputs(run.config.dataset, run.config.prototype)
-        result = train(run, inputs, state_of(run, settings.out))
+        prepared = load_prepared(run.config.dataset, run.config.prototype)
+        result = train(run, prepared, state_of(run, settings.out))
         found = explain(result.model.cpu(), images, result.preprocess)
         maps = found.integrated / found.integrated.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
         answers = [

@@ -22,7 +22,7 @@ from torch import Tensor
 from batchcam import figures
 from batchcam.config import TrialConfig
 from batchcam.data.dataset import ImageData, load_data
-from batchcam.data.prepared import Inputs, with_prototypes
+from batchcam.data.prepared import PreparedData, with_prototypes
 from batchcam.data.preprocessing import to_device
 from batchcam.data.splits import Split
 from batchcam.prototypes import class_prototypes, resize_prototypes
@@ -126,10 +126,10 @@ def merged(data: ImageData) -> ImageData:
 
 def train_and_judge(run: Run, models: Path) -> dict[str, float]:
     """Train a run; judge it and its explanations on the test split."""
-    config, inputs = run.config, load_inputs(run.config.dataset, run.config.prototype)
-    result = train(run, inputs, state_of(run, models))
+    config, prepared = run.config, load_prepared(run.config.dataset, run.config.prototype)
+    result = train(run, prepared, state_of(run, models))
     device = next(result.model.parameters()).device
-    images, labels = to_device(inputs.data.test, device)
+    images, labels = to_device(prepared.dataset.test, device)
     seen = evaluate_test(result)
     some = slice(_EXPLAINED)
     _, maps = explain(result.model, images[some], result.preprocess, labels[some])
@@ -149,7 +149,7 @@ def train_and_judge(run: Run, models: Path) -> dict[str, float]:
 
 
 @lru_cache(maxsize=2)
-def load_inputs(dataset: str, prototype: str) -> Inputs:
+def load_prepared(dataset: str, prototype: str) -> PreparedData:
     """Return a data set of merged classes and its prototypes, loaded once in a process."""
     config = TrialConfig(dataset=dataset, prototype=prototype, clusters=_MERGED)
     return with_prototypes(merged(load_data(config)), config)
@@ -196,7 +196,7 @@ def write_tables(out: Path, made: Mapping[str, list[dict[str, Any]]]) -> None:
 
 def draw(out: Path, runs: list[Run]) -> None:
     """Draw the prototypes of classes and of clusters, and each method's CAMs of single images."""
-    data = load_inputs(runs[0].config.dataset, "mean").data
+    data = load_prepared(runs[0].config.dataset, "mean").dataset
     digits, _ = _digits(runs[0].config.dataset, runs[0].config.resolution)
     # The first test image of each digit; those of a merged class stand beside each other.
     chosen = torch.stack(
@@ -206,11 +206,11 @@ def draw(out: Path, runs: list[Run]) -> None:
     names = [data.class_names[label] for label in labels.tolist()]
     rows: list[figures.Row] = [("image", images.float().mean(dim=1) / 255, None)]
     for run in runs:
-        config, inputs = run.config, load_inputs(run.config.dataset, run.config.prototype)
-        result = train(run, inputs, state_of(run, out))
-        groups = inputs.groups("test")[chosen]
+        config, prepared = run.config, load_prepared(run.config.dataset, run.config.prototype)
+        result = train(run, prepared, state_of(run, out))
+        groups = prepared.prototype_index("test")[chosen]
         if config.lambda_batch:
-            wanted = inputs.prototypes("test", config.resolution)[groups]
+            wanted = prepared.prototypes("test", config.resolution)[groups]
             rows.append((f"{config.prototype}\nprototype", wanted, None))
         _, maps = explain(result.model.cpu(), images, result.preprocess, labels)
         rows.append((run.method.replace(", ", "\n"), maps, None))

@@ -41,7 +41,7 @@ from studies.evidence.tables import (
     values,
     write_csv,
 )
-from studies.evidence.training import evaluate_test, load_inputs, train
+from studies.evidence.training import evaluate_test, load_prepared, train
 from studies.evidence.workers import Workers
 
 BASELINE = "cross-entropy"
@@ -238,8 +238,8 @@ def _made(settings: Paper, runs: list[Run]) -> None:
 
 def train_and_judge(run: Run, models: Path) -> dict[str, float]:
     """Train a run and judge it, on the test split too if it is a final one."""
-    inputs = load_inputs(run.config.dataset)
-    result = train(run, inputs, state_of(run, models))
+    prepared = load_prepared(run.config.dataset)
+    result = train(run, prepared, state_of(run, models))
     metrics = {
         "validation_accuracy": result.metrics["val_accuracy"],
         "validation_cam_ssim": result.metrics["cam_ssim"],
@@ -251,9 +251,9 @@ def train_and_judge(run: Run, models: Path) -> dict[str, float]:
 
 def _tested(result: TrialResult) -> dict[str, float]:
     """Return what the test split says of a model and of its explanations."""
-    data, config = result.inputs.data, result.config
+    data, config = result.prepared.dataset, result.config
     images, _ = to_device(data.test, torch.device("cpu"))
-    prototypes = result.inputs.prototypes("test", config.resolution)
+    prototypes = result.prepared.prototypes("test", config.resolution)
     seen = evaluate_test(result)
     model, some = result.model.cpu(), images[:_EXPLAINED]
     found = measures.explain(model, some, result.preprocess)

@@ -17,7 +17,7 @@ from batchcam.training.evaluate import error_maps
 from studies.cli import run_command
 from studies.evidence.paper import Cell, Paper, cells_of, choose, final_runs
 from studies.evidence.runs import state_of
-from studies.evidence.training import evaluate_test, load_inputs, train
+from studies.evidence.training import evaluate_test, load_prepared, train
 
 
 def main(settings: Paper) -> None:
@@ -38,12 +38,12 @@ def draw(settings: Paper, cells: list[Cell], folder: Path) -> None:
         run = final_runs(settings, cell, chosen)[0]
         if not run.path(settings.out).is_file():
             continue
-        result = train(run, load_inputs(cell.dataset), state_of(run, settings.out))
+        result = train(run, load_prepared(cell.dataset), state_of(run, settings.out))
         device = next(result.model.parameters()).device
-        images, labels = to_device(result.inputs.data.test, device)
-        prototypes = result.inputs.prototypes("test", run.config.resolution)
+        images, labels = to_device(result.prepared.dataset.test, device)
+        prototypes = result.prepared.prototypes("test", run.config.resolution)
         seen = evaluate_test(result)
-        names = result.inputs.group_names
+        names = result.prepared.prototype_names
         misled, _ = error_maps(
             result.model,
             images,

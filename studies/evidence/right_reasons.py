@@ -28,7 +28,7 @@ from studies.evidence.controls import CONTROLS, CORNERS_OUTSIDE, SIGHT_OUTSIDE
 from studies.evidence.measures import explain, mass_share
 from studies.evidence.runs import Run, complete, finished, state_of
 from studies.evidence.tables import Column, intervals, markdown, paired, titles, values, write_csv
-from studies.evidence.training import PENALTIES, RRR, RRR_BY_PROTOTYPES, load_inputs, train
+from studies.evidence.training import PENALTIES, RRR, RRR_BY_PROTOTYPES, load_prepared, train
 from studies.evidence.workers import Workers
 
 _EXPLAINED = 500
@@ -178,9 +178,9 @@ def choose(settings: RightReasons, cells: list[tuple[str, str]]) -> dict[tuple[s
 
 def train_and_judge(run: Run, models: Path) -> dict[str, float]:
     """Train a run and judge it, on the test images too if it is a final one."""
-    inputs = load_inputs(run.config.dataset, run.config.prototype)
-    result = train(run, inputs, state_of(run, models))
-    clean = load_inputs(run.study.removeprefix("decoy_"), "mean").data
+    prepared = load_prepared(run.config.dataset, run.config.prototype)
+    result = train(run, prepared, state_of(run, models))
+    clean = load_prepared(run.study.removeprefix("decoy_"), "mean").dataset
     validation = paint_random_decoys(clean.validation, clean.num_classes, np.random.default_rng(1))
     metrics = {
         "validation_accuracy_random_decoys": _accuracy(result, validation),
@@ -190,7 +190,7 @@ def train_and_judge(run: Run, models: Path) -> dict[str, float]:
         "seconds": sum(epoch["seconds"] for epoch in result.history),
     }
     if run.stage == "final":
-        decoyed = load_inputs(run.study, run.config.prototype).data.test
+        decoyed = load_prepared(run.study, run.config.prototype).dataset.test
         metrics |= {
             "test_accuracy_random_decoys": _accuracy(result, decoyed),
             "test_accuracy_clean": _accuracy(result, clean.test),
@@ -218,7 +218,7 @@ def _accuracy(result: TrialResult, split: Split) -> float:
     """Return the accuracy on a split, in the precision that the run was trained in."""
     device = next(result.model.parameters()).device
     images, labels = to_device(split, device)
-    prototypes = result.inputs.prototypes("test", result.config.resolution).to(device)
+    prototypes = result.prepared.prototypes("test", result.config.resolution).to(device)
     return evaluate(
         result.model,
         images,

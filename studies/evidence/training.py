@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import Inputs, prepare
+from batchcam.data.prepared import PreparedData, prepare
 from batchcam.data.preprocessing import batches, to_device
 from batchcam.devices import resolve_device
 from batchcam.training.evaluate import Evaluation, evaluate
@@ -26,80 +26,80 @@ PENALTIES = (RRR, RRR_BY_PROTOTYPES)
 
 
 @lru_cache(maxsize=4)
-def load_inputs(dataset: str, prototype: str = "mean") -> Inputs:
+def load_prepared(dataset: str, prototype: str = "mean") -> PreparedData:
     """Return a data set and its prototypes, loaded once in a process."""
     return prepare(TrialConfig(dataset=dataset, prototype=prototype))
 
 
-def train(run: Run, inputs: Inputs, state: Path) -> TrialResult:
+def train(run: Run, prepared: PreparedData, state: Path) -> TrialResult:
     """Train a run's model, from where `state` left it, and keep it there.
 
     Args:
         run: its `beyond` may name a weight of RRR, one of :data:`PENALTIES`, or one of
             :data:`CONTROLS`.
-        inputs: data and prototypes.
+        prepared: data and prototypes.
         state: a file; see :func:`studies.evidence.runs.state_of`.
     """
     state.parent.mkdir(parents=True, exist_ok=True)
     for penalty in run.beyond.keys() & set(PENALTIES):
-        return _train_by_rrr(run, inputs, state, penalty)
+        return _train_by_rrr(run, prepared, state, penalty)
     for control in run.beyond.keys() & set(CONTROLS):
-        inputs = controlled(inputs, run.config, control)
+        prepared = controlled(prepared, run.config, control)
 
     def keep(report: EpochReport) -> None:
         report.save_state(state)
 
-    return fit(run.config, keep, inputs=inputs, state=state if state.is_file() else None)
+    return fit(run.config, keep, prepared=prepared, state=state if state.is_file() else None)
 
 
 def evaluate_test(result: TrialResult) -> Evaluation:
     """Evaluate a model on the test split, where it is and in the precision it was trained in."""
-    inputs, device = result.inputs, next(result.model.parameters()).device
-    images, labels = to_device(inputs.data.test, device)
+    prepared, device = result.prepared, next(result.model.parameters()).device
+    images, labels = to_device(prepared.dataset.test, device)
     return evaluate(
         result.model,
         images,
         labels,
-        inputs.prototypes("test", result.config.resolution).to(device),
+        prepared.prototypes("test", result.config.resolution).to(device),
         result.preprocess,
-        groups=inputs.groups("test").to(device),
+        prototype_index=prepared.prototype_index("test").to(device),
         cam=result.config.cam,
         precision=result.config.precision,
     )
 
 
-def _masks(inputs: Inputs, resolution: int, penalty: str) -> Tensor:
+def _masks(prepared: PreparedData, resolution: int, penalty: str) -> Tensor:
     """Return where RRR is told that training images are irrelevant, float32 `(N, R, R)`."""
-    split, size = inputs.data.train, (resolution, resolution)
+    split, size = prepared.dataset.train, (resolution, resolution)
     if penalty == RRR_BY_PROTOTYPES:
-        return inputs.outside(size)[torch.from_numpy(split.labels)]
+        return prepared.off_support_mask(size)[torch.from_numpy(split.labels)]
     assert split.masks is not None
     return F.interpolate(torch.from_numpy(split.masks[:, None]).float(), size).squeeze(1)
 
 
-def _train_by_rrr(run: Run, inputs: Inputs, state: Path, penalty: str) -> TrialResult:
+def _train_by_rrr(run: Run, prepared: PreparedData, state: Path, penalty: str) -> TrialResult:
     """Train as :func:`batchcam.training.fit.fit` does, but by RRR, one of :data:`PENALTIES`."""
-    split, config = inputs.data.train, run.config
+    split, config = prepared.dataset.train, run.config
     device = resolve_device(config.device)
-    masks_NRR = _masks(inputs, config.resolution, penalty)
+    masks_NRR = _masks(prepared, config.resolution, penalty)
     together = (*to_device(split, device), masks_NRR.to(device))
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        trainer = Trainer(config, inputs, device)
+        trainer = Trainer(config, prepared, device)
         if state.is_file():
             trainer.load_state(state)
         while trainer.epoch < config.epochs:
             started = time.perf_counter()
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + trainer.epoch)
             order = torch.randperm(len(split), generator=generator).to(device)
-            prepared = (
+            ready = (
                 (trainer.preprocess(images), labels, masks)
                 for images, labels, masks in batches(together, config.batch_size, order)
             )
-            train_epoch(trainer.step, prepared, run.beyond[penalty], config.precision)
+            train_epoch(trainer.step, ready, run.beyond[penalty], config.precision)
             trainer.epoch += 1
             evaluation = trainer.validate()
-            ceiling = inputs.ceiling(config.resolution, trainer.grid).mean().item()
+            ceiling = prepared.ceiling(config.resolution, trainer.grid).mean().item()
             trainer.history.append(
                 {
                     "epoch": trainer.epoch,

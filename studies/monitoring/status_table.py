@@ -26,7 +26,7 @@ _ROWS = 12
 _STATES = ("completed", "stopped", "failed")
 
 
-class LiveTable:
+class StatusTable:
     """What a study's ledger says, as a table.
 
     Args:
@@ -120,7 +120,7 @@ class LiveTable:
 
 
 @contextmanager
-def shown(console: Console, table: LiveTable) -> Iterator[None]:
+def shown(console: Console, table: StatusTable) -> Iterator[None]:
     """Keep the table at the foot of the terminal while the context lasts, if there is one."""
     if not console.is_terminal:
         yield

@@ -16,7 +16,7 @@ import moocore
 import numpy as np
 
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from batchcam.errors import BatchCamError
 from batchcam.export.bundle import save_bundle
 from batchcam.export.model_card import loss_terms
@@ -174,7 +174,7 @@ def read_bundles(folder: Path) -> dict[str, tuple[TrialConfig, dict[str, Any]]]:
 
 
 def export_bundles(
-    folder: Path, chosen: dict[str, TrialRecord], inputs: Inputs, study: str
+    folder: Path, chosen: dict[str, TrialRecord], prepared: PreparedData, study: str
 ) -> dict[str, dict[str, Any]]:
     """Write `folder/<name>` for each chosen trial; return the content of each metrics.json.
 
@@ -196,7 +196,7 @@ def export_bundles(
                         f"{record.checkpoints}; delete its folder and its lines in the ledger, "
                         "and --resume."
                     )
-                result = restore(record.config, state, inputs=inputs)
+                result = restore(record.config, state, prepared=prepared)
             facts = {"study": study, "trial_id": record.trial_id, **record.facts}
             metrics = save_bundle(target, result, extra_metrics=facts)
         written[record.trial_id] = (target, metrics)

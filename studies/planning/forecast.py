@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from studies.planning.probe import Probe
 from studies.planning.resources import TrialResources
 from studies.settings import StudySettings
@@ -52,13 +52,13 @@ def forecast(
     settings: StudySettings,
     configs: Sequence[TrialConfig],
     probes: Sequence[Probe],
-    inputs: Inputs,
+    prepared: PreparedData,
     at_a_time: int,
 ) -> Forecast:
     """Add up what sampled configurations will cost, each at the pace of its kind."""
     by_kind = {_kind(each.config): each for each in probes if each.error is None}
     measured = [by_kind[_kind(config)] for config in configs if _kind(config) in by_kind]
-    epoch_seconds = [each.epoch_seconds(inputs) for each in measured]
+    epoch_seconds = [each.epoch_seconds(prepared) for each in measured]
     mean_seconds = sum(epoch_seconds) / max(1, len(epoch_seconds))
     most = settings.num_trials * settings.max_epochs
     fewest = round(settings.num_trials * _halved_epochs(settings.min_epochs, settings.max_epochs))

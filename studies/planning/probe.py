@@ -11,7 +11,7 @@ import torch
 from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from batchcam.data.splits import Split
 from batchcam.devices import resolve_device
 from batchcam.training.fit import fit
@@ -46,9 +46,9 @@ class Probe:
     device: str = "cpu"
     error: str | None = None
 
-    def epoch_seconds(self, inputs: Inputs) -> float:
+    def epoch_seconds(self, prepared: PreparedData) -> float:
         """Return how long an epoch takes, with its validation."""
-        data = inputs.data
+        data = prepared.dataset
         return (
             len(data.train) / self.train_images_per_second
             + len(data.validation) / self.validation_images_per_second
@@ -73,7 +73,7 @@ def kinds(base: TrialConfig, space: SearchSpace, strides: Strides) -> Iterator[T
             )
 
 
-def probe(config: TrialConfig, inputs: Inputs, threads: int) -> Probe:
+def probe(config: TrialConfig, prepared: PreparedData, threads: int) -> Probe:
     """Train a few batches of a configuration, and measure.
 
     Runs in a process of its own, for on the CPU the peak of the process is what is measured.
@@ -81,26 +81,26 @@ def probe(config: TrialConfig, inputs: Inputs, threads: int) -> Probe:
     torch.set_num_threads(threads)
     device = resolve_device(config.device)
     few = replace(
-        inputs,
-        data=replace(
-            inputs.data,
-            train=_first(inputs.data.train, _BATCHES * config.batch_size),
-            validation=_first(inputs.data.validation, config.batch_size),
+        prepared,
+        dataset=replace(
+            prepared.dataset,
+            train=_first(prepared.dataset.train, _BATCHES * config.batch_size),
+            validation=_first(prepared.dataset.validation, config.batch_size),
         ),
     )
     try:
         # Two epochs: the first pays for what is done once.
-        result = fit(replace(config, epochs=2, compile=False), inputs=few)
+        result = fit(replace(config, epochs=2, compile=False), prepared=few)
     except (torch.OutOfMemoryError, MemoryError) as error:
         return Probe(config, threads, device=device.type, error=str(error).splitlines()[0])
     last = result.metrics
-    train_seconds = len(few.data.train) / last["images_per_second"]
-    peak, total = _memory(device, inputs)
+    train_seconds = len(few.dataset.train) / last["images_per_second"]
+    peak, total = _memory(device, prepared)
     return Probe(
         config,
         threads,
         last["images_per_second"],
-        len(few.data.validation) / max(1e-9, last["seconds"] - train_seconds),
+        len(few.dataset.validation) / max(1e-9, last["seconds"] - train_seconds),
         peak,
         total,
         device.type,
@@ -108,7 +108,7 @@ def probe(config: TrialConfig, inputs: Inputs, threads: int) -> Probe:
 
 
 def probe_all(
-    configs: Sequence[TrialConfig], inputs: Inputs, cpus: float, gpus: float
+    configs: Sequence[TrialConfig], prepared: PreparedData, cpus: float, gpus: float
 ) -> list[Probe]:
     """Probe configurations one after the other on the Ray cluster that is joined.
 
@@ -117,7 +117,7 @@ def probe_all(
     """
     # max_calls: a process of its own for each. max_retries: what was killed would be again.
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(probe)
-    shared = ray.put(inputs)
+    shared = ray.put(prepared)
     threads = max(1, int(cpus))
 
     def run(config: TrialConfig) -> Probe:
@@ -131,10 +131,10 @@ def probe_all(
     return [run(config) for config in configs]
 
 
-def _memory(device: torch.device, inputs: Inputs) -> tuple[int, int]:
+def _memory(device: torch.device, prepared: PreparedData) -> tuple[int, int]:
     """Return the peak and the whole of the memory that trials on this device share, in bytes."""
     if device.type == "cuda":
-        data = inputs.data
+        data = prepared.dataset
         stored = data.train.images.nbytes + data.validation.images.nbytes  # Probed with a part.
         peak = torch.cuda.max_memory_reserved(device) + _GPU_CONTEXT_BYTES + stored
         return peak, torch.cuda.get_device_properties(device).total_memory

@@ -11,7 +11,7 @@ from PIL import Image
 
 from batchcam.config import TrialConfig
 from batchcam.data.dataset import ImageData, load_data
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from batchcam.data.preprocessing import to_device
 from batchcam.data.splits import Split
 from batchcam.export.bundle import save_bundle
@@ -40,13 +40,13 @@ def tiny_data() -> ImageData:
 
 
 @pytest.fixture(scope="session")
-def tiny_inputs(tiny_data: ImageData) -> Inputs:
+def tiny_prepared(tiny_data: ImageData) -> PreparedData:
     cpu = torch.device("cpu")
     train, validation = (
         class_prototypes(*to_device(split, cpu), tiny_data.num_classes)
         for split in (tiny_data.train, tiny_data.validation)
     )
-    return Inputs(tiny_data, train, validation)
+    return PreparedData(tiny_data, train, validation)
 
 
 @pytest.fixture(scope="session")
@@ -55,9 +55,9 @@ def tiny_config() -> TrialConfig:
 
 
 @pytest.fixture(scope="session")
-def trained(tiny_inputs: Inputs, tiny_config: TrialConfig) -> TrialResult:
+def trained(tiny_prepared: PreparedData, tiny_config: TrialConfig) -> TrialResult:
     """A finished run. Shared: tests must leave its model as it is."""
-    return fit(tiny_config, inputs=tiny_inputs)
+    return fit(tiny_config, prepared=tiny_prepared)
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,12 @@ from batchcam.cam import (
     attribution,
     batch_cam,
     class_maps,
+    fused_weighted_sum,
     grad_cam,
     of_targets,
     pooled,
     render,
     score_gradients,
-    tap,
     weighted_maps,
     weighted_sums,
 )
@@ -313,7 +313,7 @@ def test_a_tap_adds_its_gradient_to_what_comes_back_from_the_head(
     def onward(features: Tensor) -> Tensor:
         return (features * upstream).sum() if head == "flattens" else features.mean()
 
-    same, sums = tap(weights, features)
+    same, sums = fused_weighted_sum(weights, features)
     assert torch.equal(same, features)
     found = torch.autograd.grad(onward(same) + sums.square().sum(), (weights, features))
     apart = onward(features) + weighted_sums(weights, features).square().sum()
@@ -327,11 +327,11 @@ def test_a_tap_passes_gradcheck_twice() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, 3, 2, 2, generator=generator, dtype=torch.float64)
     weights = torch.randn(2, 3, generator=generator, dtype=torch.float64)
-    inputs = (weights.requires_grad_(), features.requires_grad_())
-    assert torch.autograd.gradcheck(tap, inputs)
-    assert torch.autograd.gradgradcheck(tap, inputs)
-    assert torch.autograd.gradcheck(lambda w, f: tap(w, f)[0], inputs)
-    assert torch.autograd.gradcheck(weighted_sums, inputs)
+    prepared = (weights.requires_grad_(), features.requires_grad_())
+    assert torch.autograd.gradcheck(fused_weighted_sum, prepared)
+    assert torch.autograd.gradgradcheck(fused_weighted_sum, prepared)
+    assert torch.autograd.gradcheck(lambda w, f: fused_weighted_sum(w, f)[0], prepared)
+    assert torch.autograd.gradcheck(weighted_sums, prepared)
 
 
 @pytest.mark.parametrize("cells", [(1, 1), (3, 2)], ids=["same in all cells", "cell by cell"])

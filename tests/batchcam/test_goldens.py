@@ -90,7 +90,7 @@ def steps(backbone: str, precision: str, term: str) -> dict[str, list[float]]:
     """Return each metric of each of twenty steps: losses, accuracy and SSIM."""
     torch.set_num_threads(1)
     config = _config(backbone, precision, term)
-    history = fit(config, inputs=with_prototypes(_data(), config)).history
+    history = fit(config, prepared=with_prototypes(_data(), config)).history
     return {
         name: [float(f"{metrics[name]:.8g}") for metrics in history]
         for name in history[0]

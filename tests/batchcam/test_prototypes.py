@@ -11,7 +11,7 @@ from torch import Tensor
 from batchcam.cam import render
 from batchcam.config import TrialConfig
 from batchcam.data.dataset import load_data
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from batchcam.data.preprocessing import to_device
 from batchcam.errors import DataError
 from batchcam.prototypes import (
@@ -109,8 +109,8 @@ def test_the_order_of_images_does_not_matter(seed: int) -> None:
         )
 
 
-def test_resized_prototypes_span_zero_to_one_again(tiny_inputs: Inputs) -> None:
-    resized = resize_prototypes(tiny_inputs.train_prototypes, 28)
+def test_resized_prototypes_span_zero_to_one_again(tiny_prepared: PreparedData) -> None:
+    resized = resize_prototypes(tiny_prepared.train_prototypes, 28)
     assert resized.shape == (10, 28, 28)
     assert torch.equal(resized.amin(dim=(1, 2)), torch.zeros(10))
     assert torch.equal(resized.amax(dim=(1, 2)), torch.ones(10))
@@ -120,8 +120,8 @@ def test_resized_prototypes_span_zero_to_one_again(tiny_inputs: Inputs) -> None:
 
 
 @pytest.fixture(scope="module")
-def prototypes(tiny_inputs: Inputs) -> Tensor:
-    return resize_prototypes(tiny_inputs.train_prototypes, 16)
+def prototypes(tiny_prepared: PreparedData) -> Tensor:
+    return resize_prototypes(tiny_prepared.train_prototypes, 16)
 
 
 def test_a_grid_of_the_full_resolution_reaches_one(prototypes: Tensor) -> None:

@@ -22,7 +22,7 @@ from moto.server import ThreadedMotoServer
 
 from batchcam.config import TrialConfig
 from batchcam.data.dataset import load_data
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from batchcam.data.preprocessing import to_device
 from batchcam.data.splits import Split
 from batchcam.prototypes import class_prototypes
@@ -174,7 +174,7 @@ def shared_ray(_clean_environment: None) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def inputs() -> Inputs:
+def prepared() -> PreparedData:
     """Two hundred digits to train on, a hundred each to validate and to test."""
 
     def first(split: Split, count: int) -> Split:
@@ -191,7 +191,7 @@ def inputs() -> Inputs:
         class_prototypes(*to_device(split, torch.device("cpu")), data.num_classes)
         for split in (data.train, data.validation)
     )
-    return Inputs(data, train, validation)
+    return PreparedData(data, train, validation)
 
 
 @pytest.fixture(scope="session")
@@ -201,7 +201,7 @@ def config() -> TrialConfig:
 
 @pytest.fixture(scope="session")
 def reports(
-    config: TrialConfig, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory
+    config: TrialConfig, prepared: PreparedData, tmp_path_factory: pytest.TempPathFactory
 ) -> list[tuple[EpochReport, str]]:
     """Each epoch of a real trial, with the folder of checkpoints that ends with it."""
     found = []
@@ -211,7 +211,7 @@ def reports(
         Checkpoints(folder).save(report.epoch, report.save_state)
         found.append((report, folder))
 
-    fit(config, on_epoch, inputs=inputs)
+    fit(config, on_epoch, prepared=prepared)
     return found
 
 

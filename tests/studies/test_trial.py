@@ -11,7 +11,7 @@ import torch
 from ray import tune
 
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from batchcam.errors import ConfigError
 from batchcam.training.fit import EpochReport, load_state
 from studies.engine import retry as patience
@@ -20,8 +20,8 @@ from studies.monitoring.wandb_runs import Tracking
 from studies.planning.resources import TrialResources
 from studies.trial import (
     OUT_OF_MEMORY,
+    RESOURCE_MULTIPLIER,
     RESUMES_AT,
-    SHARE,
     TrialSettings,
     run_name,
     run_tags,
@@ -31,7 +31,7 @@ from studies.trial import (
 )
 from tests.studies.conftest import Recorded
 
-PARAMS = {"number": 0, "trial_id": "k_00000", SHARE: 1, RESUMES_AT: 0}
+PARAMS = {"number": 0, "trial_id": "k_00000", RESOURCE_MULTIPLIER: 1, RESUMES_AT: 0}
 
 
 def make_settings(folder: Path, base: TrialConfig) -> TrialSettings:
@@ -86,7 +86,7 @@ def test_tags_say_of_what_kind_a_run_is() -> None:
 
 
 def crash_once(
-    params: dict[str, Any], *, settings: TrialSettings, inputs: Inputs, crashed: Path
+    params: dict[str, Any], *, settings: TrialSettings, prepared: PreparedData, crashed: Path
 ) -> None:
     """Run a trial whose process is killed after its second epoch, the first time."""
     report = tune.report
@@ -98,14 +98,14 @@ def crash_once(
             os.kill(os.getpid(), signal.SIGKILL)
 
     with patch.object(tune, "report", report_and_crash):
-        run_trial(params, settings=settings, inputs=inputs)
+        run_trial(params, settings=settings, prepared=prepared)
 
 
 @pytest.mark.xdist_group("ray")
 @pytest.mark.usefixtures("local_ray")
 def test_trial_that_crashes_goes_on_to_the_end_it_would_have_had(
     config: TrialConfig,
-    inputs: Inputs,
+    prepared: PreparedData,
     reports: list[tuple[EpochReport, str]],
     recorded: Callable[[Path], list[Recorded]],
     tmp_path: Path,
@@ -113,7 +113,7 @@ def test_trial_that_crashes_goes_on_to_the_end_it_would_have_had(
     settings = make_settings(tmp_path, replace(config, lambda_batch=9.0))
     results = tune.Tuner(
         tune.with_parameters(
-            crash_once, settings=settings, inputs=inputs, crashed=tmp_path / "crashed"
+            crash_once, settings=settings, prepared=prepared, crashed=tmp_path / "crashed"
         ),
         param_space=PARAMS | {"lambda_batch": config.lambda_batch},
         run_config=tune.RunConfig(
@@ -150,7 +150,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_trial_keeps_a_state_before_it_reports(
     config: TrialConfig,
-    inputs: Inputs,
+    prepared: PreparedData,
     told: list[dict[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -163,30 +163,30 @@ def test_trial_keeps_a_state_before_it_reports(
         told.append(metrics)
 
     monkeypatch.setattr(tune, "report", look)
-    run_trial(PARAMS, settings=make_settings(tmp_path, config), inputs=inputs)
+    run_trial(PARAMS, settings=make_settings(tmp_path, config), prepared=prepared)
     assert [metrics["epoch"] for metrics in told] == kept == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("resumes_at", "again"), [(0, [1, 2, 3]), (2, [3]), (3, [])])
 def test_trial_that_had_ended_reports_what_the_study_has_not_heard(
     config: TrialConfig,
-    inputs: Inputs,
+    prepared: PreparedData,
     told: list[dict[str, Any]],
     tmp_path: Path,
     resumes_at: int,
     again: list[int],
 ) -> None:
     settings = make_settings(tmp_path, config)
-    run_trial(PARAMS, settings=settings, inputs=inputs)
+    run_trial(PARAMS, settings=settings, prepared=prepared)
     whole, told[:] = list(told), []
-    run_trial(PARAMS | {RESUMES_AT: resumes_at}, settings=settings, inputs=inputs)
+    run_trial(PARAMS | {RESUMES_AT: resumes_at}, settings=settings, prepared=prepared)
     assert told == [metrics for metrics in whole if metrics["epoch"] in again]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
 def test_trial_that_runs_out_of_memory_says_so_with_the_epoch_it_has(
     config: TrialConfig,
-    inputs: Inputs,
+    prepared: PreparedData,
     told: list[dict[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -198,17 +198,17 @@ def test_trial_that_runs_out_of_memory_says_so_with_the_epoch_it_has(
             raise error
 
     monkeypatch.setattr(tune, "report", fail)
-    run_trial(PARAMS, settings=make_settings(tmp_path, config), inputs=inputs)
+    run_trial(PARAMS, settings=make_settings(tmp_path, config), prepared=prepared)
     assert [metrics["epoch"] for metrics in told[:2]] == [1, 2]
     assert told[2] == {"epoch": 1, OUT_OF_MEMORY: True}
 
 
 def test_trial_of_a_larger_share_has_more_threads(
-    config: TrialConfig, inputs: Inputs, told: list[dict[str, Any]], tmp_path: Path
+    config: TrialConfig, prepared: PreparedData, told: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     settings = make_settings(tmp_path, replace(config, epochs=1))
     try:
-        run_trial(PARAMS | {SHARE: 2}, settings=settings, inputs=inputs)
+        run_trial(PARAMS | {RESOURCE_MULTIPLIER: 2}, settings=settings, prepared=prepared)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import batchcam
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from batchcam.data.preprocessing import to_device
 from batchcam.errors import BundleError, ConfigError
 from batchcam.export import bundle
@@ -46,7 +46,7 @@ def test_a_loaded_model_predicts_and_explains_as_the_trained_one(
     bundle_dir: Path, trained: TrialResult
 ) -> None:
     model = batchcam.load(bundle_dir)
-    images, _ = to_device(trained.inputs.data.test, torch.device("cpu"))
+    images, _ = to_device(trained.prepared.dataset.test, torch.device("cpu"))
     probabilities, maps = explain(trained.model, images, trained.preprocess)
     assert np.array_equal(model.predict(images), probabilities.argmax(dim=1).numpy())
     assert np.array_equal(model.probabilities(images), probabilities.numpy())
@@ -64,14 +64,14 @@ def test_a_bundle_has_the_prototypes_and_finds_the_nearest(
     model = load(bundle_dir)
     assert model.prototypes is not None
     names, prototypes = model.prototypes
-    expected = trained.inputs.prototypes("train", trained.config.resolution)
-    assert names == trained.inputs.group_names
+    expected = trained.prepared.prototypes("train", trained.config.resolution)
+    assert names == trained.prepared.prototype_names
     assert torch.allclose(prototypes, expected, atol=0.51 / 255)
     # Each prototype is its own nearest; a CAM's SSIM is that to the one found.
     which, similarity = model.nearest_prototypes(prototypes.numpy())
     assert which.tolist() == list(range(10))
     assert similarity == pytest.approx(np.ones(10), abs=1e-5)
-    maps = model.explain(trained.inputs.data.test.images[:5])
+    maps = model.explain(trained.prepared.dataset.test.images[:5])
     which, similarity = model.nearest_prototypes(maps)
     cams = torch.from_numpy(maps)
     of_all = torch.stack([ssim(cams, each.expand_as(cams)) for each in prototypes])
@@ -99,7 +99,7 @@ def test_images_may_be_arrays_lists_or_tensors_with_or_without_a_channel(
     bundle_dir: Path, trained: TrialResult
 ) -> None:
     model = load(bundle_dir)
-    images = trained.inputs.data.test.images[:4]
+    images = trained.prepared.dataset.test.images[:4]
     expected = model.predict(images)
     assert expected.dtype == np.int64
     for same in (images[:, 0], torch.tensor(images), list(images[:, 0])):
@@ -128,7 +128,7 @@ def test_no_images_give_no_predictions(bundle_dir: Path) -> None:
 
 def test_maps_explain_the_class_asked_for(bundle_dir: Path, trained: TrialResult) -> None:
     model = load(bundle_dir)
-    images = trained.inputs.data.test.images[:5]
+    images = trained.prepared.dataset.test.images[:5]
     predicted = model.predict(images)
     assert np.array_equal(model.explain(images, predicted), model.explain(images))
     other = model.explain(images, (predicted + 1) % 10)
@@ -140,8 +140,8 @@ def test_maps_explain_the_class_asked_for(bundle_dir: Path, trained: TrialResult
 def test_a_loaded_model_evaluates_as_the_trained_one(
     bundle_dir: Path, trained: TrialResult
 ) -> None:
-    images, labels = to_device(trained.inputs.data.test, torch.device("cpu"))
-    prototypes = trained.inputs.prototypes("test", 14)
+    images, labels = to_device(trained.prepared.dataset.test, torch.device("cpu"))
+    prototypes = trained.prepared.prototypes("test", 14)
     found = load(bundle_dir).to("cpu").evaluate(images, labels, prototypes)
     expected = evaluate(trained.model, images, labels, prototypes, trained.preprocess)
     assert found.cam_ssim == expected.cam_ssim
@@ -160,7 +160,7 @@ def test_metrics_say_what_was_measured_and_how_to_make_it_again(
     assert metrics["epochs"] == 3
     assert metrics["seconds"] == pytest.approx(sum(e["seconds"] for e in trained.history))
     assert metrics["seed"] == 0
-    assert metrics["dataset_sha256"] == trained.inputs.data.sha256
+    assert metrics["dataset_sha256"] == trained.prepared.dataset.sha256
     commit = metrics["git_commit"]
     assert commit is None or re.fullmatch(r"[0-9a-f]{40}(\+dirty)?", commit)
     assert {"python", "torch", "timm", "numpy", "batchcam"} <= set(metrics["versions"])
@@ -201,7 +201,7 @@ def stopped_resnet(trained: TrialResult) -> TrialResult:
     config = replace(
         trained.config, backbone="resnet10t", resolution=28, epochs=2, learning_rate=1e-3
     )
-    return fit(config, lambda report: report.epoch == 1, inputs=trained.inputs)
+    return fit(config, lambda report: report.epoch == 1, prepared=trained.prepared)
 
 
 def test_a_dilated_timm_model_comes_back_with_its_grid(
@@ -210,11 +210,11 @@ def test_a_dilated_timm_model_comes_back_with_its_grid(
     # Named without a channel of its own to say so, the stride was chosen for the resolution.
     metrics = save_bundle(tmp_path / "b", stopped_resnet, extra_metrics={"rung": 3})
     model = load(tmp_path / "b")
-    images = stopped_resnet.inputs.data.test.images
+    images = stopped_resnet.prepared.dataset.test.images
     assert metrics["grid"] == [4, 4]
     assert model.model.features(torch.zeros(1, 1, 28, 28)).shape[2:] == (4, 4)
     assert metrics["rung"] == model.metrics["rung"] == 3
-    accuracy = (model.predict(images) == stopped_resnet.inputs.data.test.labels).mean()
+    accuracy = (model.predict(images) == stopped_resnet.prepared.dataset.test.labels).mean()
     assert metrics["test_accuracy"] == pytest.approx(accuracy)
     assert "ended after 1 of 2 epochs" in (tmp_path / "b" / "README.md").read_text()
 
@@ -239,7 +239,7 @@ def test_loading_reads_no_pickle_though_one_lies_there(
     monkeypatch.setattr(pickle, "loads", refuse)
     monkeypatch.setattr(pickle, "Unpickler", refuse)
     monkeypatch.setattr(torch, "load", refuse)
-    assert len(load(copied).predict(trained.inputs.data.test.images)) == 50
+    assert len(load(copied).predict(trained.prepared.dataset.test.images)) == 50
     assert not (copied / "ran").exists()
 
 
@@ -250,19 +250,19 @@ def test_weights_that_are_a_pickle_are_refused(copied: Path) -> None:
 
 
 def test_a_bundle_of_a_timm_backbone_is_one_of_timms(
-    tmp_path: Path, tiny_inputs: Inputs, tiny_config: TrialConfig
+    tmp_path: Path, tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
     config = replace(tiny_config, backbone="resnet10t", output_stride=8, epochs=1, resolution=28)
-    result = fit(config, inputs=tiny_inputs)
+    result = fit(config, prepared=tiny_prepared)
     folder = tmp_path / "timm"
     save_bundle(folder, result, command="made here")
     theirs: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    images = result.preprocess(torch.from_numpy(tiny_inputs.data.test.images))
+    images = result.preprocess(torch.from_numpy(tiny_prepared.dataset.test.images))
     with torch.no_grad():
         expected = result.model(images)
         torch.testing.assert_close(theirs(images), expected)
         torch.testing.assert_close(load(folder).model(images), expected)
-    assert theirs.pretrained_cfg["label_names"] == list(tiny_inputs.data.class_names)
+    assert theirs.pretrained_cfg["label_names"] == list(tiny_prepared.dataset.class_names)
     assert 'timm.create_model("local-dir:path/to/this/folder"' in (folder / "README.md").read_text()
 
     # As bundles were once written: by the names of the whole model's weights.

@@ -89,14 +89,14 @@ def test_training_makes_corners_count_less_that_give_the_class_away(tiny_data: I
         test=_marked(tiny_data.test),
     )
     config = TrialConfig(resolution=14, epochs=3, batch_size=32, device="cpu", lambda_batch=0.0)
-    inputs = with_prototypes(marked, config)
-    outside = inputs.outside((14, 14))
+    prepared = with_prototypes(marked, config)
+    outside = prepared.off_support_mask((14, 14))
     assert outside[:, [0, 0, -1, -1], [0, -1, 0, -1]].all()
     images, labels = to_device(marked.test, torch.device("cpu"))
 
     def cost(lambda_exchange: float) -> float:
         """Return the loss on the test split, over the squared margins that it is about."""
-        result = fit(replace(config, lambda_exchange=lambda_exchange), inputs=inputs)
+        result = fit(replace(config, lambda_exchange=lambda_exchange), prepared=prepared)
         assert ("loss_exchange" in result.metrics) == (lambda_exchange > 0)
         x = result.preprocess(images)
         with torch.no_grad():

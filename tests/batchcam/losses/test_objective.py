@@ -79,10 +79,10 @@ def test_the_energy_is_the_evidence_outside_the_support_of_the_true_class() -> N
     labels, flat = torch.tensor([0]), torch.zeros(2, 8, 8)
     outside = torch.tensor([[[0.0, 1.0]], [[1.0, 1.0]]])
     objective = Objective("l1", 0.0, 0.0, 0.0, 2.0)
-    total, terms = objective(logits, features, labels, flat, outside_CHW=outside)
+    total, terms = objective(logits, features, labels, flat, off_support_CHW=outside)
     assert terms["energy"].item() == 1
     assert total.item() == 2
-    inside = objective(logits, features, labels, flat, outside_CHW=torch.zeros(2, 1, 2))
+    inside = objective(logits, features, labels, flat, off_support_CHW=torch.zeros(2, 1, 2))
     assert inside[0].item() == 0
 
 
@@ -93,7 +93,7 @@ def test_the_energy_passes_gradcheck_through_the_head() -> None:
 
     def loss(a: Tensor, w: Tensor) -> Tensor:
         total: Tensor = objective(
-            _head(a, w), a, labels, prototypes, outside_CHW=outside.expand(CLASSES, 3, 3)
+            _head(a, w), a, labels, prototypes, off_support_CHW=outside.expand(CLASSES, 3, 3)
         )[0]
         return total
 
@@ -102,7 +102,7 @@ def test_the_energy_passes_gradcheck_through_the_head() -> None:
 
 def test_the_energy_asks_for_the_supports() -> None:
     features, weight, labels, prototypes = _problem(3)
-    with pytest.raises(ValueError, match="needs outside_CHW"):
+    with pytest.raises(ValueError, match="needs off_support_CHW"):
         Objective("l1", 1.0, 0.0, 0.0, 1.0)(_head(features, weight), features, labels, prototypes)
 
 
@@ -132,7 +132,9 @@ def test_several_prototypes_per_class_average_by_class_and_group(metric: str) ->
     groups = torch.tensor([0, 1, 1, 0, 2, 2])
     labels = torch.tensor([0, 0, 0, 0, 1, 1])
     objective = Objective(metric, 0.0, 0.7, 0.3)
-    grouped, _ = objective(_head(features, weight), features, labels, prototypes, groups_N=groups)
+    grouped, _ = objective(
+        _head(features, weight), features, labels, prototypes, prototype_index_N=groups
+    )
     twice = weight[[0, 0, 1]]
     apart, _ = objective(_head(features, twice), features, groups, prototypes)
     torch.testing.assert_close(grouped, apart)

@@ -10,7 +10,7 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
-from batchcam.cam import batch_cam, grad_cam, pooled, tap
+from batchcam.cam import batch_cam, fused_weighted_sum, grad_cam, pooled
 from batchcam.errors import BackboneError
 from batchcam.losses.objective import Objective
 from batchcam.models import (
@@ -223,7 +223,7 @@ def test_weights_of_a_linear_head_are_the_pooled_gradients(
     losses = []
     for known in (False, True):
         given = fixed.clone().requires_grad_()
-        features, sums = tap(weights[labels], given) if known else (given, None)
+        features, sums = fused_weighted_sum(weights[labels], given) if known else (given, None)
         objective = Objective("l2", 0.5, 0.7, 0.3)
         prototypes = torch.rand(10, 14, 14, generator=torch.Generator().manual_seed(0)).double()
         loss, _ = objective(model.head(features), features, labels, prototypes, sums)
@@ -262,7 +262,7 @@ def test_known_gradients_are_those_of_the_scores(
             features,
             labels,
             prototypes,
-            outside_CHW=outside,
+            off_support_CHW=outside,
             gradients_CKHW=given,
         )
         wanted = [features, *model.parameters()]

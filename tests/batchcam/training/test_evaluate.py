@@ -24,14 +24,14 @@ def model(trained: TrialResult) -> ExplainableModel:
 @pytest.fixture
 def split(trained: TrialResult) -> tuple[Tensor, Tensor]:
     """The test split, of fifty images, shuffled so that batches hold several classes."""
-    images, labels = to_device(trained.inputs.data.test, torch.device("cpu"))
+    images, labels = to_device(trained.prepared.dataset.test, torch.device("cpu"))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     return images[order], labels[order]
 
 
 @pytest.fixture
 def prototypes(trained: TrialResult) -> Tensor:
-    return trained.inputs.prototypes("test", 14)
+    return trained.prepared.prototypes("test", 14)
 
 
 def test_class_maps_are_batch_cam_over_the_whole_split(

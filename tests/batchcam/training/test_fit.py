@@ -12,10 +12,10 @@ from torch import Tensor
 
 from batchcam.cam import attribution, score_gradients
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import Inputs, prepare
+from batchcam.data.prepared import PreparedData, prepare
 from batchcam.data.preprocessing import to_device
 from batchcam.errors import BackboneError, ConfigError, DivergedError
-from batchcam.prototypes import cluster_centres, group_prototypes, nearest_groups
+from batchcam.prototypes import cluster_centres, cluster_prototypes, nearest_prototype_index
 from batchcam.similarity import ssim
 from batchcam.training.evaluate import evaluate
 from batchcam.training.fit import (
@@ -95,17 +95,21 @@ def test_the_result_is_ready_for_use(trained: TrialResult, tiny_config: TrialCon
     ],
 )
 def test_only_terms_with_a_weight_are_reported(
-    tiny_inputs: Inputs, tiny_config: TrialConfig, proto: float, batch: float, terms: set[str]
+    tiny_prepared: PreparedData,
+    tiny_config: TrialConfig,
+    proto: float,
+    batch: float,
+    terms: set[str],
 ) -> None:
     config = replace(tiny_config, epochs=1, lambda_proto=proto, lambda_batch=batch)
-    metrics = fit(config, inputs=tiny_inputs).metrics
+    metrics = fit(config, prepared=tiny_prepared).metrics
     assert set(metrics) == KEYS | terms
     weights = {"loss_class": 1.0, "loss_proto": proto, "loss_batch": batch}
     expected = sum(weights[name] * metrics[name] for name in terms)
     assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_losses_are_means_over_images_not_batches(tiny_inputs: Inputs) -> None:
+def test_losses_are_means_over_images_not_batches(tiny_prepared: PreparedData) -> None:
     # Weights that do not move: the epoch's mean must not depend on how batches fall.
     losses = [
         fit(
@@ -121,7 +125,7 @@ def test_losses_are_means_over_images_not_batches(tiny_inputs: Inputs) -> None:
                 optimizer="sgd",
                 device="cpu",
             ),
-            inputs=tiny_inputs,
+            prepared=tiny_prepared,
         ).metrics["loss"]
         for batch_size in (150, 200)
     ]
@@ -131,22 +135,22 @@ def test_losses_are_means_over_images_not_batches(tiny_inputs: Inputs) -> None:
 @pytest.mark.parametrize("cam", ["grad_cam", "hires_cam"])
 @pytest.mark.parametrize("metric", ["l1", "l2", "ssim"])
 def test_every_metric_brings_cams_closer_than_cross_entropy(
-    tiny_inputs: Inputs, tiny_config: TrialConfig, metric: str, cam: str
+    tiny_prepared: PreparedData, tiny_config: TrialConfig, metric: str, cam: str
 ) -> None:
     config = replace(tiny_config, metric=metric, cam=cam, lambda_batch=1.0)
-    baseline = fit(replace(config, lambda_batch=0.0), inputs=tiny_inputs)
-    guided = fit(config, inputs=tiny_inputs)
+    baseline = fit(replace(config, lambda_batch=0.0), prepared=tiny_prepared)
+    guided = fit(config, prepared=tiny_prepared)
     assert guided.metrics["cam_ssim"] > baseline.metrics["cam_ssim"]
 
 
 @pytest.mark.parametrize("batch_size", [199, 1000], ids=["last of one", "beyond the data"])
 def test_any_batch_size_covers_the_data(
-    tiny_inputs: Inputs, tiny_config: TrialConfig, batch_size: int
+    tiny_prepared: PreparedData, tiny_config: TrialConfig, batch_size: int
 ) -> None:
     steps = []
     config = replace(tiny_config, epochs=1, batch_size=batch_size, lambda_proto=0.1)
     result = fit(
-        config, inputs=tiny_inputs, on_step=lambda done, total: steps.append((done, total))
+        config, prepared=tiny_prepared, on_step=lambda done, total: steps.append((done, total))
     )
     count = 2 if batch_size < 200 else 1
     assert steps == [(n + 1, count) for n in range(count)]
@@ -155,54 +159,54 @@ def test_any_batch_size_covers_the_data(
 
 def test_training_on_true_digits_prepares_its_own_data() -> None:
     config = TrialConfig(resolution=8, epochs=1, device="cpu", prototype="median")
-    inputs = prepare(config)
+    prepared = prepare(config)
     result = fit(config)
-    assert torch.equal(result.inputs.train_prototypes, inputs.train_prototypes)
+    assert torch.equal(result.prepared.train_prototypes, prepared.train_prototypes)
     assert result.metrics["val_accuracy"] > 0.5
 
 
 def test_images_are_aligned_with_their_own_cluster(
-    tiny_inputs: Inputs, tiny_config: TrialConfig
+    tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
     """Each cluster's CAM comes nearer to its own prototype than to the others of its class."""
-    images, labels = to_device(tiny_inputs.data.train, torch.device("cpu"))
+    images, labels = to_device(tiny_prepared.dataset.train, torch.device("cpu"))
     centres = cluster_centres(images, labels, 10, 2)
-    groups = nearest_groups(images, labels, centres, 10)
-    prototypes = group_prototypes(images, groups, centres)
-    inputs = Inputs(tiny_inputs.data, prototypes, prototypes, centres)
+    groups = nearest_prototype_index(images, labels, centres, 10)
+    prototypes = cluster_prototypes(images, groups, centres)
+    prepared = PreparedData(tiny_prepared.dataset, prototypes, prototypes, centres)
     config = replace(tiny_config, prototype="kmeans", lambda_batch=1.0, metric="ssim", epochs=8)
-    result = fit(config, inputs=inputs)
+    result = fit(config, prepared=prepared)
     trained = evaluate(
         result.model,
         images,
         labels,
-        inputs.prototypes("train", 14),
+        prepared.prototypes("train", 14),
         result.preprocess,
-        groups=groups,
+        prototype_index=groups,
     )
-    other = inputs.prototypes("train", 14).view(10, 2, 14, 14).flip(1).flatten(0, 1)
+    other = prepared.prototypes("train", 14).view(10, 2, 14, 14).flip(1).flatten(0, 1)
     assert trained.cam_ssim > ssim(trained.maps_PRR, other).mean() + 0.05
     assert result.evaluation.confusion_CC.shape == (10, 10)
 
 
 def test_the_energy_loss_moves_the_evidence_into_the_support(
-    tiny_inputs: Inputs, tiny_config: TrialConfig
+    tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
-    plain = fit(replace(tiny_config, lambda_batch=0.0), inputs=tiny_inputs)
+    plain = fit(replace(tiny_config, lambda_batch=0.0), prepared=tiny_prepared)
     config = replace(tiny_config, lambda_batch=0.0, lambda_energy=3.0)
-    assert not tiny_inputs.outside((7, 7)).all()
-    aligned = fit(config, inputs=tiny_inputs)
+    assert not tiny_prepared.off_support_mask((7, 7)).all()
+    aligned = fit(config, prepared=tiny_prepared)
     assert _share_outside(aligned) < 0.5 * _share_outside(plain)
     assert set(aligned.metrics) == set(plain.metrics) | {"loss_energy"}
 
 
 def _share_outside(result: TrialResult) -> float:
-    images, labels = to_device(result.inputs.data.test, torch.device("cpu"))
+    images, labels = to_device(result.prepared.dataset.test, torch.device("cpu"))
     features = result.model.features(result.preprocess(images)).detach().requires_grad_()
     logits = result.model.head(features)
     gradients = score_gradients(logits, features, labels, create_graph=False)
     evidence = attribution(gradients, features).detach().abs()
-    outside = result.inputs.outside(result.grid)[labels]
+    outside = result.prepared.off_support_mask(result.grid)[labels]
     return float((evidence * outside).sum() / evidence.sum())
 
 
@@ -210,29 +214,29 @@ def _share_outside(result: TrialResult) -> float:
 
 
 def test_the_same_configuration_gives_the_same_run(
-    trained: TrialResult, tiny_inputs: Inputs, tiny_config: TrialConfig
+    trained: TrialResult, tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
     torch.manual_seed(12345)  # Whatever came before.
-    _assert_same_run(fit(tiny_config, inputs=tiny_inputs), trained)
+    _assert_same_run(fit(tiny_config, prepared=tiny_prepared), trained)
 
 
 def test_another_seed_gives_another_run(
-    trained: TrialResult, tiny_inputs: Inputs, tiny_config: TrialConfig
+    trained: TrialResult, tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
-    other = fit(replace(tiny_config, seed=1, epochs=1), inputs=tiny_inputs)
+    other = fit(replace(tiny_config, seed=1, epochs=1), prepared=tiny_prepared)
     assert other.history[0]["loss"] != trained.history[0]["loss"]
 
 
 def test_the_global_random_state_is_left_as_it_was(
-    tiny_inputs: Inputs, tiny_config: TrialConfig
+    tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
     before = torch.get_rng_state()
-    fit(replace(tiny_config, epochs=1), inputs=tiny_inputs)
+    fit(replace(tiny_config, epochs=1), prepared=tiny_prepared)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_global_random_state_is_left_as_it_was_by_a_run_that_fails(
-    tiny_inputs: Inputs, tiny_config: TrialConfig
+    tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
     before = torch.get_rng_state()
 
@@ -240,17 +244,19 @@ def test_the_global_random_state_is_left_as_it_was_by_a_run_that_fails(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(tiny_config, inputs=tiny_inputs, on_step=interrupt)
+        fit(tiny_config, prepared=tiny_prepared, on_step=interrupt)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_inputs_are_not_written_to(tiny_inputs: Inputs, tiny_config: TrialConfig) -> None:
-    before = [s.images.copy() for s in (tiny_inputs.data.train, tiny_inputs.data.validation)]
-    prototypes = tiny_inputs.train_prototypes.clone()
-    fit(replace(tiny_config, epochs=1), inputs=tiny_inputs)
-    assert (before[0] == tiny_inputs.data.train.images).all()
-    assert (before[1] == tiny_inputs.data.validation.images).all()
-    assert torch.equal(tiny_inputs.train_prototypes, prototypes)
+def test_inputs_are_not_written_to(tiny_prepared: PreparedData, tiny_config: TrialConfig) -> None:
+    before = [
+        s.images.copy() for s in (tiny_prepared.dataset.train, tiny_prepared.dataset.validation)
+    ]
+    prototypes = tiny_prepared.train_prototypes.clone()
+    fit(replace(tiny_config, epochs=1), prepared=tiny_prepared)
+    assert (before[0] == tiny_prepared.dataset.train.images).all()
+    assert (before[1] == tiny_prepared.dataset.validation.images).all()
+    assert torch.equal(tiny_prepared.train_prototypes, prototypes)
 
 
 # --- Cut and gone on with --------------------------------------------------------------------
@@ -266,33 +272,33 @@ def test_inputs_are_not_written_to(tiny_inputs: Inputs, tiny_config: TrialConfig
     ids=lambda changes: "-".join(str(value) for value in changes.values()),
 )
 def test_a_run_resumed_after_any_epoch_is_the_run_uninterrupted(
-    tmp_path: Path, tiny_inputs: Inputs, tiny_config: TrialConfig, changes: dict[str, Any]
+    tmp_path: Path, tiny_prepared: PreparedData, tiny_config: TrialConfig, changes: dict[str, Any]
 ) -> None:
     config = replace(tiny_config, **changes)
-    whole = fit(config, _save_each(tmp_path), inputs=tiny_inputs)
+    whole = fit(config, _save_each(tmp_path), prepared=tiny_prepared)
     for epoch in range(1, config.epochs + 1):
-        resumed = fit(config, inputs=tiny_inputs, state=tmp_path / f"{epoch}.pt")
+        resumed = fit(config, prepared=tiny_prepared, state=tmp_path / f"{epoch}.pt")
         _assert_same_run(resumed, whole)
         assert torch.equal(resumed.evaluation.maps_PRR, whole.evaluation.maps_PRR)
 
 
-def test_dropout_goes_on_where_it_was_cut(tmp_path: Path, tiny_inputs: Inputs) -> None:
+def test_dropout_goes_on_where_it_was_cut(tmp_path: Path, tiny_prepared: PreparedData) -> None:
     # This backbone drops features by default, so a run depends on the random state as well.
     config = TrialConfig(
         backbone="ghostnet_050", resolution=64, epochs=2, batch_size=100, device="cpu"
     )
     # The ceiling takes longer than the run, and is not what is tested.
-    inputs = replace(tiny_inputs, _ceilings={(64, (2, 2)): torch.ones(10)})
-    whole = fit(config, _save_each(tmp_path), inputs=inputs)
-    _assert_same_run(fit(config, inputs=inputs, state=tmp_path / "1.pt"), whole)
+    prepared = replace(tiny_prepared, _ceilings={(64, (2, 2)): torch.ones(10)})
+    whole = fit(config, _save_each(tmp_path), prepared=prepared)
+    _assert_same_run(fit(config, prepared=prepared, state=tmp_path / "1.pt"), whole)
 
 
 def test_every_epoch_of_every_seed_has_an_order_of_its_own(
-    tiny_inputs: Inputs, tiny_config: TrialConfig, monkeypatch: pytest.MonkeyPatch
+    tiny_prepared: PreparedData, tiny_config: TrialConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     orders = set()
     for seed in (0, 1):
-        trainer = Trainer(replace(tiny_config, seed=seed), tiny_inputs, torch.device("cpu"))
+        trainer = Trainer(replace(tiny_config, seed=seed), tiny_prepared, torch.device("cpu"))
         seen: list[int] = []
 
         def record(
@@ -307,13 +313,13 @@ def test_every_epoch_of_every_seed_has_an_order_of_its_own(
             seen.clear()
             trainer.epoch = epoch
             trainer._train_epoch(None)
-            assert sorted(seen) == sorted(tiny_inputs.data.train.labels.tolist())
+            assert sorted(seen) == sorted(tiny_prepared.dataset.train.labels.tolist())
             orders.add(tuple(seen))
     assert len(orders) == 6
 
 
 def test_a_run_killed_within_an_epoch_goes_on_from_the_last_one(
-    tmp_path: Path, trained: TrialResult, tiny_inputs: Inputs, tiny_config: TrialConfig
+    tmp_path: Path, trained: TrialResult, tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
     steps = 0
 
@@ -324,33 +330,33 @@ def test_a_run_killed_within_an_epoch_goes_on_from_the_last_one(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(tiny_config, _save_each(tmp_path), inputs=tiny_inputs, on_step=interrupt)
+        fit(tiny_config, _save_each(tmp_path), prepared=tiny_prepared, on_step=interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["1.pt"]
-    resumed = fit(tiny_config, inputs=tiny_inputs, state=tmp_path / "1.pt")
+    resumed = fit(tiny_config, prepared=tiny_prepared, state=tmp_path / "1.pt")
     _assert_same_run(resumed, trained)
 
 
 def test_on_epoch_ends_the_run_by_returning_true(
-    tiny_inputs: Inputs, tiny_config: TrialConfig, trained: TrialResult
+    tiny_prepared: PreparedData, tiny_config: TrialConfig, trained: TrialResult
 ) -> None:
-    result = fit(tiny_config, lambda report: report.epoch == 2, inputs=tiny_inputs)
+    result = fit(tiny_config, lambda report: report.epoch == 2, prepared=tiny_prepared)
     assert _untimed(result.history) == _untimed(trained.history)[:2]
 
 
 def test_a_report_carries_the_evaluation_and_its_prototypes(
-    tiny_inputs: Inputs, tiny_config: TrialConfig
+    tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
     reports: list[EpochReport] = []
-    fit(replace(tiny_config, epochs=2), reports.append, inputs=tiny_inputs)
+    fit(replace(tiny_config, epochs=2), reports.append, prepared=tiny_prepared)
     assert [report.epoch for report in reports] == [1, 2]
     for report in reports:
         assert report.metrics["cam_ssim"] == report.evaluation.cam_ssim
-        assert torch.equal(report.prototypes_PRR, tiny_inputs.prototypes("validation", 14))
+        assert torch.equal(report.prototypes_PRR, tiny_prepared.prototypes("validation", 14))
 
 
 @pytest.fixture(scope="module")
 def saved_state(
-    tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Inputs, tiny_config: TrialConfig
+    tmp_path_factory: pytest.TempPathFactory, tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> Path:
     """The state after the first of three epochs."""
     folder = tmp_path_factory.mktemp("state")
@@ -359,15 +365,15 @@ def saved_state(
         report.save_state(folder / "state.pt")
         return True
 
-    fit(tiny_config, save, inputs=tiny_inputs)
+    fit(tiny_config, save, prepared=tiny_prepared)
     return folder / "state.pt"
 
 
 def test_a_saved_run_is_restored_without_training(
-    saved_state: Path, tiny_inputs: Inputs, tiny_config: TrialConfig, trained: TrialResult
+    saved_state: Path, tiny_prepared: PreparedData, tiny_config: TrialConfig, trained: TrialResult
 ) -> None:
     before = torch.get_rng_state()
-    restored = restore(tiny_config, saved_state, inputs=tiny_inputs)
+    restored = restore(tiny_config, saved_state, prepared=tiny_prepared)
     assert _untimed(restored.history) == _untimed(trained.history)[:1]
     assert restored.evaluation.cam_ssim == trained.history[0]["cam_ssim"]
     assert torch.equal(torch.get_rng_state(), before)
@@ -393,7 +399,7 @@ def test_a_state_holds_no_code(saved_state: Path) -> None:
 )
 def test_the_state_of_another_configuration_is_refused_by_field(
     saved_state: Path,
-    tiny_inputs: Inputs,
+    tiny_prepared: PreparedData,
     tiny_config: TrialConfig,
     field: str,
     value: float,
@@ -401,34 +407,41 @@ def test_the_state_of_another_configuration_is_refused_by_field(
 ) -> None:
     config = replace(tiny_config, **{field: value})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=f"was saved with {shown}; go on with the same"):
-        fit(config, inputs=tiny_inputs, state=saved_state)
+        fit(config, prepared=tiny_prepared, state=saved_state)
 
 
 def test_a_state_from_before_a_field_was_there_had_its_default(
-    tiny_inputs: Inputs, tiny_config: TrialConfig, tmp_path: Path
+    tiny_prepared: PreparedData, tiny_config: TrialConfig, tmp_path: Path
 ) -> None:
     path = tmp_path / "state.pt"
     fit(
         replace(tiny_config, epochs=1),
         lambda report: report.save_state(path),
-        inputs=tiny_inputs,
+        prepared=tiny_prepared,
     )
     state = torch.load(path, weights_only=True)
     del state["config"]["lambda_energy"]
     torch.save(state, path)
-    assert fit(replace(tiny_config, epochs=1), inputs=tiny_inputs, state=path).metrics["epoch"] == 1
+    assert (
+        fit(replace(tiny_config, epochs=1), prepared=tiny_prepared, state=path).metrics["epoch"]
+        == 1
+    )
 
 
 def test_a_state_may_move_to_another_device_and_data_folder(
-    saved_state: Path, tiny_inputs: Inputs, tiny_config: TrialConfig, trained: TrialResult
+    saved_state: Path, tiny_prepared: PreparedData, tiny_config: TrialConfig, trained: TrialResult
 ) -> None:
     config = replace(tiny_config, data_root="elsewhere")
-    _assert_same_run(fit(config, inputs=tiny_inputs, state=saved_state), trained)
+    _assert_same_run(fit(config, prepared=tiny_prepared, state=saved_state), trained)
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "other", "gone", "folder"])
 def test_a_damaged_state_is_refused(
-    tmp_path: Path, saved_state: Path, tiny_inputs: Inputs, tiny_config: TrialConfig, damage: str
+    tmp_path: Path,
+    saved_state: Path,
+    tiny_prepared: PreparedData,
+    tiny_config: TrialConfig,
+    damage: str,
 ) -> None:
     path = tmp_path / "state.pt"
     if damage == "cut":
@@ -440,11 +453,11 @@ def test_a_damaged_state_is_refused(
     elif damage == "folder":
         path.mkdir()
     with pytest.raises(ConfigError, match=rf"{path} (cannot be read as a|is no) saved state.*anew"):
-        fit(tiny_config, inputs=tiny_inputs, state=path)
+        fit(tiny_config, prepared=tiny_prepared, state=path)
 
 
 def test_a_state_that_would_run_code_is_refused(
-    tmp_path: Path, tiny_inputs: Inputs, tiny_config: TrialConfig
+    tmp_path: Path, tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
@@ -452,7 +465,7 @@ def test_a_state_that_would_run_code_is_refused(
 
     torch.save({"optimizer": Evil()}, tmp_path / "state.pt")
     with pytest.raises(ConfigError, match="cannot be read as a saved state"):
-        fit(tiny_config, inputs=tiny_inputs, state=tmp_path / "state.pt")
+        fit(tiny_config, prepared=tiny_prepared, state=tmp_path / "state.pt")
     assert not (tmp_path / "ran").exists()
 
 
@@ -460,9 +473,9 @@ def test_a_state_that_would_run_code_is_refused(
 
 
 def test_validation_moves_no_weight_and_no_statistic(
-    tiny_inputs: Inputs, tiny_config: TrialConfig
+    tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
-    trainer = Trainer(tiny_config, tiny_inputs, torch.device("cpu"))
+    trainer = Trainer(tiny_config, tiny_prepared, torch.device("cpu"))
     trainer.run_epoch(None)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
@@ -475,11 +488,11 @@ def test_validation_moves_no_weight_and_no_statistic(
 
 
 def test_validation_data_has_no_influence_on_the_weights(
-    trained: TrialResult, tiny_inputs: Inputs, tiny_config: TrialConfig
+    trained: TrialResult, tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
-    data = replace(tiny_inputs.data, validation=tiny_inputs.data.test)
-    inputs = Inputs(data, tiny_inputs.train_prototypes, tiny_inputs.train_prototypes)
-    other = fit(tiny_config, inputs=inputs)
+    data = replace(tiny_prepared.dataset, validation=tiny_prepared.dataset.test)
+    prepared = PreparedData(data, tiny_prepared.train_prototypes, tiny_prepared.train_prototypes)
+    other = fit(tiny_config, prepared=prepared)
     weights = trained.model.state_dict()
     for name, value in other.model.state_dict().items():
         assert torch.equal(value, weights[name]), name
@@ -490,17 +503,17 @@ def test_validation_data_has_no_influence_on_the_weights(
 
 @pytest.mark.parametrize("batch", [0.0, 1.0])
 def test_a_run_that_diverges_says_so(
-    tiny_inputs: Inputs, tiny_config: TrialConfig, batch: float
+    tiny_prepared: PreparedData, tiny_config: TrialConfig, batch: float
 ) -> None:
     config = replace(
         tiny_config, optimizer="sgd", schedule="constant", learning_rate=1e30, lambda_batch=batch
     )
     with pytest.raises(DivergedError, match=r"diverged in epoch 1 \(loss nan.*lower learning_rate"):
-        fit(config, inputs=tiny_inputs)
+        fit(config, prepared=tiny_prepared)
 
 
 def test_a_run_whose_last_step_diverges_says_so(
-    tiny_inputs: Inputs, tiny_config: TrialConfig
+    tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
     # One step in all: its own loss is finite, the weights that it leaves are not.
     config = replace(
@@ -512,35 +525,37 @@ def test_a_run_whose_last_step_diverges_says_so(
         learning_rate=1e30,
     )
     with pytest.raises(DivergedError, match=r"diverged in epoch 1 \(cam_ssim nan\)"):
-        fit(config, inputs=tiny_inputs)
+        fit(config, prepared=tiny_prepared)
 
 
-def test_fp16_is_refused_on_the_cpu(tiny_inputs: Inputs, tiny_config: TrialConfig) -> None:
+def test_fp16_is_refused_on_the_cpu(tiny_prepared: PreparedData, tiny_config: TrialConfig) -> None:
     with pytest.raises(ConfigError, match="precision='fp16' needs CUDA, not cpu"):
-        fit(replace(tiny_config, precision="fp16"), inputs=tiny_inputs)
+        fit(replace(tiny_config, precision="fp16"), prepared=tiny_prepared)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_cuda_is_refused_where_there_is_none(tiny_inputs: Inputs, tiny_config: TrialConfig) -> None:
+def test_cuda_is_refused_where_there_is_none(
+    tiny_prepared: PreparedData, tiny_config: TrialConfig
+) -> None:
     with pytest.raises(ConfigError, match="device='cuda' is not there"):
-        fit(replace(tiny_config, device="cuda"), inputs=tiny_inputs)
+        fit(replace(tiny_config, device="cuda"), prepared=tiny_prepared)
 
 
 def test_a_backbone_that_cannot_be_explained_is_refused_before_training(
-    tiny_inputs: Inputs, tiny_config: TrialConfig
+    tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
     config = replace(tiny_config, backbone="resnet18", output_stride=32)
     with pytest.raises(BackboneError, match="14x14 pixels to a CAM grid of 1x1"):
-        fit(config, inputs=tiny_inputs)
+        fit(config, prepared=tiny_prepared)
 
 
 # --- Ways of running -------------------------------------------------------------------------
 
 
 def test_a_run_in_bf16_learns_too(
-    tiny_inputs: Inputs, tiny_config: TrialConfig, trained: TrialResult
+    tiny_prepared: PreparedData, tiny_config: TrialConfig, trained: TrialResult
 ) -> None:
-    result = fit(replace(tiny_config, precision="bf16"), inputs=tiny_inputs)
+    result = fit(replace(tiny_config, precision="bf16"), prepared=tiny_prepared)
     assert result.metrics["val_accuracy"] > 0.5
     assert next(result.model.parameters()).dtype == torch.float32
     first = result.history[0]["loss"]
@@ -553,18 +568,18 @@ def test_a_run_in_bf16_learns_too(
     reason="torch.compile needs a C++ compiler on the CPU",
 )
 def test_a_compiled_run_has_the_losses_of_an_eager_one(
-    tiny_inputs: Inputs, tiny_config: TrialConfig
+    tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
     # Adam would make steps of one size of gradients that are rounding errors.
     lambdas = {"lambda_proto": 0.1, "lambda_exchange": 0.1}
     config = replace(tiny_config, epochs=1, batch_size=50, optimizer="sgd", **lambdas)  # type: ignore[arg-type]
-    eager = fit(config, inputs=tiny_inputs)
-    compiled = fit(replace(config, compile=True), inputs=tiny_inputs)
+    eager = fit(config, prepared=tiny_prepared)
+    compiled = fit(replace(config, compile=True), prepared=tiny_prepared)
     for name in ("loss", "loss_class", "loss_proto", "loss_batch", "loss_exchange", "cam_ssim"):
         assert compiled.metrics[name] == pytest.approx(eager.metrics[name], rel=1e-3), name
     assert set(compiled.model.state_dict()) == set(eager.model.state_dict())
 
 
-def test_images_reach_the_trainer_without_a_copy(tiny_inputs: Inputs) -> None:
-    images, _ = to_device(tiny_inputs.data.train, torch.device("cpu"))
-    assert images.data_ptr() == tiny_inputs.data.train.images.ctypes.data
+def test_images_reach_the_trainer_without_a_copy(tiny_prepared: PreparedData) -> None:
+    images, _ = to_device(tiny_prepared.dataset.train, torch.device("cpu"))
+    assert images.data_ptr() == tiny_prepared.dataset.train.images.ctypes.data

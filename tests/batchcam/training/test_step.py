@@ -11,7 +11,7 @@ from pytorch_msssim import SSIM
 from torch import Tensor, nn
 
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from batchcam.data.preprocessing import to_device
 from batchcam.devices import compile_mode, prefers_channels_last
 from batchcam.models import create_model, resolve_output_stride
@@ -79,7 +79,7 @@ _RATE = 0.005
 @pytest.mark.parametrize("metric", ["l1", "l2", "ssim"])
 @pytest.mark.parametrize("backbone", ["simple_cnn", "resnet10t", "convnextv2_atto"])
 def test_losses_are_those_of_the_plainest_program(
-    tiny_inputs: Inputs, tiny_config: TrialConfig, backbone: str, metric: str
+    tiny_prepared: PreparedData, tiny_config: TrialConfig, backbone: str, metric: str
 ) -> None:
     """Whatever was made faster: memory order, closed forms, matrix products, fused optimisers."""
     config = replace(
@@ -93,7 +93,7 @@ def test_losses_are_those_of_the_plainest_program(
         lambda_batch=0.1,
     )
     torch.manual_seed(0)
-    trainer = Trainer(config, tiny_inputs, torch.device("cpu"))
+    trainer = Trainer(config, tiny_prepared, torch.device("cpu"))
     trainer.model.train()
     weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     features: Any
@@ -113,14 +113,14 @@ def test_losses_are_those_of_the_plainest_program(
     )
     schedule = make_schedule(optimizer, config, config.epochs * 7)
 
-    images, labels = to_device(tiny_inputs.data.train, torch.device("cpu"))
-    prototypes = tiny_inputs.prototypes("train", 28)
+    images, labels = to_device(tiny_prepared.dataset.train, torch.device("cpu"))
+    prototypes = tiny_prepared.prototypes("train", 28)
     for start in range(0, 128, 32):
         batch, targets = images[start : start + 32], labels[start : start + 32]
         found = trainer.step(trainer.preprocess(batch), targets)["loss"]
 
         pixels = F.interpolate(batch / 255, size=(28, 28), mode="bilinear", antialias=True)
-        data = tiny_inputs.data
+        data = tiny_prepared.dataset
         maps = features((pixels - data.mean[0]) / data.std[0])
         wanted = _plain_loss(head(maps), maps, targets, prototypes, config)
         optimizer.zero_grad()
@@ -194,7 +194,7 @@ SYNCHRONISING = {
 @pytest.mark.parametrize("backbone", ["simple_cnn", "convnextv2_atto"])
 @pytest.mark.parametrize("metric", ["l1", "ssim"])
 def test_a_step_waits_for_nothing(
-    tiny_inputs: Inputs, tiny_config: TrialConfig, backbone: str, metric: str
+    tiny_prepared: PreparedData, tiny_config: TrialConfig, backbone: str, metric: str
 ) -> None:
     """Linear heads and others; on a GPU the host would stand still at each of these operators."""
     config = replace(
@@ -207,8 +207,8 @@ def test_a_step_waits_for_nothing(
         lambda_batch=0.1,
         lambda_exchange=0.1,
     )
-    trainer = Trainer(config, tiny_inputs, torch.device("cpu"))
-    images, labels = to_device(tiny_inputs.data.train, torch.device("cpu"))
+    trainer = Trainer(config, tiny_prepared, torch.device("cpu"))
+    images, labels = to_device(tiny_prepared.dataset.train, torch.device("cpu"))
     trainer.step(trainer.preprocess(images[:32]), labels[:32])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
         trainer.step(trainer.preprocess(images[:32]), labels[:32])
@@ -220,13 +220,13 @@ def test_a_step_waits_for_nothing(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_waits_for_nothing_on_a_gpu(
-    tiny_inputs: Inputs, tiny_config: TrialConfig, precision: str
+    tiny_prepared: PreparedData, tiny_config: TrialConfig, precision: str
 ) -> None:
     device = torch.device("cuda")
     lambdas = {"lambda_proto": 0.1, "lambda_batch": 0.1, "lambda_exchange": 0.1}
     config = replace(tiny_config, precision=precision, **lambdas)  # type: ignore[arg-type]
-    trainer = Trainer(config, tiny_inputs, device)
-    images, labels = to_device(tiny_inputs.data.train, device)
+    trainer = Trainer(config, tiny_prepared, device)
+    images, labels = to_device(tiny_prepared.dataset.train, device)
     images, labels = images[:32], labels[:32]
     trainer.step(trainer.preprocess(images), labels)
     torch.cuda.set_sync_debug_mode("error")

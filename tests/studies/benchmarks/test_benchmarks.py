@@ -96,12 +96,12 @@ def test_recording_goes_on_where_it_ended(recording: Recording) -> None:
 
 
 def test_a_subset_has_every_class_in_proportion() -> None:
-    inputs = subset(TrialConfig(dataset="digits"), 200, 100, seed=0)
-    counts = np.bincount(inputs.data.train.labels)
+    prepared = subset(TrialConfig(dataset="digits"), 200, 100, seed=0)
+    counts = np.bincount(prepared.dataset.train.labels)
     assert len(counts) == 10
     assert counts.min() >= 19
     assert counts.max() <= 21
-    assert abs(len(inputs.data.validation) - 100) <= 5
+    assert abs(len(prepared.dataset.validation) - 100) <= 5
     with pytest.raises(ConfigError, match="99999 images are not a part of"):
         subset(TrialConfig(dataset="digits"), 99999, 100, seed=0)
 

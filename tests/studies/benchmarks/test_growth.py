@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from batchcam.cam import tap
+from batchcam.cam import fused_weighted_sum
 from batchcam.losses.objective import Objective
 from studies.benchmarks.batches import peak_bytes
 from studies.benchmarks.growth import AXES, Growth, main, points
@@ -46,7 +46,9 @@ def test_absent_classes_take_no_memory(linear: bool) -> None:
     objective = Objective("l1", 1.0, 0.1, 0.1)
 
     def step() -> None:
-        same, sums = tap(weights[labels] / side**2, features) if linear else (features, None)
+        same, sums = (
+            fused_weighted_sum(weights[labels] / side**2, features) if linear else (features, None)
+        )
         logits = same.mean(dim=(2, 3)) @ weights.T
         torch.autograd.backward(objective(logits, same, labels, prototypes, sums)[0])
         features.grad = weights.grad = None

@@ -17,7 +17,7 @@ from studies.benchmarks.batches import (
     Bench,
     config,
     peak_bytes,
-    random_inputs,
+    random_data,
 )
 from studies.benchmarks.pairs import Seconds, median_ratio, race
 from studies.benchmarks.steps import BCPL, Condition, Steps, conditions, draw, main, table, target
@@ -76,9 +76,9 @@ def test_a_bench_trains_as_its_objective_says() -> None:
 
 
 def test_noise_has_every_class() -> None:
-    inputs = random_inputs(64, 16, 28)
-    assert np.bincount(inputs.data.train.labels).tolist() == [4] * 16
-    assert inputs.train_prototypes.shape == (16, 28, 28)
+    prepared = random_data(64, 16, 28)
+    assert np.bincount(prepared.dataset.train.labels).tolist() == [4] * 16
+    assert prepared.train_prototypes.shape == (16, 28, 28)
 
 
 def test_peak_memory_counts_what_is_held_at_once() -> None:

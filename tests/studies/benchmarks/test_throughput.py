@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from batchcam.losses.objective import Objective
 from batchcam.models import create_model
 from batchcam.models.depthwise import DepthwiseConv2d
@@ -19,8 +19,8 @@ from studies.benchmarks.throughput import TARGETS, Throughput, table
 from studies.benchmarks.time_to_target import TimeToTarget
 
 
-def test_plain_script_sees_the_pictures_as_the_trainer_does(inputs: Inputs) -> None:
-    split, mean, std = inputs.data.train, inputs.data.mean[0], inputs.data.std[0]
+def test_plain_script_sees_the_pictures_as_the_trainer_does(prepared: PreparedData) -> None:
+    split, mean, std = prepared.dataset.train, prepared.dataset.mean[0], prepared.dataset.std[0]
     batches = plain.loader(split, mean, std, 64, shuffle=False, workers=0)
     images = torch.cat([batch for batch, _ in batches])
     labels = torch.cat([batch for _, batch in batches])
@@ -38,14 +38,14 @@ def test_plain_model_computes_the_same_with_pytorchs_own_convolutions() -> None:
     torch.testing.assert_close(ours(images), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_plain_script_learns(inputs: Inputs) -> None:
-    data = inputs.data
+def test_plain_script_learns(prepared: PreparedData) -> None:
+    data = prepared.dataset
     torch.manual_seed(0)
     model = plain.plain_model(create_model("simple_cnn", data.num_classes, data.channels))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     batches = plain.loader(data.train, data.mean[0], data.std[0], 32, shuffle=True, workers=0)
-    prototypes = inputs.prototypes("train", 8)
+    prototypes = prepared.prototypes("train", 8)
     objective = Objective("l1", 1.0, 0.0, 0.1)
     losses = [
         plain.train_epoch(model, batches, optimizer, schedule, objective, prototypes)
@@ -84,20 +84,20 @@ def test_start_up_ends_with_the_first_step(tmp_path: Path) -> None:
 
 
 def test_time_to_a_target_stops_where_it_is_reached(
-    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def resized(_: object) -> Inputs:
+    def resized(_: object) -> PreparedData:
         """Digits of MNIST's size, for MNIST may not be there."""
 
         def larger(images: np.ndarray) -> np.ndarray:
             return np.kron(images, np.ones((1, 1, 4, 4), dtype=np.uint8))[:, :, 2:30, 2:30]
 
-        data = inputs.data
+        data = prepared.dataset
         splits = {
             name: replace(getattr(data, name), images=larger(getattr(data, name).images))
             for name in ("train", "validation")
         }
-        return replace(inputs, data=replace(data, **splits))
+        return replace(prepared, dataset=replace(data, **splits))
 
     monkeypatch.setattr(time_to_target, "prepare", resized)
     settings = TimeToTarget(

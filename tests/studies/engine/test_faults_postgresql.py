@@ -12,8 +12,8 @@ from optuna.trial import TrialState
 from studies.benchmarks.dummy import curve, space
 from studies.engine import retry as patience
 from studies.engine.ledger import LEDGER, Ledger
-from studies.engine.optuna_searcher import OptunaBridge
-from studies.engine.optuna_storage import STORAGE_VARIABLE, open_proposals
+from studies.engine.optuna_searcher import OptunaSearcher
+from studies.engine.optuna_storage import STORAGE_VARIABLE, open_optuna_study
 from studies.engine.retry import StorageLostError
 from studies.engine.sampler import ReproducibleTPE
 from tests.studies.conftest import RAY_CPUS, PostgreSQL
@@ -30,14 +30,14 @@ SECONDS_AWAY = 5
 @pytest.fixture
 def make(
     postgresql: PostgreSQL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[], OptunaBridge]]:
+) -> Iterator[Callable[[], OptunaSearcher]]:
     monkeypatch.setenv(STORAGE_VARIABLE, postgresql.new_database())
     opened = []
 
-    def make() -> OptunaBridge:
-        study, storage = open_proposals(tmp_path, "s", 2, ReproducibleTPE(0))
+    def make() -> OptunaSearcher:
+        study, storage = open_optuna_study(tmp_path, "s", 2, ReproducibleTPE(0))
         opened.append(storage)
-        return OptunaBridge(
+        return OptunaSearcher(
             study,
             storage,
             space,
@@ -53,7 +53,7 @@ def make(
         storage.engine.dispose()
 
 
-def steps(bridge: OptunaBridge) -> Iterator[dict[str, Any]]:
+def steps(bridge: OptunaSearcher) -> Iterator[dict[str, Any]]:
     """Run trials by themselves; stop before each call of the bridge, and give what came of it."""
     for number in range(TRIALS):
         yield {}
@@ -69,7 +69,7 @@ def steps(bridge: OptunaBridge) -> Iterator[dict[str, Any]]:
         bridge.on_trial_complete("a", result, error=number == 3)
 
 
-def run(bridge: OptunaBridge) -> list[dict[str, Any]]:
+def run(bridge: OptunaSearcher) -> list[dict[str, Any]]:
     return [config for config in steps(bridge) if config]
 
 
@@ -89,7 +89,7 @@ def away(server: PostgreSQL) -> threading.Thread:
 @pytest.mark.parametrize("moment", [0, 1, 2, 7, 13])
 def test_database_that_is_away_is_waited_for(
     moment: int,
-    make: Callable[[], OptunaBridge],
+    make: Callable[[], OptunaSearcher],
     postgresql: PostgreSQL,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -123,7 +123,7 @@ def test_database_that_is_away_is_waited_for(
     # What is proposed is what would have been.
     study = optuna.create_study(directions=["maximize"] * 2, sampler=ReproducibleTPE(0))
     assert configs == run(
-        OptunaBridge(
+        OptunaSearcher(
             study,
             study._storage,
             space,
@@ -135,7 +135,7 @@ def test_database_that_is_away_is_waited_for(
 
 
 def test_database_that_stays_away_ends_the_study_to_be_resumed(
-    make: Callable[[], OptunaBridge], postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], OptunaSearcher], postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bridge = make()
     config = bridge.suggest("a")
@@ -153,7 +153,7 @@ def test_database_that_stays_away_ends_the_study_to_be_resumed(
 
 
 def test_database_that_comes_back_late_is_opened(
-    make: Callable[[], OptunaBridge], postgresql: PostgreSQL
+    make: Callable[[], OptunaSearcher], postgresql: PostgreSQL
 ) -> None:
     friend = away(postgresql)
     bridge = make()

@@ -61,7 +61,7 @@ def test_ledger_that_is_opened_again_is_the_same(path: Path) -> None:
     failed, stopped, begun = written.trials
     assert (failed.state, failed.error, failed.epoch) == ("failed", 'it said:\n"no" — φ', 1)
     assert (stopped.state, stopped.error, stopped.epoch) == ("stopped", None, 2)
-    assert (failed.share, stopped.share) == (1, 2)
+    assert (failed.resource_multiplier, stopped.resource_multiplier) == (1, 2)
     assert (begun.state, begun.epoch, begun.params) == (None, 0, params(2))
     assert written.get(2) is begun
     assert written.get(3) is None

@@ -6,8 +6,8 @@ import pytest
 from ray.tune.experiment import Trial
 
 from studies.engine.ledger import Ledger
-from studies.engine.ledger_callback import ERRORS, Recorder
-from studies.trial import OUT_OF_MEMORY, RESUMES_AT, SHARE
+from studies.engine.ledger_callback import ERRORS, LedgerCallback
+from studies.trial import OUT_OF_MEMORY, RESOURCE_MULTIPLIER, RESUMES_AT
 
 EPOCHS = 3
 PARAMS = {"number": 0, "trial_id": "k_00000", "x": 0.5}
@@ -19,23 +19,27 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 @pytest.fixture
-def recorder(ledger: Ledger, tmp_path: Path) -> Recorder:
-    return Recorder(ledger, tmp_path, ("val_accuracy", "cam_ssim"), EPOCHS)
+def recorder(ledger: Ledger, tmp_path: Path) -> LedgerCallback:
+    return LedgerCallback(ledger, tmp_path, ("val_accuracy", "cam_ssim"), EPOCHS)
 
 
 def make_trial(number: int = 0, share: int = 1) -> Trial:
     config = PARAMS | {"number": number, "trial_id": f"k_{number:05d}"}
-    return Trial("run_trial", stub=True, config=config | {SHARE: share, RESUMES_AT: 0})
+    return Trial(
+        "run_trial", stub=True, config=config | {RESOURCE_MULTIPLIER: share, RESUMES_AT: 0}
+    )
 
 
-def report(recorder: Recorder, trial: Trial, **result: Any) -> None:
+def report(recorder: LedgerCallback, trial: Trial, **result: Any) -> None:
     """Hand a result to the recorder as Ray does, with what Ray adds."""
     result |= {"training_iteration": 1, "done": False}
     recorder.on_trial_result(1, [], trial, result)
     trial.update_last_result(result)  # type: ignore[no-untyped-call]
 
 
-def test_trial_is_recorded_from_its_start_to_its_end(ledger: Ledger, recorder: Recorder) -> None:
+def test_trial_is_recorded_from_its_start_to_its_end(
+    ledger: Ledger, recorder: LedgerCallback
+) -> None:
     trial = make_trial()
     recorder.on_trial_start(1, [], trial)
     (history,) = ledger.trials
@@ -47,7 +51,7 @@ def test_trial_is_recorded_from_its_start_to_its_end(ledger: Ledger, recorder: R
     assert (history.epoch, history.state, history.error) == (EPOCHS, "completed", None)
 
 
-def test_trial_that_ends_early_was_stopped(ledger: Ledger, recorder: Recorder) -> None:
+def test_trial_that_ends_early_was_stopped(ledger: Ledger, recorder: LedgerCallback) -> None:
     trial = make_trial()
     recorder.on_trial_start(1, [], trial)
     report(recorder, trial, epoch=1, val_accuracy=0.9, cam_ssim=0.5)
@@ -57,7 +61,7 @@ def test_trial_that_ends_early_was_stopped(ledger: Ledger, recorder: Recorder) -
 
 @pytest.mark.parametrize("objectives", [{"cam_ssim": 0.5}, {"val_accuracy": float("nan")}])
 def test_trial_without_its_objectives_has_failed(
-    ledger: Ledger, recorder: Recorder, objectives: dict[str, float]
+    ledger: Ledger, recorder: LedgerCallback, objectives: dict[str, float]
 ) -> None:
     trial = make_trial()
     recorder.on_trial_start(1, [], trial)
@@ -68,7 +72,7 @@ def test_trial_without_its_objectives_has_failed(
 
 
 def test_trial_that_ran_out_of_memory_has_failed_only_where_there_is_no_more(
-    ledger: Ledger, recorder: Recorder
+    ledger: Ledger, recorder: LedgerCallback
 ) -> None:
     trial = make_trial(share=1)
     recorder.on_trial_start(1, [], trial)
@@ -89,7 +93,7 @@ def test_trial_that_ran_out_of_memory_has_failed_only_where_there_is_no_more(
 
 
 def test_trial_that_overtook_another_can_run_out_of_memory(
-    ledger: Ledger, recorder: Recorder
+    ledger: Ledger, recorder: LedgerCallback
 ) -> None:
     trial = make_trial(number=1)
     recorder.on_trial_start(1, [], trial)
@@ -100,7 +104,7 @@ def test_trial_that_overtook_another_can_run_out_of_memory(
 
 
 def test_error_of_a_trial_is_kept(
-    ledger: Ledger, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ledger: Ledger, recorder: LedgerCallback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "Traceback\n  a line\nValueError: the reason\n"
     (tmp_path / "error.txt").write_text(text)
@@ -114,7 +118,7 @@ def test_error_of_a_trial_is_kept(
 
 
 def test_trial_whose_process_did_not_come_up_has_failed(
-    ledger: Ledger, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    ledger: Ledger, recorder: LedgerCallback, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Trial, "error_file", None)
     recorder.on_trial_error(1, [], make_trial())
@@ -123,5 +127,5 @@ def test_trial_whose_process_did_not_come_up_has_failed(
     assert history.error == "unknown error"
 
 
-def test_recorder_that_ray_pickles_holds_nothing(recorder: Recorder) -> None:
+def test_recorder_that_ray_pickles_holds_nothing(recorder: LedgerCallback) -> None:
     assert vars(pickle.loads(pickle.dumps(recorder))) == {}

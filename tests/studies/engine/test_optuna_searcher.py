@@ -11,8 +11,8 @@ from ray import cloudpickle
 from ray.tune.search import Searcher
 
 from studies.benchmarks.dummy import curve, space
-from studies.engine.optuna_searcher import EPOCHS_MISSING, OptunaBridge, enqueue
-from studies.engine.optuna_storage import STORAGE_VARIABLE, open_proposals
+from studies.engine.optuna_searcher import EPOCHS_MISSING, OptunaSearcher, enqueue
+from studies.engine.optuna_storage import STORAGE_VARIABLE, open_optuna_study
 from studies.engine.sampler import ReproducibleTPE
 from studies.trial import OUT_OF_MEMORY
 
@@ -21,7 +21,7 @@ ONE = ("val_accuracy",)
 BOTH = ("val_accuracy", "cam_ssim")
 
 Open = Callable[[int], tuple[optuna.Study, BaseStorage]]
-Make = Callable[..., OptunaBridge]
+Make = Callable[..., OptunaSearcher]
 
 
 @pytest.fixture(params=["memory", "journal", "sqlite", "postgresql"])
@@ -39,7 +39,7 @@ def open_study(
     def open_study(num_objectives: int) -> tuple[optuna.Study, BaseStorage]:
         sampler = ReproducibleTPE(0)
         if request.param != "memory":
-            study, storage = open_proposals(tmp_path, "s", num_objectives, sampler)
+            study, storage = open_optuna_study(tmp_path, "s", num_objectives, sampler)
             opened.append(storage)
             return study, storage
         study = optuna.create_study(
@@ -68,10 +68,10 @@ def objectives(request: pytest.FixtureRequest) -> tuple[str, ...]:
 def make(open_study: Open, objectives: tuple[str, ...]) -> Make:
     """Return a function that makes a bridge to the study of a test, each a driver's."""
 
-    def make(num_trials: int = 3, **changes: Any) -> OptunaBridge:
+    def make(num_trials: int = 3, **changes: Any) -> OptunaSearcher:
         study, storage = open_study(len(objectives))
         options = {"objectives": objectives, "max_epochs": EPOCHS, "num_trials": num_trials}
-        return OptunaBridge(study, storage, space, **{**options, **changes})
+        return OptunaSearcher(study, storage, space, **{**options, **changes})
 
     return make
 
@@ -82,13 +82,13 @@ def trials(open_study: Open, objectives: tuple[str, ...]) -> Callable[[], list[F
     return lambda: open_study(len(objectives))[0].trials
 
 
-def suggest(bridge: OptunaBridge, trial_id: str) -> dict[str, Any]:
+def suggest(bridge: OptunaSearcher, trial_id: str) -> dict[str, Any]:
     config = bridge.suggest(trial_id)
     assert isinstance(config, dict)
     return config
 
 
-def run(bridge: OptunaBridge, trial_id: str, epochs: int = EPOCHS) -> dict[str, Any]:
+def run(bridge: OptunaSearcher, trial_id: str, epochs: int = EPOCHS) -> dict[str, Any]:
     """Run a trial that ends after `epochs`, as Ray tells the bridge of it."""
     config = suggest(bridge, trial_id)
     for epoch in range(1, epochs + 1):
@@ -137,7 +137,7 @@ def test_proposals_do_not_depend_on_how_often_the_study_was_opened(
 ) -> None:
     sampler = ReproducibleTPE(0)
     study = optuna.create_study(directions=["maximize"] * len(objectives), sampler=sampler)
-    whole = OptunaBridge(
+    whole = OptunaSearcher(
         study, study._storage, space, objectives=objectives, max_epochs=EPOCHS, num_trials=16
     )
     for number in range(16):
@@ -219,7 +219,7 @@ def test_more_is_to_come_while_trials_run_and_nothing_after(make: Make) -> None:
 
 
 def test_no_more_is_proposed_than_may_live(make: Make) -> None:
-    bridge = make(num_trials=3, max_live=lambda: 2)
+    bridge = make(num_trials=3, max_concurrent_trials=lambda: 2)
     first = suggest(bridge, "a")
     suggest(bridge, "b")
     assert bridge.suggest("c") is None

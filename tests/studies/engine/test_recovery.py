@@ -12,12 +12,12 @@ from ray.tune.schedulers import TrialScheduler
 
 from studies.benchmarks.dummy import curve, space
 from studies.engine.ledger import Ledger, TrialHistory
-from studies.engine.optuna_searcher import OptunaBridge, enqueue, how_ended
-from studies.engine.optuna_storage import open_proposals
+from studies.engine.optuna_searcher import OptunaSearcher, enqueue, how_ended
+from studies.engine.optuna_storage import open_optuna_study
 from studies.engine.recovery import recover
 from studies.engine.sampler import ReproducibleTPE
 from studies.engine.scheduler import ParetoASHA
-from studies.trial import OUT_OF_MEMORY, SHARE
+from studies.trial import OUT_OF_MEMORY, RESOURCE_MULTIPLIER
 
 MIN_EPOCHS = 2
 EPOCHS = 5
@@ -56,10 +56,10 @@ class Driver:
         large: frozenset[int] = frozenset(),
     ) -> None:
         self.ledger = Ledger(folder / "ledger.jsonl")
-        self.study, storage = open_proposals(folder, "s", len(objectives), ReproducibleTPE(0))
+        self.study, storage = open_optuna_study(folder, "s", len(objectives), ReproducibleTPE(0))
         enqueue(self.study, [{"x": 0.5, "y": 0.5}])
         self.scheduler = ParetoASHA(objectives=BOTH, min_epochs=MIN_EPOCHS, max_epochs=EPOCHS)
-        self.bridge = OptunaBridge(
+        self.bridge = OptunaSearcher(
             self.study,
             storage,
             self._configure,
@@ -95,7 +95,7 @@ class Driver:
 
     def _live(self, name: str, config: dict[str, Any]) -> Iterator[None]:
         number, ledger = config["number"], self.ledger
-        ledger.propose({key: value for key, value in config.items() if key != SHARE})
+        ledger.propose({key: value for key, value in config.items() if key != RESOURCE_MULTIPLIER})
         yield
         result: dict[str, Any] = {}
         for epoch in range(self._history(number).epoch + 1, EPOCHS + 1):
@@ -103,9 +103,9 @@ class Driver:
                 self.bridge.on_trial_complete(name, error=True)
                 ledger.end(number, "failed", "the reason")
                 return
-            if epoch > 1 and number in self._large and config[SHARE] == 1:
+            if epoch > 1 and number in self._large and config[RESOURCE_MULTIPLIER] == 1:
                 self.bridge.on_trial_complete(name, {"epoch": epoch - 1, OUT_OF_MEMORY: True})
-                assert self._history(number).share == 2
+                assert self._history(number).resource_multiplier == 2
                 return
             result = curve(config["x"], config["y"], epoch)
             going_on = self._judge(number, result)
@@ -126,10 +126,10 @@ class Driver:
 
     def _configure(self, trial: optuna.Trial) -> dict[str, Any]:
         history = self.ledger.get(trial.number)
-        return {**space(trial), SHARE: history.share if history else 1}
+        return {**space(trial), RESOURCE_MULTIPLIER: history.resource_multiplier if history else 1}
 
     def _enlarge(self, number: int) -> int | None:
-        share = 2 * self._history(number).share
+        share = 2 * self._history(number).resource_multiplier
         self.ledger.enlarge(number, share)
         return share
 
@@ -158,7 +158,10 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def outcome(driver: Driver) -> list[tuple[Any, ...]]:
-    return [(t.number, t.params, t.reports, t.state, t.share) for t in driver.ledger.trials]
+    return [
+        (t.number, t.params, t.reports, t.state, t.resource_multiplier)
+        for t in driver.ledger.trials
+    ]
 
 
 def in_optuna(driver: Driver) -> list[tuple[Any, ...]]:
@@ -311,8 +314,8 @@ def test_trial_keeps_the_memory_that_it_was_given(tmp_path: Path, writes: Simple
     del writes
     driver = resume(tmp_path, slots=1, large=frozenset({0}))
     assert driver.suggested[:3] == [0, 0, 1]
-    assert [trial.share for trial in driver.ledger.trials] == [2, 1, 1, 1, 1, 1]
-    assert Ledger(tmp_path / "ledger.jsonl").trials[0].share == 2
+    assert [trial.resource_multiplier for trial in driver.ledger.trials] == [2, 1, 1, 1, 1, 1]
+    assert Ledger(tmp_path / "ledger.jsonl").trials[0].resource_multiplier == 2
 
 
 def test_trial_that_was_to_be_stopped_when_the_driver_died_is_stopped(
@@ -323,7 +326,9 @@ def test_trial_that_was_to_be_stopped_when_the_driver_died_is_stopped(
     for name, metrics in (("a", (0.9, 0.9)), ("b", (0.5, 0.5)), ("c", (0.1, 0.1))):
         config = driver.bridge.suggest(name)
         assert isinstance(config, dict)
-        driver.ledger.propose({key: value for key, value in config.items() if key != SHARE})
+        driver.ledger.propose(
+            {key: value for key, value in config.items() if key != RESOURCE_MULTIPLIER}
+        )
         report = {"epoch": MIN_EPOCHS, **dict(zip(BOTH, metrics, strict=True))}
         going_on = driver._judge(config["number"], report)
         driver.ledger.report(config["number"], report)
@@ -342,7 +347,9 @@ def test_trial_whose_last_report_is_there_has_ended(
     driver = Driver(tmp_path)
     config = driver.bridge.suggest("a")
     assert isinstance(config, dict)
-    driver.ledger.propose({key: value for key, value in config.items() if key != SHARE})
+    driver.ledger.propose(
+        {key: value for key, value in config.items() if key != RESOURCE_MULTIPLIER}
+    )
     for epoch in range(1, EPOCHS + 1):
         driver.ledger.report(0, curve(config["x"], config["y"], epoch))
     again = Driver(tmp_path)
@@ -360,7 +367,9 @@ def test_number_that_was_none_is_a_failure_and_is_tried_once_more(
     driver = Driver(tmp_path)
     config = driver.bridge.suggest("a")
     assert isinstance(config, dict)
-    driver.ledger.propose({key: value for key, value in config.items() if key != SHARE})
+    driver.ledger.propose(
+        {key: value for key, value in config.items() if key != RESOURCE_MULTIPLIER}
+    )
     driver.ledger.report(0, curve(0.5, 0.5, 1) | {"cam_ssim": float("nan")})
     again = Driver(tmp_path)
     again.recover()
@@ -384,7 +393,9 @@ def test_trial_that_diverged_is_not_tried_again(
     driver = Driver(tmp_path)
     config = driver.bridge.suggest("a")
     assert isinstance(config, dict)
-    driver.ledger.propose({key: value for key, value in config.items() if key != SHARE})
+    driver.ledger.propose(
+        {key: value for key, value in config.items() if key != RESOURCE_MULTIPLIER}
+    )
     driver.bridge.on_trial_complete("a", error=True)
     driver.ledger.end(0, "failed", error)
     again = Driver(tmp_path)

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from studies.engine.retry import StorageLostError, patiently
+from studies.engine.retry import StorageLostError, retry
 
 
 class Storage:
@@ -23,7 +23,7 @@ class Storage:
 
 def test_storage_that_is_there_is_used_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     began = time.monotonic()
-    assert patiently(Storage(1, OSError()).use, "the storage") == "used"
+    assert retry(Storage(1, OSError()).use, "the storage") == "used"
     assert time.monotonic() - began < 0.1
     assert capsys.readouterr().out == ""
 
@@ -33,7 +33,7 @@ def test_storage_that_comes_back_is_waited_for_and_said_so_once(
 ) -> None:
     storage = Storage(4, OSError(28, "No space left on device"))
     began = time.monotonic()
-    assert patiently(storage.use, "the storage") == "used"
+    assert retry(storage.use, "the storage") == "used"
     # 0.2, 0.4 and 0.8 seconds between four uses.
     assert 1.4 <= time.monotonic() - began < 10
     assert storage.uses == 4
@@ -45,7 +45,7 @@ def test_storage_that_comes_back_is_waited_for_and_said_so_once(
 def test_storage_that_stays_away_is_given_up_with_the_remedy() -> None:
     storage = Storage(99, OSError("it is gone\nand more of it"))
     with pytest.raises(StorageLostError) as lost:
-        patiently(storage.use, "the storage", patience=0.5)
+        retry(storage.use, "the storage", patience=0.5)
     assert str(lost.value) == (
         "the storage cannot be used for 0 s: it is gone. Mend it and --resume: nothing that was "
         "recorded is lost."
@@ -55,15 +55,15 @@ def test_storage_that_stays_away_is_given_up_with_the_remedy() -> None:
 
 def test_error_without_words_is_named_by_its_kind() -> None:
     with pytest.raises(StorageLostError, match="for 0 s: TimeoutError"):
-        patiently(Storage(2, TimeoutError()).use, "the storage", patience=0)
+        retry(Storage(2, TimeoutError()).use, "the storage", patience=0)
 
 
 def test_other_errors_are_not_waited_for() -> None:
     storage = Storage(2, KeyError("wrong"))
     with pytest.raises(KeyError):
-        patiently(storage.use, "the storage")
+        retry(storage.use, "the storage")
     assert storage.uses == 1
-    assert patiently(Storage(2, KeyError()).use, "the storage", (KeyError,)) == "used"
+    assert retry(Storage(2, KeyError()).use, "the storage", (KeyError,)) == "used"
 
 
 def test_lost_storage_is_not_taken_for_the_failure_of_a_trial() -> None:

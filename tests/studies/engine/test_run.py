@@ -14,7 +14,7 @@ from studies.engine.ledger import LEDGER, Ledger
 from studies.engine.optuna_storage import JOURNAL, open_journal
 from studies.engine.run import Search, run_search, trial_id
 from studies.planning.resources import TrialResources
-from studies.trial import OUT_OF_MEMORY, SHARE
+from studies.trial import OUT_OF_MEMORY, RESOURCE_MULTIPLIER
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.xdist_group("ray")]
 
@@ -40,7 +40,7 @@ def search(*needs: int) -> Search:
 
 
 def hungry(params: dict[str, Any]) -> None:
-    if params[SHARE] < params["needs"]:
+    if params[RESOURCE_MULTIPLIER] < params["needs"]:
         tune.report({"epoch": 0, OUT_OF_MEMORY: True})
         return
     context = ray.get_runtime_context()
@@ -51,7 +51,7 @@ def hungry(params: dict[str, Any]) -> None:
 def test_trial_out_of_memory_starts_again_with_a_larger_share(tmp_path: Path) -> None:
     # A node of two CPUs: twice the usual one is all there is.
     ledger = run_search(search(1, 2, 4), tmp_path, hungry, TrialResources(1.0, 0.0, 2.0))
-    states = [(trial.state, trial.share) for trial in ledger.trials]
+    states = [(trial.state, trial.resource_multiplier) for trial in ledger.trials]
     assert states == [("completed", 1), ("completed", 2), ("failed", 2)]
     assert [trial.reports[-1]["val_accuracy"] for trial in ledger.trials[:2]] == [1.0, 2.0]
     assert "out of memory" in str(ledger.trials[2].error)

@@ -9,7 +9,7 @@ import torch
 from batchcam.config import TrialConfig
 from batchcam.data.dataset import ImageData, load_data
 from batchcam.data.decoys import paint_decoys, paint_random_decoys
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from batchcam.data.preprocessing import to_device
 from batchcam.prototypes import class_prototypes
 from studies.evidence import decoy_pictures, paper, pictures, right_reasons
@@ -31,16 +31,16 @@ def small() -> dict[str, ImageData]:
 
 @pytest.fixture
 def on_digits(small: dict[str, ImageData], monkeypatch: pytest.MonkeyPatch) -> None:
-    def inputs(dataset: str, prototype: str = "mean") -> Inputs:
+    def prepared(dataset: str, prototype: str = "mean") -> PreparedData:
         data = small[dataset]
         train, validation = (
             class_prototypes(*to_device(split, torch.device("cpu")), 10, prototype)
             for split in (data.train, data.validation)
         )
-        return Inputs(data, train, validation)
+        return PreparedData(data, train, validation)
 
     for study in (paper, pictures, right_reasons, decoy_pictures):
-        monkeypatch.setattr(study, "load_inputs", inputs)
+        monkeypatch.setattr(study, "load_prepared", prepared)
     for study in (paper, right_reasons):
         monkeypatch.setattr(study, "_EXPLAINED", 40)
     monkeypatch.setattr(paper, "_IMPUTED", 4)

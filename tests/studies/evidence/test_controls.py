@@ -9,7 +9,7 @@ import torch
 from batchcam.config import TrialConfig
 from batchcam.data.dataset import ImageData
 from batchcam.data.decoys import paint_decoys
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from batchcam.data.preprocessing import to_device
 from batchcam.prototypes import class_prototypes
 from studies.evidence.controls import (
@@ -47,10 +47,13 @@ def test_with_a_control_no_class_has_support_there(
     """On the CAM grid, which the energy loss asks about, and of pixels, which the exchange does."""
     data = small["decoy_mnist"]
     prototypes = class_prototypes(*to_device(data.train, torch.device("cpu")), 10)
-    inputs = Inputs(data, prototypes, prototypes)
+    prepared = PreparedData(data, prototypes, prototypes)
     config = TrialConfig(dataset="decoy_mnist", resolution=28)
     grid = (side, side)
-    told, usual = controlled(inputs, config, control).outside(grid), inputs.outside(grid)
+    told, usual = (
+        controlled(prepared, config, control).off_support_mask(grid),
+        prepared.off_support_mask(grid),
+    )
     marked = (
         touched_cells(grid, data.train.images.shape[2:])
         if control == CORNERS_OUTSIDE

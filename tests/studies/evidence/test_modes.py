@@ -9,7 +9,7 @@ from PIL import Image
 from batchcam.config import TrialConfig
 from batchcam.data.dataset import load_data
 from batchcam.data.preprocessing import to_device
-from studies.evidence.modes import METHODS, Modes, _partner, load_inputs, main, merged
+from studies.evidence.modes import METHODS, Modes, _partner, load_prepared, main, merged
 from studies.evidence.workers import Workers
 
 
@@ -24,9 +24,9 @@ def test_neighbours_are_merged_and_nothing_else_changes() -> None:
 
 def test_k_means_finds_the_digits_of_a_pair() -> None:
     digits = torch.from_numpy(load_data(TrialConfig(dataset="digits")).train.labels)
-    inputs = load_inputs("digits", "kmeans")
-    groups = inputs.groups("train")
-    images, labels = to_device(inputs.data.train, torch.device("cpu"))
+    prepared = load_prepared("digits", "kmeans")
+    groups = prepared.prototype_index("train")
+    images, labels = to_device(prepared.dataset.train, torch.device("cpu"))
     assert len(images) == len(groups) == len(digits)
     assert torch.equal(groups // 2, labels)
     # Of each group, which digit most of its images show.

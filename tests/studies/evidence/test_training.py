@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchcam.config import TrialConfig
 from batchcam.data.dataset import ImageData
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from batchcam.data.preprocessing import to_device
 from batchcam.prototypes import class_prototypes
 from batchcam.training import fit as batchcam_train
@@ -39,10 +39,10 @@ def test_a_run_that_is_cut_goes_on_to_the_same_model(
         class_prototypes(*to_device(split, torch.device("cpu")), 10)
         for split in (data.train, data.validation)
     )
-    inputs = Inputs(data, train_prototypes, validation_prototypes)
+    prepared = PreparedData(data, train_prototypes, validation_prototypes)
     config = TrialConfig(dataset="decoy_mnist", epochs=2, batch_size=32, device="cpu")
     run = Run(study="s", method="m", stage="final", config=config, beyond=beyond)
-    whole = train(run, inputs, tmp_path / "whole.pt")
+    whole = train(run, prepared, tmp_path / "whole.pt")
 
     kept = batchcam_train.Trainer.save_state
     saved: list[Path] = []
@@ -55,10 +55,10 @@ def test_a_run_that_is_cut_goes_on_to_the_same_model(
 
     monkeypatch.setattr(batchcam_train.Trainer, "save_state", cut)
     with pytest.raises(KeyboardInterrupt):
-        train(run, inputs, tmp_path / "cut.pt")
-    resumed = train(run, inputs, tmp_path / "cut.pt")
+        train(run, prepared, tmp_path / "cut.pt")
+    resumed = train(run, prepared, tmp_path / "cut.pt")
     assert len(saved) == 2
-    again = train(run, inputs, tmp_path / "cut.pt")  # Nothing is trained any more.
+    again = train(run, prepared, tmp_path / "cut.pt")  # Nothing is trained any more.
     assert len(saved) == 2
     for other in (resumed, again):
         for name, value in whole.model.state_dict().items():
@@ -72,7 +72,7 @@ def test_rrr_by_prototypes_is_told_where_each_image_s_class_has_no_support(
     data = small["decoy_mnist"]
     images, labels = to_device(data.train, torch.device("cpu"))
     prototypes = class_prototypes(images, labels, 10)
-    inputs = Inputs(data, prototypes, prototypes)
+    prepared = PreparedData(data, prototypes, prototypes)
     told: list[tuple[Tensor, Tensor]] = []
 
     def record(_: object, batches: Iterable[tuple[Tensor, ...]], *__: object) -> None:
@@ -82,9 +82,9 @@ def test_rrr_by_prototypes_is_told_where_each_image_s_class_has_no_support(
     config = TrialConfig(dataset="decoy_mnist", epochs=1, batch_size=64, device="cpu")
     for beyond in ({RRR_BY_PROTOTYPES: 1.0}, {RRR: 1.0}):
         run = Run(study="s", method="m", stage="final", config=config, beyond=beyond)
-        train(run, inputs, tmp_path / f"{next(iter(beyond))}.pt")
+        train(run, prepared, tmp_path / f"{next(iter(beyond))}.pt")
     half = len(told) // 2
-    outside = inputs.outside((28, 28))
+    outside = prepared.off_support_mask((28, 28))
     for (labels, masks), (same, annotated) in zip(told[:half], told[half:], strict=True):
         torch.testing.assert_close(masks, outside[labels], rtol=0, atol=0)
         assert torch.equal(labels, same)

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from studies.engine.ledger import Ledger
-from studies.monitoring.status_table import LiveTable, shown
+from studies.monitoring.status_table import StatusTable, shown
 from tests.studies.conftest import ROOT
 
 
@@ -30,7 +30,7 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger(tmp_path / "ledger.jsonl")
 
 
-def _text(table: LiveTable, width: int = 80) -> list[str]:
+def _text(table: StatusTable, width: int = 80) -> list[str]:
     console = Console(file=io.StringIO(), width=width, force_terminal=False)
     console.print(table)
     assert isinstance(console.file, io.StringIO)
@@ -46,8 +46,8 @@ def _report(epoch: int, accuracy: float, ssim: float) -> dict[str, float]:
     }
 
 
-def _table(ledger: Ledger, clock: Clock) -> LiveTable:
-    return LiveTable(ledger, 5, ("val_accuracy", "cam_ssim"), 4, clock)
+def _table(ledger: Ledger, clock: Clock) -> StatusTable:
+    return StatusTable(ledger, 5, ("val_accuracy", "cam_ssim"), 4, clock)
 
 
 def test_it_counts_and_names_the_best_and_the_time_left(ledger: Ledger) -> None:
@@ -75,7 +75,7 @@ def test_it_counts_and_names_the_best_and_the_time_left(ledger: Ledger) -> None:
 
 
 def test_it_fits_eighty_columns_however_many_run(ledger: Ledger) -> None:
-    table = LiveTable(ledger, 10_000, ("val_accuracy", "cam_ssim"), 100, Clock())
+    table = StatusTable(ledger, 10_000, ("val_accuracy", "cam_ssim"), 100, Clock())
     for number in range(40):
         ledger.propose({"number": number, "trial_id": "a-very-long-name-of-a-study_" + "0" * 30})
         ledger.report(number, _report(50, 0.123456, 0.654321))

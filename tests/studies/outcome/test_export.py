@@ -10,7 +10,7 @@ import pytest
 
 import batchcam
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from batchcam.export.bundle import save_bundle
 from batchcam.training.fit import EpochReport
 from studies.engine.checkpoints import Checkpoints
@@ -155,11 +155,11 @@ def trained(config: TrialConfig, reports: Reports, make_record: Make) -> list[Tr
 
 
 def test_bundle_is_the_trial_as_it_ended(
-    trained: list[TrialRecord], inputs: Inputs, tmp_path: Path
+    trained: list[TrialRecord], prepared: PreparedData, tmp_path: Path
 ) -> None:
     whole, stopped = trained
     chosen = {"accuracy": whole, "ssim": stopped}
-    written = export.export_bundles(tmp_path / "best", chosen, inputs, "the-study")
+    written = export.export_bundles(tmp_path / "best", chosen, prepared, "the-study")
     for name, record in chosen.items():
         loaded = batchcam.load(tmp_path / "best" / name)
         assert loaded.metrics == written[name]
@@ -174,7 +174,7 @@ def test_bundle_is_the_trial_as_it_ended(
 
 def test_test_split_is_read_once_for_each_trial(
     trained: list[TrialRecord],
-    inputs: Inputs,
+    prepared: PreparedData,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -188,7 +188,7 @@ def test_test_split_is_read_once_for_each_trial(
     monkeypatch.setattr(export, "save_bundle", counted)
     whole, stopped = trained
     chosen = {"accuracy": whole, "ssim": stopped, "knee": whole}
-    written = export.export_bundles(tmp_path / "best", chosen, inputs, "s")
+    written = export.export_bundles(tmp_path / "best", chosen, prepared, "s")
     assert saved == ["whole", "stopped"]
     assert written["knee"] == written["accuracy"]
     for name in chosen:
@@ -196,23 +196,23 @@ def test_test_split_is_read_once_for_each_trial(
 
 
 def test_bundles_of_an_earlier_export_are_replaced(
-    trained: list[TrialRecord], inputs: Inputs, tmp_path: Path
+    trained: list[TrialRecord], prepared: PreparedData, tmp_path: Path
 ) -> None:
     (tmp_path / "best" / "old").mkdir(parents=True)
-    export.export_bundles(tmp_path / "best", {"knee": trained[0]}, inputs, "s")
+    export.export_bundles(tmp_path / "best", {"knee": trained[0]}, prepared, "s")
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["knee"]
 
 
 def test_trial_whose_states_are_gone_is_named_with_the_remedy(
-    trained: list[TrialRecord], inputs: Inputs, tmp_path: Path
+    trained: list[TrialRecord], prepared: PreparedData, tmp_path: Path
 ) -> None:
     lost = replace(trained[0], checkpoints=str(tmp_path / "gone"))
     with pytest.raises(StudyError, match=r"whole has no whole checkpoint left in .*gone; delete"):
-        export.export_bundles(tmp_path / "best", {"knee": lost}, inputs, "s")
+        export.export_bundles(tmp_path / "best", {"knee": lost}, prepared, "s")
 
 
 def test_bundle_is_made_of_the_state_before_one_that_is_damaged(
-    trained: list[TrialRecord], reports: Reports, inputs: Inputs, tmp_path: Path
+    trained: list[TrialRecord], reports: Reports, prepared: PreparedData, tmp_path: Path
 ) -> None:
     kept = Checkpoints(str(tmp_path / "trial"))
     for report, folder in reports[-2:]:
@@ -222,7 +222,7 @@ def test_bundle_is_made_of_the_state_before_one_that_is_damaged(
     newest = max((tmp_path / "trial").iterdir())
     newest.write_bytes(newest.read_bytes()[:-1])
     damaged = replace(trained[0], checkpoints=kept.folder)
-    written = export.export_bundles(tmp_path / "best", {"knee": damaged}, inputs, "s")
+    written = export.export_bundles(tmp_path / "best", {"knee": damaged}, prepared, "s")
     assert written["knee"]["epochs"] == reports[-2][0].epoch
 
 

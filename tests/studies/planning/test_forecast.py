@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from studies.planning.forecast import Forecast, forecast, print_forecast, sample_configs
 from studies.planning.probe import Probe, kinds, probe
 from studies.planning.resources import TrialResources
@@ -45,8 +45,8 @@ def test_the_dearest_of_each_kind_is_probed(settings: StudySettings) -> None:
     assert all(config.lambda_proto and config.lambda_batch for config in configs)
 
 
-def test_probe_measures_speed_and_memory(config: TrialConfig, inputs: Inputs) -> None:
-    found = probe(config, inputs, 1)
+def test_probe_measures_speed_and_memory(config: TrialConfig, prepared: PreparedData) -> None:
+    found = probe(config, prepared, 1)
     assert found.error is None
     assert found.train_images_per_second > 0
     assert found.validation_images_per_second > 0
@@ -55,18 +55,18 @@ def test_probe_measures_speed_and_memory(config: TrialConfig, inputs: Inputs) ->
 
 
 def test_probe_that_runs_out_of_memory_says_so(
-    config: TrialConfig, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+    config: TrialConfig, prepared: PreparedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise MemoryError("no more")
 
     monkeypatch.setattr("studies.planning.probe.fit", fail)
-    assert probe(config, inputs, 1).error == "no more"
+    assert probe(config, prepared, 1).error == "no more"
 
 
-def test_epochs_and_hours_add_up(settings: StudySettings, inputs: Inputs) -> None:
+def test_epochs_and_hours_add_up(settings: StudySettings, prepared: PreparedData) -> None:
     configs = [each.config for each in probes(settings)]
-    result = forecast(settings, configs, probes(settings), inputs, at_a_time=2)
+    result = forecast(settings, configs, probes(settings), prepared, at_a_time=2)
     assert (result.most_epochs, result.at_a_time, result.trials) == (80, 2, 10)
     # Half at epochs 1, 2 and 4: 1 + 1/2 + 2/4 + 4/8 epochs each.
     assert result.fewest_epochs == 25
@@ -77,10 +77,10 @@ def test_epochs_and_hours_add_up(settings: StudySettings, inputs: Inputs) -> Non
 
 
 def test_without_early_stopping_there_is_one_number(
-    settings: StudySettings, inputs: Inputs
+    settings: StudySettings, prepared: PreparedData
 ) -> None:
     settings = replace(settings, min_epochs=8)
-    result = forecast(settings, [], probes(settings), inputs, 1)
+    result = forecast(settings, [], probes(settings), prepared, 1)
     assert result.most_epochs == result.fewest_epochs == 80
 
 

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import Inputs
+from batchcam.data.prepared import PreparedData
 from studies.planning.probe import Probe, probe_all
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -33,9 +33,9 @@ def local_ray(**settings: float) -> Iterator[None]:
 
 
 def test_probe_killed_by_the_kernel_is_out_of_memory_and_the_next_one_is_not(
-    config: TrialConfig, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+    config: TrialConfig, prepared: PreparedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def greedy(each: TrialConfig, _: Inputs, threads: int) -> Probe:
+    def greedy(each: TrialConfig, _: PreparedData, threads: int) -> Probe:
         if each.batch_size == 128:
             os.kill(os.getpid(), signal.SIGKILL)
         return Probe(each, threads, 1.0, 1.0, 1, 2)
@@ -43,21 +43,21 @@ def test_probe_killed_by_the_kernel_is_out_of_memory_and_the_next_one_is_not(
     monkeypatch.setattr("studies.planning.probe.probe", greedy)
     larger = TrialConfig(batch_size=128)
     with local_ray():
-        killed, found = probe_all([larger, config], inputs, 1.0, 0.0)
+        killed, found = probe_all([larger, config], prepared, 1.0, 0.0)
     assert (killed.config, killed.threads, killed.device) == (larger, 1, "cpu")
     assert killed.error
     assert found == Probe(config, 1, 1.0, 1.0, 1, 2)
 
 
 def test_probe_killed_by_ray_is_out_of_memory(
-    config: TrialConfig, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+    config: TrialConfig, prepared: PreparedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def greedy(each: TrialConfig, _: Inputs, threads: int) -> Probe:
+    def greedy(each: TrialConfig, _: PreparedData, threads: int) -> Probe:
         time.sleep(60)
         return Probe(each, threads)
 
     monkeypatch.setattr("studies.planning.probe.probe", greedy)
     # To this Ray a node is full that has more than a thousandth of its memory in use.
     with local_ray(memory_usage_threshold=0.001, memory_monitor_refresh_ms=50):
-        (killed,) = probe_all([config], inputs, 1.0, 0.0)
+        (killed,) = probe_all([config], prepared, 1.0, 0.0)
     assert "memory" in str(killed.error)
