@@ -29,9 +29,11 @@ PROTOTYPES = ("mean", "median", "kmeans")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("one_cycle", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
-LAMBDAS = ("lambda_class", "lambda_proto", "lambda_batch", "lambda_energy", "lambda_exchange")
 MIN_RESOLUTION = 8
 """Pixels. The SSIM window is 7 pixels wide; a smaller image leaves it nothing to compare."""
+
+EXTRA_TERMS = "extra_terms"
+"""Key of a configuration file: weights of loss terms that are not of this project, by name."""
 
 _CHOICES = {
     "dataset": DATASETS,
@@ -81,11 +83,14 @@ class TrialConfig:
     lambda_batch: float = 0.1
     """Weight of the Batch-CAM Prototype Loss (per class in the batch); 0 turns it off."""
     lambda_energy: float = 0.0
-    """Weight of the prototype energy loss (attribution outside the class's support); 0 turns it
-    off."""
+    """Weight of the prototype energy loss, which penalises attribution off the support of the
+    class; 0 turns it off."""
     lambda_exchange: float = 0.0
-    """Weight of the prototype exchange loss (what lies outside of two classes' supports may not
-    decide between them); 0 turns it off. A step looks at each image twice with it."""
+    """Weight of the prototype exchange loss, which swaps background pixels between two images and
+    penalises the change of their scores; 0 turns it off. It doubles the time of a step."""
+    lambda_mask_gradient: float = 0.0
+    """Weight of RRR (Ross et al. 2017), which penalises input gradients under the masks of a
+    data set that has masks (decoy_mnist, decoy_fashion_mnist); 0 turns it off."""
     prototype: str = "mean"
     """How a class prototype is made from its images: mean (the paper's), pixelwise median, or
     kmeans: several per class, each the mean of a cluster."""
@@ -145,11 +150,6 @@ class TrialConfig:
                 "to have one chosen for the resolution."
             )
 
-    @property
-    def uses_cam(self) -> bool:
-        """Whether the loss compares CAMs with prototypes (Eqs. 11, 12), by `metric`."""
-        return self.lambda_proto > 0 or self.lambda_batch > 0
-
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain Python values, in the order of their declaration."""
         return asdict(self)
@@ -170,11 +170,17 @@ class TrialConfig:
         return cls(**values)
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> Self:
-        """Read a configuration that :meth:`to_yaml` wrote, or a person.
+    def from_yaml(cls, path: str | Path, *, ignore_extra_terms: bool = False) -> Self:
+        """Read a configuration that :meth:`to_yaml` or a person wrote.
+
+        Args:
+            path: the file.
+            ignore_extra_terms: accept a run that was trained with a user's own loss terms, which
+                a file cannot hold. Right for loading a model, wrong for training it again.
 
         Raises:
-            ConfigError: the file is missing, is not a YAML mapping, or holds a bad field.
+            ConfigError: the file is missing, is not a YAML mapping, holds a bad field, or names
+                extra terms that are not to be ignored.
         """
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -184,14 +190,29 @@ class TrialConfig:
             raise ConfigError(
                 f"{path} holds {type(values).__name__}, not a mapping of field names to values."
             )
+        extra = values.pop(EXTRA_TERMS, None)
+        if extra and not ignore_extra_terms:
+            raise ConfigError(
+                f"{path} was trained with the extra loss terms {', '.join(extra)}, whose code it "
+                f"does not hold; train it from Python by batchcam.fit(config, terms=...), or "
+                f"remove {EXTRA_TERMS} from the file to train without them."
+            )
         return cls.from_dict({name: _yaml_float(name, value) for name, value in values.items()})
 
-    def to_yaml(self, path: str | Path) -> None:
-        """Write every field, so that the file stays true when a default changes."""
-        text = yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+    def to_yaml(self, path: str | Path, extra_terms: Mapping[str, float] | None = None) -> None:
+        """Write every field, so that the file stays true when a default changes.
+
+        Args:
+            path: the file.
+            extra_terms: weights of a user's own loss terms, recorded beside the fields.
+        """
+        values = self.as_dict() | ({EXTRA_TERMS: dict(extra_terms)} if extra_terms else {})
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         Path(path).write_text(text, encoding="utf-8")
 
 
+LAMBDAS = tuple(field.name for field in fields(TrialConfig) if field.name.startswith("lambda_"))
+"""The weights of the loss terms, as fields of TrialConfig; see :mod:`batchcam.losses`."""
 _HINTS: dict[str, Any] = get_type_hints(TrialConfig)
 
 

@@ -162,6 +162,16 @@ def supported_cells(supports_CHW: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.adaptive_max_pool2d(supports_CHW.float().unsqueeze(1), grid).squeeze(1) > 0
 
 
+def off_support_mask(supports_CHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return where each class has no support, `(C, *size)` float32: 1 off the support, 0 on it.
+
+    Args:
+        supports_CHW: bool; see :func:`class_supports`.
+        size: rows and columns, of a CAM grid or of the model's input.
+    """
+    return 1 - supported_cells(supports_CHW, size).float()
+
+
 def resize_prototypes(prototypes_CHW: Tensor, resolution: int) -> Tensor:
     """Return prototypes at the model's input size, `(C, R, R)`, min-max scaled again."""
     return min_max(resize(prototypes_CHW.unsqueeze(1), resolution).squeeze(1))

@@ -174,3 +174,34 @@ def _root(variance: Tensor) -> Tensor:
 
 def _power(term: Tensor, exponent: float) -> Tensor:
     return term if exponent == 1 else term.clamp(min=1e-6) ** exponent
+
+
+def reported_ssim(x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
+    """Return the SSIM per map by pytorch-msssim, `(B,)`, for numbers that people read.
+
+    The constants are those of :func:`ssim`, which training optimises; this is another program.
+
+    Args:
+        x_BHW: maps in [0, 1], each side at least 7 pixels.
+        y_BHW: maps to compare with, of the same shape.
+
+    Raises:
+        ValueError: shapes differ, or a side is smaller than the window, which pytorch-msssim would
+            skip with a warning.
+    """
+    from pytorch_msssim import ssim as library_ssim
+
+    if x_BHW.dim() != 3 or x_BHW.shape != y_BHW.shape or min(x_BHW.shape[1:]) < WINDOW:
+        raise ValueError(
+            f"expected two stacks of maps of one shape (B, H, W), sides at least {WINDOW}, got "
+            f"{tuple(x_BHW.shape)} and {tuple(y_BHW.shape)}."
+        )
+    index: Tensor = library_ssim(
+        x_BHW.unsqueeze(1),
+        y_BHW.unsqueeze(1),
+        data_range=1.0,
+        size_average=False,
+        win_size=WINDOW,
+        win_sigma=SIGMA,
+    )
+    return index

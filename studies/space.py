@@ -14,6 +14,7 @@ import optuna
 
 from batchcam.config import METRICS, MIN_RESOLUTION, TrialConfig
 from batchcam.errors import BackboneError, ConfigError, suggest_names
+from batchcam.losses import compares_cams
 from batchcam.models import feature_grid, resolve_output_stride
 
 Range = tuple[float, float]
@@ -213,7 +214,7 @@ def point_of(config: TrialConfig, space: SearchSpace, strides: Strides) -> dict[
         "backbone": space.backbones,
         "resolution": space.resolutions,
     }
-    if config.uses_cam:
+    if compares_cams(config):
         point["metric"] = config.metric
         allowed["metric"] = space.metrics
     for name, choices in allowed.items():

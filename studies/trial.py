@@ -16,6 +16,7 @@ from batchcam.config import TrialConfig
 from batchcam.data.prepared import PreparedData
 from batchcam.export.model_card import loss_name, loss_terms
 from batchcam.figures import tile
+from batchcam.losses import compares_cams
 from batchcam.training.fit import EpochReport, Metrics, fit, load_state
 from studies.engine.checkpoints import Checkpoints
 from studies.engine.retry import StorageLostError, retry
@@ -82,7 +83,7 @@ def run_name(config: TrialConfig) -> str:
 def run_tags(config: TrialConfig) -> tuple[str, ...]:
     """Return words by which a person finds runs of a kind."""
     used = loss_terms(config) or ["cross-entropy"]
-    metric = [config.metric.upper()] if config.uses_cam else []
+    metric = [config.metric.upper()] if compares_cams(config) else []
     return (config.dataset, config.backbone, f"{config.resolution}px", *used, *metric)
 
 

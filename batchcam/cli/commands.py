@@ -18,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from batchcam import figures
 from batchcam.config import TrialConfig
 from batchcam.data.prepared import PreparedData, prepare
-from batchcam.data.preprocessing import to_device
 from batchcam.data.sources import read_picture
 from batchcam.errors import BundleError, ConfigError
 from batchcam.export.bundle import LoadedModel, check_writable, load, save_bundle
@@ -84,15 +83,12 @@ class Evaluate:
         config = _with_data_root(model.config, self.data_root)
         prepared = prepare(config)
         _check_same_data(model, prepared.dataset.sha256)
-        images, labels = to_device(prepared.dataset.split(self.split), torch.device("cpu"))
-        prototypes = prepared.prototypes(self.split, config.resolution)
-        evaluation = model.evaluate(
-            images, labels, prototypes, prepared.prototype_index(self.split)
-        )
+        split = prepared.split(self.split, config.resolution, model.device)
+        evaluation = model.evaluate(split)
         grid = model.metrics["grid"]
         ceiling = prepared.ceiling(config.resolution, (grid[0], grid[1]))
 
-        console.print(f"{title(config)}, {self.split} split, {len(labels)} images")
+        console.print(f"{title(config)}, {self.split} split, {len(split)} images")
         console.print(f"accuracy          {evaluation.accuracy:.4f}")
         console.print(
             f"CAM-prototype SSIM {evaluation.cam_ssim:.4f} of {ceiling.mean():.4f} (class level), "
@@ -123,7 +119,7 @@ class Evaluate:
         figures.save(
             figures.class_cams(
                 evaluation.maps_PRR,
-                prototypes,
+                split.prototypes_PRR.cpu(),
                 prepared.prototype_names,
                 evaluation.cam_ssim_P,
                 ceiling,
@@ -131,11 +127,11 @@ class Evaluate:
             ),
             self.out / "cams.png",
         )
-        wrong_maps, _ = model.error_maps(images, labels)
+        wrong_maps, _ = model.error_maps(split.images_NCHW, split.labels_N)
         figures.save(
             figures.misclassified(
                 wrong_maps,
-                evaluation.maps_PRR[:: len(prototypes) // len(model.class_names)],
+                evaluation.maps_PRR[:: len(prepared.prototype_names) // len(model.class_names)],
                 evaluation.confusion_CC,
                 model.class_names,
                 heading,
@@ -164,15 +160,14 @@ class Compare:
             raise ConfigError(f"{self.out} cannot be written; give a file in a folder that exists.")
         models = [load(bundle) for bundle in self.bundles]
         prepared = prepare(_with_data_root(models[0].config, self.data_root))
-        images, labels = to_device(prepared.dataset.validation, torch.device("cpu"))
-        groups, names = prepared.prototype_index("validation"), prepared.prototype_names
+        names = prepared.prototype_names
         rows: list[figures.Row] = []
         for model in models:
             _check_same_data(model, prepared.dataset.sha256)
-            prototypes = prepared.prototypes("validation", model.config.resolution)
-            evaluation = model.evaluate(images, labels, prototypes, groups)
+            split = prepared.split("validation", model.config.resolution, model.device)
+            evaluation = model.evaluate(split)
             if not rows:
-                rows.append(("prototype", prototypes, None))
+                rows.append(("prototype", split.prototypes_PRR, None))
             summary = f"{loss_name(model.config)}\n{evaluation.accuracy:.2%}"
             notes = [f"SSIM {value:.2f}" for value in evaluation.cam_ssim_P.tolist()]
             rows.append((summary, evaluation.maps_PRR, notes))
@@ -256,7 +251,9 @@ class Verify:
     def run(self) -> int:
         """Retrain for as many epochs as the bundle was, and compare."""
         model = load(self.bundle)
-        config = _with_data_root(model.config, self.data_root)
+        # Read again: unlike load, training must refuse a run with loss terms that the file lacks.
+        trained = TrialConfig.from_yaml(self.bundle / "config.yaml")
+        config = _with_data_root(trained, self.data_root)
         epochs = int(model.metrics["epochs"])
 
         def stop(report: EpochReport) -> bool:

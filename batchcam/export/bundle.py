@@ -28,7 +28,8 @@ from torch import Tensor
 
 from batchcam import figures
 from batchcam.config import TrialConfig
-from batchcam.data.preprocessing import Preprocess, to_device
+from batchcam.data.prepared import PreparedSplit
+from batchcam.data.preprocessing import Preprocess
 from batchcam.devices import resolve_device
 from batchcam.errors import BundleError
 from batchcam.export.model_card import model_card, title
@@ -36,7 +37,7 @@ from batchcam.export.timm_format import CONFIG_FILE, load_weights, own_weights, 
 from batchcam.models import ExplainableModel, TimmCNN, create_model, resolve_output_stride
 from batchcam.provenance import command_line, git_commit, package_versions
 from batchcam.similarity import ssim
-from batchcam.training.evaluate import Evaluation, error_maps, evaluate, explain
+from batchcam.training.evaluate import Evaluation, Evaluator
 from batchcam.training.fit import TrialResult
 
 PROTOTYPES = "prototypes.safetensors"
@@ -129,34 +130,18 @@ class LoadedModel:
         self.model.to(resolve_device(device))
         return self
 
-    def evaluate(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        prototypes_PRR: Tensor,
-        prototype_index: Tensor | None = None,
-    ) -> Evaluation:
-        """Evaluate on a labelled split; see :func:`batchcam.training.evaluate.evaluate`."""
-        device = self._device
-        return evaluate(
-            self.model,
-            images.to(device),
-            labels.to(device),
-            prototypes_PRR.to(device),
-            self.preprocess,
-            prototype_index=None if prototype_index is None else prototype_index.to(device),
-            cam=self.config.cam,
-        )
+    def evaluate(self, split: PreparedSplit) -> Evaluation:
+        """Evaluate on a split that is on :attr:`device`, at the model's resolution.
+
+        See :meth:`batchcam.training.evaluate.Evaluator.evaluate`.
+        """
+        return self._evaluator.evaluate(split)
 
     def error_maps(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what misled the model; see :func:`batchcam.training.evaluate.error_maps`."""
-        return error_maps(
-            self.model,
-            images.to(self._device),
-            labels.to(self._device),
-            len(self.class_names),
-            self.preprocess,
-            cam=self.config.cam,
+        """See :meth:`batchcam.training.evaluate.Evaluator.error_maps`."""
+        device = self.device
+        return self._evaluator.error_maps(
+            images.to(device), labels.to(device), len(self.class_names)
         )
 
     def _run(
@@ -164,7 +149,7 @@ class LoadedModel:
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         # Inference tensors, if the caller has that mode on, could not carry the CAM's gradients.
         with torch.inference_mode(mode=False):
-            return self._explain(self._checked(images).to(self._device), targets)
+            return self._explain(self._checked(images).to(self.device), targets)
 
     def _explain(
         self, checked: Tensor, targets: npt.ArrayLike | None
@@ -175,16 +160,14 @@ class LoadedModel:
             return empty, np.zeros((0, side, side), np.float32)
         chosen = None
         if targets is not None:
-            chosen = torch.as_tensor(np.asarray(targets), dtype=torch.int64, device=self._device)
+            chosen = torch.as_tensor(np.asarray(targets), dtype=torch.int64, device=self.device)
             valid = (chosen >= 0) & (chosen < len(self.class_names))
             if chosen.shape != (len(checked),) or not valid.all():
                 raise BundleError(
                     f"targets must be {len(checked)} class numbers from 0 to "
                     f"{len(self.class_names) - 1}, one per image."
                 )
-        probabilities, maps = explain(
-            self.model, checked, self.preprocess, chosen, cam=self.config.cam
-        )
+        probabilities, maps = self._evaluator.explain(checked, chosen)
         return probabilities.numpy(), maps.numpy()
 
     def _checked(self, images: npt.ArrayLike | Tensor) -> Tensor:
@@ -204,8 +187,13 @@ class LoadedModel:
         return tensor
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the network is."""
         return next(self.model.parameters()).device
+
+    @property
+    def _evaluator(self) -> Evaluator:
+        return Evaluator(self.model, self.preprocess, self.config.cam)
 
 
 def save_bundle(
@@ -236,7 +224,8 @@ def save_bundle(
     metrics = _describe(result, command or command_line()) | dict(extra_metrics or {})
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        result.config.to_yaml(staging / "config.yaml")
+        extra_terms = {spec.name: weight for spec, weight in result.extra_terms}
+        result.config.to_yaml(staging / "config.yaml", extra_terms)
         _save_weights(staging / "model.safetensors", result)
         _save_timm_config(staging / CONFIG_FILE, result)
         _write_json(staging / "metrics.json", metrics)
@@ -291,7 +280,7 @@ def load(directory: str | Path) -> LoadedModel:
     missing = [name for name in FILES[:3] if not (directory / name).is_file()]
     if missing:
         raise BundleError(f"{directory} is no bundle: it lacks {', '.join(missing)}.")
-    config = TrialConfig.from_yaml(directory / "config.yaml")
+    config = TrialConfig.from_yaml(directory / "config.yaml", ignore_extra_terms=True)
     try:
         metrics = json.loads((directory / "metrics.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -345,19 +334,8 @@ def _load_prototypes(path: Path, resolution: int) -> tuple[tuple[str, ...], Tens
 
 def _describe(result: TrialResult, command: str) -> dict[str, Any]:
     config, data = result.config, result.prepared.dataset
-    device = next(result.model.parameters()).device
-    images, labels = to_device(data.test, device)
-    prototypes = result.prepared.prototypes("test", config.resolution).to(device)
-    test = evaluate(
-        result.model,
-        images,
-        labels,
-        prototypes,
-        result.preprocess,
-        prototype_index=result.prepared.prototype_index("test").to(device),
-        cam=config.cam,
-        precision=config.precision,
-    )
+    device = result.device
+    test = result.evaluator.evaluate(result.prepared.split("test", config.resolution, device))
     last, names = result.metrics, result.prepared.prototype_names
     return {
         "val_accuracy": last["val_accuracy"],

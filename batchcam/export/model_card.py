@@ -6,42 +6,38 @@ from typing import Any
 import yaml
 
 from batchcam.config import TrialConfig
+from batchcam.explainers import EXPLAINERS
+from batchcam.losses import ExtraTerms, used_terms
+from batchcam.losses.cross_entropy import CROSS_ENTROPY
 from batchcam.models import TimmCNN
 from batchcam.training.fit import TrialResult
 
 
-def title(config: TrialConfig) -> str:
+def title(config: TrialConfig, extra_terms: ExtraTerms = ()) -> str:
     """Return a short name of a run for people: backbone, data set and loss."""
-    return f"{config.backbone} on {config.dataset}, {loss_name(config)}"
+    return f"{config.backbone} on {config.dataset}, {loss_name(config, extra_terms)}"
 
 
-def loss_name(config: TrialConfig) -> str:
+def loss_name(config: TrialConfig, extra_terms: ExtraTerms = ()) -> str:
     """Return the name of a run's loss, with its weights."""
-    terms = []
-    how = config.metric.upper() + (", HiResCAM" if config.cam == "hires_cam" else "")
-    if config.lambda_proto:
-        terms.append(f"Prototype Loss {config.lambda_proto:.3g} ({how})")
-    if config.lambda_batch:
-        terms.append(f"BCPL {config.lambda_batch:.3g} ({how})")
-    if config.lambda_energy:
-        terms.append(f"prototype energy {config.lambda_energy:.3g}")
-    if config.lambda_exchange:
-        terms.append(f"prototype exchange {config.lambda_exchange:.3g}")
-    return " + ".join(terms) or "cross-entropy"
+    explainer = EXPLAINERS[config.cam]
+    how = config.metric.upper()
+    if config.cam != TrialConfig.cam:
+        how += f", {explainer.title}"
+    terms = [
+        f"{spec.title} {weight:.3g}" + (f" ({how})" if spec.compares_cams else "")
+        for spec, weight in used_terms(config, extra_terms)
+        if spec != CROSS_ENTROPY
+    ]
+    return " + ".join(terms) or CROSS_ENTROPY.title
 
 
 def loss_terms(config: TrialConfig) -> list[str]:
     """Return the names of the terms of a run's loss beside cross-entropy."""
-    weights = {
-        "Prototype Loss": config.lambda_proto,
-        "BCPL": config.lambda_batch,
-        "prototype energy": config.lambda_energy,
-        "prototype exchange": config.lambda_exchange,
-    }
-    return [name for name, weight in weights.items() if weight]
+    return [spec.title for spec, _ in used_terms(config) if spec != CROSS_ENTROPY]
 
 
-def _front_matter(config: TrialConfig, metrics: Mapping[str, Any]) -> str:
+def _front_matter(name: str, config: TrialConfig, metrics: Mapping[str, Any]) -> str:
     measured = [
         {"type": "accuracy", "value": metrics["test_accuracy"]},
         {"type": "ssim", "name": "CAM-prototype SSIM", "value": metrics["test_cam_ssim"]},
@@ -57,7 +53,7 @@ def _front_matter(config: TrialConfig, metrics: Mapping[str, Any]) -> str:
         "tags": ["image-classification", "explainable-ai", "grad-cam", "batch-cam"],
         "datasets": [config.dataset],
         "metrics": ["accuracy"],
-        "model-index": [{"name": title(config), "results": [result]}],
+        "model-index": [{"name": name, "results": [result]}],
     }
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
@@ -74,20 +70,21 @@ def _elsewhere(result: TrialResult) -> str:
 def model_card(result: TrialResult, metrics: Mapping[str, Any]) -> str:
     """Return the README.md of a bundle: front matter in Hugging Face's format, and Markdown."""
     config = result.config
+    name = title(config, result.extra_terms)
     partial_run = (
         f"\nTraining was ended after {metrics['epochs']} of {config.epochs} epochs.\n"
         if metrics["epochs"] < config.epochs
         else ""
     )
     return f"""---
-{_front_matter(config, metrics)}---
+{_front_matter(name, config, metrics)}---
 
-# {title(config)}
+# {name}
 
 ![Class CAMs beside their prototypes](cams.png)
 
 An image classifier for {config.resolution}x{config.resolution} pixels, trained by
-{loss_name(config)} with batchcam (Batch-CAM, arXiv:2510.00664).
+{loss_name(config, result.extra_terms)} with batchcam (Batch-CAM, arXiv:2510.00664).
 
 | | |
 |---|---|

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from batchcam.cam import attribution, of_targets, render, weighted_sums
+from batchcam.cam import render
 from batchcam.errors import BundleError
+from batchcam.explainers import EXPLAINERS, TargetScores
 from batchcam.export.bundle import LoadedModel
 from batchcam.export.timm_format import CONFIG_FILE, own_weights, write_config
 from batchcam.models import TimmCNN
@@ -95,7 +96,7 @@ class _WithCam(nn.Module):
         super().__init__()
         self.model = loaded.model.cpu()
         self._resolution = loaded.preprocess.resolution
-        self._cam = loaded.config.cam
+        self._explainer = EXPLAINERS[loaded.config.cam]
         for name in ("mean", "std"):
             values = torch.tensor(getattr(loaded.preprocess, name))
             self.register_buffer(name, values.view(1, -1, 1, 1))
@@ -104,16 +105,10 @@ class _WithCam(nn.Module):
         x = (images.float() / 255 - self.mean) / self.std
         features = self.model.features(x)
         logits = self.model.head(features)
-        rows, columns = features.shape[2:]
-        predicted = logits.argmax(dim=1)
-        if self._cam == "hires_cam":
-            gradients_CKHW = self.model.class_gradients(rows, columns)
-            assert gradients_CKHW is not None
-            sums = attribution(of_targets(gradients_CKHW, predicted, features), features)
-        else:
-            weights_CK = self.model.class_weights(rows * columns)
-            assert weights_CK is not None
-            sums = weighted_sums(weights_CK[predicted], features)
+        scores = TargetScores(
+            self.model, logits, features, logits.argmax(dim=1), create_graph=False
+        )
+        sums = self._explainer.image_sums(scores)
         return logits.softmax(dim=1), render(F.relu(sums), self._resolution)
 
 

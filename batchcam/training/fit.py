@@ -1,25 +1,26 @@
 """Training: one configuration in, a trained model and its history out.
 
-`fit` is the whole interface. What happens to the metrics and the state of each epoch is the
-caller's affair: they are handed out through `on_epoch`.
+:func:`fit` is the whole interface. It hands metrics and state of each epoch to `on_epoch`; what
+happens to them is up to the caller.
 """
 
 import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from batchcam.config import TrialConfig
+from batchcam.config import EXTRA_TERMS, TrialConfig
 from batchcam.data.prepared import PreparedData, prepare
-from batchcam.data.preprocessing import Preprocess, batches, to_device
+from batchcam.data.preprocessing import Preprocess, batches
 from batchcam.devices import keep_freed_memory, resolve_device
 from batchcam.errors import ConfigError, DivergedError
+from batchcam.losses import ExtraTerms, TermContext, build_terms, used_terms
 from batchcam.models import (
     ExplainableModel,
     check_explainable,
@@ -27,7 +28,7 @@ from batchcam.models import (
     feature_grid,
     resolve_output_stride,
 )
-from batchcam.training.evaluate import Evaluation, evaluate
+from batchcam.training.evaluate import Evaluation, Evaluator
 from batchcam.training.step import TrainingStep
 
 Metrics = dict[str, float]
@@ -35,17 +36,17 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What is known after an epoch.
+    """The state of a run after an epoch.
 
     Attributes:
         epoch: epochs finished, counted from 1.
-        metrics: flat and numeric; `epoch`, `loss` and its terms `loss_class`, `loss_proto`,
-            `loss_batch`, `loss_energy`, `loss_exchange` (means over the epoch, before weighting),
-            `val_accuracy`, `cam_ssim`, `cam_ssim_sample`, `cam_ssim_ceiling`, `images_per_second`
-            (training proper, evaluation excluded) and `seconds` (the whole epoch).
+        metrics: flat and numeric: `epoch`; `loss` and its terms `loss_<name>` (means over the
+            epoch, before weighting; names are those of :data:`batchcam.losses.TERMS`);
+            `val_accuracy`, `cam_ssim`, `cam_ssim_sample`, `cam_ssim_ceiling`;
+            `images_per_second` (training without evaluation) and `seconds` (the whole epoch).
         evaluation: of the validation split.
-        prototypes_PRR: the validation prototypes it was compared with.
-        save_state: writes the state that `fit(..., state=path)` goes on from.
+        prototypes_PRR: the validation prototypes that its CAMs were compared with, on the CPU.
+        save_state: writes the state that `fit(..., state=path)` resumes from.
     """
 
     epoch: int
@@ -57,7 +58,18 @@ class EpochReport:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """A finished run: the model after its last epoch, and the metrics of every epoch."""
+    """A finished run: the model after its last epoch, and the metrics of every epoch.
+
+    Attributes:
+        config: the run.
+        model: the trained model, in `eval` mode.
+        prepared: data and prototypes.
+        preprocess: maps uint8 images to the model's input.
+        grid: rows and columns of the CAM grid.
+        history: the metrics of every epoch.
+        evaluation: of the validation split, after the last epoch.
+        extra_terms: the user's own loss terms, with their weights.
+    """
 
     config: TrialConfig
     model: ExplainableModel
@@ -66,11 +78,22 @@ class TrialResult:
     grid: tuple[int, int]
     history: list[Metrics]
     evaluation: Evaluation
+    extra_terms: ExtraTerms = field(default=())
 
     @property
     def metrics(self) -> Metrics:
         """The metrics of the last epoch."""
         return self.history[-1]
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """What evaluates the model as it was evaluated in training: explainer and precision."""
+        return Evaluator(self.model, self.preprocess, self.config.cam, self.config.precision)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
 
 
 def fit(
@@ -78,32 +101,40 @@ def fit(
     on_epoch: Callable[[EpochReport], bool | None] | None = None,
     *,
     prepared: PreparedData | None = None,
+    terms: ExtraTerms = (),
     state: Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> TrialResult:
     """Train a model as `config` says, and evaluate it on the validation split after each epoch.
 
-    On one kind of CPU, with one number of threads, the outcome is a function of the configuration
-    alone, to the last bit, and stays so when a run is cut and goes on from a saved state. The
-    global random state is left as it was.
+    On one kind of CPU and with one number of threads, the result is a function of the configuration
+    (and of `terms`) alone, to the last bit, also if a run is interrupted and resumes from a saved
+    state. The global random state is left unchanged.
 
     Args:
         config: the run.
         on_epoch: called after each epoch; returning True ends training there.
         prepared: data and prototypes, if they are loaded already; see
             :func:`batchcam.data.prepared.prepare`.
-        state: a file that `EpochReport.save_state` wrote, to go on from.
+        terms: loss terms of your own, each with its weight > 0, summed after those of `config`.
+        state: a file that `EpochReport.save_state` wrote, to resume from.
         on_step: called after each step with the steps done in this epoch and its total.
 
     Raises:
         BatchCamError: the data, the backbone, the device or the saved state cannot be used, or the
             loss is no longer finite.
+
+    Example:
+        >>> from batchcam import TrialConfig, fit
+        >>> result = fit(TrialConfig(dataset="digits", resolution=14, epochs=1, device="cpu"))
+        >>> result.metrics["val_accuracy"] > 0.5
+        True
     """
     prepared = prepared or prepare(config)
     device = resolve_device(config.device)
     with _own_random_state(device):
         torch.manual_seed(config.seed)
-        trainer = Trainer(config, prepared, device)
+        trainer = Trainer(config, prepared, device, terms)
         evaluation: Evaluation | None = None
         if state is not None:
             trainer.load_state(state)
@@ -115,7 +146,7 @@ def fit(
                 trainer.epoch,
                 trainer.history[-1],
                 evaluation,
-                trainer.validation_prototypes.cpu(),
+                trainer.validation.prototypes_PRR.cpu(),
                 trainer.save_state,
             )
             if on_epoch is not None and on_epoch(report):
@@ -125,9 +156,13 @@ def fit(
 
 
 def restore(
-    config: TrialConfig, state: Path, *, prepared: PreparedData | None = None
+    config: TrialConfig,
+    state: Path,
+    *,
+    prepared: PreparedData | None = None,
+    terms: ExtraTerms = (),
 ) -> TrialResult:
-    """Return the run that a saved state holds, as it stood then, without training further.
+    """Return the run that a saved state holds, without training further.
 
     Raises:
         ConfigError: the state cannot be read, or belongs to another configuration.
@@ -135,58 +170,66 @@ def restore(
     prepared = prepared or prepare(config)
     device = resolve_device(config.device)
     with _own_random_state(device):
-        trainer = Trainer(config, prepared, device)
+        trainer = Trainer(config, prepared, device, terms)
         trainer.load_state(state)
         return trainer.result(trainer.validate())
 
 
 def _own_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context at whose end the global random state is what it was before."""
+    """Return a context that restores the global random state at its end."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 class Trainer:
-    """The state of a run between its epochs: what :func:`fit` goes through them with."""
+    """The state of a run between its epochs, which :func:`fit` advances.
 
-    def __init__(self, config: TrialConfig, prepared: PreparedData, device: torch.device) -> None:
+    Attributes:
+        config: the run.
+        epoch: epochs finished.
+        history: the metrics of every epoch finished.
+        preprocess: maps uint8 images to the model's input.
+        train: the training split, on the device.
+        validation: the validation split, on the device.
+        grid: rows and columns of the CAM grid.
+        context: what the loss terms were built from.
+        step: the training step.
+        model: in training.
+    """
+
+    def __init__(
+        self,
+        config: TrialConfig,
+        prepared: PreparedData,
+        device: torch.device,
+        terms: ExtraTerms = (),
+    ) -> None:
         if device.type == "cpu":
             keep_freed_memory()
-        data = prepared.dataset
+        dataset, resolution = prepared.dataset, config.resolution
         self.config = config
-        self._prepared = prepared
         self.epoch = 0
         self.history: list[Metrics] = []
+        self.preprocess = Preprocess(resolution, dataset.mean, dataset.std)
+        with_masks = any(spec.uses_masks for spec, _ in used_terms(config, terms))
+        self.train = prepared.split("train", resolution, device, with_masks=with_masks)
+        self.validation = prepared.split("validation", resolution, device)
+        self._prepared = prepared
         self._device = device
-        self.preprocess = Preprocess(config.resolution, data.mean, data.std)
-        self._train = (*to_device(data.train, device), prepared.prototype_index("train").to(device))
-        self._validation = to_device(data.validation, device)
-        self._validation_groups = prepared.prototype_index("validation").to(device)
-        self.validation_prototypes = prepared.prototypes("validation", config.resolution).to(device)
+        self._extra_terms = tuple(terms)
 
         stride = resolve_output_stride(
-            config.backbone, config.resolution, data.channels, config.output_stride
+            config.backbone, resolution, dataset.channels, config.output_stride
         )
-        self.grid = feature_grid(config.backbone, config.resolution, data.channels, stride)
+        self.grid = feature_grid(config.backbone, resolution, dataset.channels, stride)
         model = create_model(
-            config.backbone, data.num_classes, data.channels, stride, config.pretrained
+            config.backbone, dataset.num_classes, dataset.channels, stride, config.pretrained
         )
-        check_explainable(model, config.resolution, data.channels)
-        self._steps = -(-len(data.train) // config.batch_size)
-        prototypes = prepared.prototypes("train", config.resolution).to(device)
-        size = (config.resolution, config.resolution)
-        self.step = TrainingStep(
-            model,
-            prototypes,
-            config,
-            config.epochs * self._steps,
-            device,
-            off_support_CHW=prepared.off_support_mask(self.grid).to(device)
-            if config.lambda_energy
-            else None,
-            off_support_CRR=prepared.off_support_mask(size).to(device)
-            if config.lambda_exchange
-            else None,
-        )
+        check_explainable(model, resolution, dataset.channels)
+        self._steps = -(-len(self.train) // config.batch_size)
+        self.context = TermContext(config, prepared, self.grid, device, self.train.prototypes_PRR)
+        built = build_terms(self.context, terms)
+        total_steps = config.epochs * self._steps
+        self.step = TrainingStep(model, built, config, total_steps, device)
         self.model = self.step.model
 
     def run_epoch(self, on_step: Callable[[int, int], None] | None) -> Evaluation:
@@ -197,9 +240,11 @@ class Trainer:
         losses = {name: value.item() for name, value in means.items()}
         self._refuse_divergence(losses)
         evaluation = self.validate()
-        # What the last step did shows only here: its own loss was that of the weights before it.
+        # The loss of the last step is that of the weights before the step. What the step did to
+        # the weights shows only here.
         self._refuse_divergence({"cam_ssim": evaluation.cam_ssim})
-        ceiling = self._prepared.ceiling(self.config.resolution, self.grid)  # Sought for once.
+        # Computed after the first epoch, not before the first step, which it would delay.
+        ceiling = self._prepared.ceiling(self.config.resolution, self.grid)
         self.epoch += 1
         self.history.append(
             {
@@ -209,7 +254,7 @@ class Trainer:
                 "cam_ssim": evaluation.cam_ssim,
                 "cam_ssim_sample": evaluation.cam_ssim_sample,
                 "cam_ssim_ceiling": ceiling.mean().item(),
-                "images_per_second": len(self._train[1]) / trained,
+                "images_per_second": len(self.train) / trained,
                 "seconds": time.perf_counter() - started,
             }
         )
@@ -224,19 +269,23 @@ class Trainer:
             )
 
     def _train_epoch(self, on_step: Callable[[int, int], None] | None) -> dict[str, Tensor]:
-        count = len(self._train[0])
-        # Of the epoch alone, so that a resumed run sees the batches that it would have seen.
+        count = len(self.train)
+        # Depends on the epoch alone, so that a resumed run draws the batches it would have drawn.
         generator = torch.Generator().manual_seed(
             (self.config.seed * 1_000_003 + self.epoch) % 2**63
         )
         order = torch.randperm(count, generator=generator).to(self._device)
+        split = self.train
+        tensors: tuple[Tensor, ...] = (split.images_NCHW, split.labels_N, split.prototype_index_N)
+        if split.masks_NRR is not None:
+            tensors += (split.masks_NRR,)
         sums: dict[str, Tensor] = {}
         self.model.train()
-        for number, (images, labels, groups) in enumerate(
-            batches(self._train, self.config.batch_size, order), start=1
+        for number, (images, labels_N, *more) in enumerate(
+            batches(tensors, self.config.batch_size, order), start=1
         ):
-            for name, value in self.step(self.preprocess(images), labels, groups).items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(labels)
+            for name, value in self.step(self.preprocess(images), labels_N, *more).items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(labels_N)
             if on_step is not None:
                 on_step(number, self._steps)
         if self._device.type == "cuda":
@@ -244,19 +293,13 @@ class Trainer:
         return {name: (value / count).cpu() for name, value in sums.items()}
 
     def validate(self) -> Evaluation:
-        """Evaluate on the validation split; CAMs take gradients, weights take no step."""
-        return evaluate(
-            self.model,
-            *self._validation,
-            self.validation_prototypes,
-            self.preprocess,
-            prototype_index=self._validation_groups,
-            cam=self.config.cam,
-            precision=self.config.precision,
-        )
+        """Evaluate on the validation split; no weight is updated."""
+        config = self.config
+        evaluator = Evaluator(self.model, self.preprocess, config.cam, config.precision)
+        return evaluator.evaluate(self.validation)
 
     def result(self, evaluation: Evaluation) -> TrialResult:
-        """Return the run as it stands."""
+        """Return the run as it is now."""
         return TrialResult(
             config=self.config,
             model=self.model.eval(),
@@ -265,12 +308,14 @@ class Trainer:
             grid=self.grid,
             history=self.history,
             evaluation=evaluation,
+            extra_terms=self._extra_terms,
         )
 
     def save_state(self, path: Path) -> None:
-        """Write all that the next epoch depends on; readable without unpickling code."""
+        """Write everything that the next epoch depends on; readable without unpickling code."""
         state = {
             "config": self.config.as_dict(),
+            EXTRA_TERMS: self._extra_weights(),
             "epoch": self.epoch,
             "history": self.history,
             **self.step.state_dict(),
@@ -284,11 +329,15 @@ class Trainer:
         partial_path.replace(path)
 
     def load_state(self, path: Path) -> None:
-        """Go on from a file that :meth:`save_state` wrote for the same configuration."""
+        """Resume from a file that :meth:`save_state` wrote for the same configuration."""
         state = load_state(path)
-        mine = self.config.as_dict()
+        mine = {**self.config.as_dict(), EXTRA_TERMS: self._extra_weights()}
         # A field that is newer than the state had its default then.
-        saved = TrialConfig().as_dict() | state["config"]
+        saved = {
+            **TrialConfig().as_dict(),
+            **state["config"],
+            EXTRA_TERMS: state.get(EXTRA_TERMS, {}),
+        }
         differing = [
             name
             for name, value in mine.items()
@@ -307,12 +356,15 @@ class Trainer:
         if self._device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self._device)
 
+    def _extra_weights(self) -> dict[str, float]:
+        return {spec.name: float(weight) for spec, weight in self._extra_terms}
+
 
 def load_state(path: Path) -> dict[str, Any]:
     """Read a saved state: tensors and plain values, nothing that runs.
 
     Raises:
-        ConfigError: the file is missing, damaged, or no saved state.
+        ConfigError: the file is missing, damaged, or not a saved state.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,5 +1,6 @@
-"""One training step: both passes, the objective and the optimiser, without waiting for anything."""
+"""One training step: forward pass, loss terms, backward pass and optimiser."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,62 +10,51 @@ from torch import Tensor
 from batchcam.cam import fused_weighted_sum
 from batchcam.config import TrialConfig
 from batchcam.devices import autocast, compile_mode, prefers_channels_last
-from batchcam.losses.exchange import exchange
-from batchcam.losses.objective import Objective
-from batchcam.models import ExplainableModel
+from batchcam.explainers import EXPLAINERS
+from batchcam.losses.base import Batch, WeightedTerm
+from batchcam.models.base import ExplainableModel
 
 
 class TrainingStep:
-    """A model, and all that moves its weights.
+    """Model, optimiser, schedule and gradient scaler.
 
-    On a GPU nothing in a step makes the host wait: no value is read, no shape depends on the data.
+    On a GPU the host never waits during a step: no value is read, no shape depends on the data.
+
+    Attributes:
+        model: trained in place.
+        terms: the loss terms, in the order in which they are summed. May be replaced between steps.
+        explainer: makes the maps of terms that compare CAMs. May be replaced between steps.
+        optimizer: over all parameters of the model.
     """
 
     def __init__(
         self,
         model: ExplainableModel,
-        prototypes_PRR: Tensor,
+        terms: Sequence[WeightedTerm],
         config: TrialConfig,
         total_steps: int,
         device: torch.device,
-        off_support_CHW: Tensor | None = None,
-        off_support_CRR: Tensor | None = None,
     ) -> None:
-        """Move the model to the device, and make optimiser and schedule for `total_steps`.
+        """Move the model to the device, and make optimiser and schedule.
 
         Args:
             model: trained in place.
-            prototypes_PRR: what CAMs are compared with, on the device.
-            config: weights of the losses, optimiser, schedule, precision.
+            terms: the loss; see :func:`batchcam.losses.build_terms`.
+            config: explainer, optimiser, schedule, precision, compilation.
             total_steps: length of the schedule.
             device: where to train.
-            off_support_CHW: of the CAM grid's cells, on the device; see
-                :meth:`batchcam.data.prepared.PreparedData.off_support_mask`. Needed where
-                `config.lambda_energy` is not 0.
-            off_support_CRR: the same of the input's pixels. Needed where
-                `config.lambda_exchange` is not 0.
 
         Raises:
-            ConfigError: the device does not have the precision asked for.
+            ConfigError: the device does not support the precision.
         """
         self._autocast = partial(autocast, device, config.precision)
-        self._autocast()  # Refuses a precision that the device does not have.
+        self._autocast()  # Refuses a precision that the device does not support.
         self.model = model.to(device)
         if prefers_channels_last(device, config.precision):
             self.model.to(memory_format=torch.channels_last)
-        self.objective = Objective(
-            config.metric,
-            config.lambda_class,
-            config.lambda_proto,
-            config.lambda_batch,
-            config.lambda_energy,
-            config.lambda_exchange,
-            config.cam,
-        )
+        self.terms = terms
         self.optimizer = make_optimizer(model, config)
-        self._prototypes_PRR = prototypes_PRR
-        self._outside_CHW = off_support_CHW
-        self._outside_CRR = off_support_CRR
+        self.explainer = EXPLAINERS[config.cam]
         self._schedule = make_schedule(self.optimizer, config, total_steps)
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         # Only the features: torch.compile cannot differentiate the head twice.
@@ -75,52 +65,74 @@ class TrainingStep:
         self._has_graphs = config.compile and mode == "reduce-overhead"
 
     def __call__(
-        self, x_NCHW: Tensor, labels_N: Tensor, prototype_index_N: Tensor | None = None
+        self,
+        images_NCRR: Tensor,
+        labels_N: Tensor,
+        prototype_index_N: Tensor | None = None,
+        masks_NRR: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Train on a batch; return `loss` and its terms, `loss_class` and so on, detached.
+        """Train on a batch; return `loss` and each term before weighting, `loss_<name>`, detached.
 
         Args:
-            x_NCHW: preprocessed images on the device.
-            labels_N: int64, on the device.
-            prototype_index_N: the prototype of each image, if not that of its class.
+            images_NCRR: preprocessed images, on the device.
+            labels_N: int64, the class of each image.
+            prototype_index_N: int64, the prototype of each image; None: that of its class.
+            masks_NRR: where images show what the model should ignore, if a term needs it.
         """
-        if self._has_graphs:  # Features live in memory that the next step uses again.
+        if self._has_graphs:  # The next step reuses the memory of the features.
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        with self._autocast():
-            features = self._features(x_NCHW)
-        rows, columns = features.shape[2:]
-        weights = sums = gradients = None
-        if self.objective.wants_weights:
-            weights = self.model.class_weights(rows * columns)
-        if weights is not None:
-            features, sums = fused_weighted_sum(weights.index_select(0, labels_N), features)
-        with self._autocast():
-            logits = self.model.head(features)
-        if self.objective.wants_gradients:
-            gradients = self.model.class_gradients(rows, columns)
-        exchanged = self._exchanged(x_NCHW, labels_N) if self.objective.lambda_exchange else None
-        loss, terms = self.objective(
-            logits,
-            features,
-            labels_N,
-            self._prototypes_PRR,
-            sums,
-            prototype_index_N,
-            self._outside_CHW,
-            gradients,
-            exchanged,
+        if any(term.spec.input_gradients for term in self.terms):
+            images_NCRR.requires_grad_()
+        batch = self._forward(images_NCRR, labels_N, prototype_index_N, masks_NRR)
+        values = {term.spec.name: term.compute(batch) for term in self.terms}
+        loss = sum(
+            (term.weight * values[term.spec.name] for term in self.terms),
+            batch.logits_NC.new_zeros(()),
         )
         self.update(loss)
-        return {"loss": loss.detach(), **{f"loss_{name}": term for name, term in terms.items()}}
+        losses = {f"loss_{name}": value.detach() for name, value in values.items()}
+        return {"loss": loss.detach(), **losses}
 
-    def _exchanged(self, x_NCRR: Tensor, labels_N: Tensor) -> Tensor:
-        """Return the scores of the images after an exchange."""
-        assert self._outside_CRR is not None
+    def _forward(
+        self,
+        images_NCRR: Tensor,
+        labels_N: Tensor,
+        prototype_index_N: Tensor | None,
+        masks_NRR: Tensor | None,
+    ) -> Batch:
+        """Classify a batch; where the head is linear, compute the Grad-CAMs with the logits."""
         with self._autocast():
-            return self.model.head(self._features(exchange(x_NCRR, labels_N, self._outside_CRR)))
+            features = self._features(images_NCRR)
+        known: dict[str, Tensor] = {}
+        if self.explainer.uses_channel_weights and any(t.spec.compares_cams for t in self.terms):
+            rows, columns = features.shape[2:]
+            weights_CK = self.model.class_weights(rows * columns)
+            if weights_CK is not None:
+                weights_NK = weights_CK.index_select(0, labels_N)
+                features, sums_NHW = fused_weighted_sum(weights_NK, features)
+                known = {"class_weights_CK": weights_CK, "fused_sums_NHW": sums_NHW}
+        with self._autocast():
+            logits = self.model.head(features)
+        return Batch(
+            self.model,
+            self._logits,
+            images_NCRR,
+            labels_N,
+            features,
+            logits,
+            self.explainer,
+            prototype_index_N=prototype_index_N,
+            masks_NRR=masks_NRR,
+            **known,
+        )
+
+    def _logits(self, images_NCRR: Tensor) -> Tensor:
+        """Return the logits of other images, in the precision of the step."""
+        with self._autocast():
+            return self.model.head(self._features(images_NCRR))
 
     def update(self, loss: Tensor) -> None:
-        """Move the weights down the gradient of a loss, and the schedule on by a step."""
+        """Take an optimiser step down the gradient of `loss`, and advance the schedule."""
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self._scaler.scale(loss))
         self._scaler.step(self.optimizer)
@@ -132,7 +144,7 @@ class TrainingStep:
         return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned; other entries are not looked at."""
+        """Restore what :meth:`state_dict` returned; other entries of `state` are ignored."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
 
@@ -146,7 +158,7 @@ class TrainingStep:
 
 
 def make_optimizer(model: ExplainableModel, config: TrialConfig) -> torch.optim.Optimizer:
-    """Return the optimiser that `config` names, over all parameters, fused."""
+    """Return the optimiser that `config` names, over all parameters, with fused kernels."""
     rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "sgd":
         return torch.optim.SGD(
@@ -163,10 +175,10 @@ def make_optimizer(model: ExplainableModel, config: TrialConfig) -> torch.optim.
 def make_schedule(
     optimizer: torch.optim.Optimizer, config: TrialConfig, total_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Return the schedule that `config` names, over so many steps."""
+    """Return the learning-rate schedule that `config` names, `total_steps` long."""
     if config.schedule == "constant":
         return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    # One spare step: the schedule steps after the last batch too.
+    # One step more: the schedule advances after the last batch too.
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=config.learning_rate, total_steps=total_steps + 1
     )

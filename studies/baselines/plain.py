@@ -1,19 +1,21 @@
 """Training as most scripts write it: torchvision's transforms, a DataLoader with workers, a loop.
 
-The model, the objective and the optimiser are those of `batchcam.fit`; what differs is how images
+The model, the loss and the optimiser are those of `batchcam.fit`; what differs is how images
 come to the model, in which layout and precision it computes, and how it is evaluated.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from batchcam.config import TrialConfig
 from batchcam.data.splits import Split
-from batchcam.losses.objective import Objective
+from batchcam.losses import batch_cam_loss, prototype_loss
 from batchcam.models import ExplainableModel
 from batchcam.models.depthwise import DepthwiseConv2d
 
@@ -58,21 +60,41 @@ def plain_model(model: ExplainableModel) -> ExplainableModel:
     return model.to(memory_format=torch.contiguous_format)
 
 
+LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Maps logits, features and labels to a scalar."""
+
+
+def loss_function(config: TrialConfig, prototypes_CRR: Tensor) -> LossFunction:
+    """Return cross-entropy and the paper's losses with the weights of `config`."""
+
+    def loss(logits_NC: Tensor, features_NKHW: Tensor, labels_N: Tensor) -> Tensor:
+        total = config.lambda_class * F.cross_entropy(logits_NC, labels_N)
+        for weight, term in (
+            (config.lambda_proto, prototype_loss),
+            (config.lambda_batch, batch_cam_loss),
+        ):
+            if weight:
+                maps_loss = term(logits_NC, features_NKHW, labels_N, prototypes_CRR, config.metric)
+                total = total + weight * maps_loss
+        return total
+
+    return loss
+
+
 def train_epoch(
     model: ExplainableModel,
     batches: Iterable[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
-    objective: Objective,
-    prototypes_CRR: Tensor,
+    loss_function: LossFunction,
 ) -> float:
-    """Train for an epoch in float32; return the mean loss, read off after each step."""
+    """Train for an epoch in float32; return the mean loss, read after each step."""
     model.train()
     total, images = 0.0, 0
     for x_N1RR, labels_N in batches:
         optimizer.zero_grad()
         features = model.features(x_N1RR)
-        loss, _ = objective(model.head(features), features, labels_N, prototypes_CRR)
+        loss = loss_function(model.head(features), features, labels_N)
         torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()

@@ -1,34 +1,40 @@
 """Random batches, and a trainer's own step on them: its cost does not depend on the pictures."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from batchcam.config import TrialConfig
+from batchcam.config import LAMBDAS, TrialConfig
 from batchcam.data.dataset import ImageData
 from batchcam.data.prepared import PreparedData
 from batchcam.data.preprocessing import to_device
 from batchcam.data.splits import Split
-from batchcam.losses.objective import Objective
+from batchcam.explainers import EXPLAINERS
+from batchcam.losses import build_terms
 from batchcam.training.fit import Trainer
 
 CROSS_ENTROPY = "cross-entropy"
-OBJECTIVES = {CROSS_ENTROPY: Objective("l1", 1.0, 0.0, 0.0)} | {
-    f"{name}, {metric.upper()}": Objective(metric, 1.0, *weights)
-    for name, weights in {"BCPL": (0.0, 0.1), "Prototype Loss": (0.1, 0.0)}.items()
-    for metric in ("l1", "l2", "ssim")
+LOSSES: Mapping[str, Mapping[str, Any]] = {
+    CROSS_ENTROPY: {},
+    **{
+        f"{name}, {metric.upper()}": {weight: 0.1, "metric": metric}
+        for name, weight in {"BCPL": "lambda_batch", "Prototype Loss": "lambda_proto"}.items()
+        for metric in ("l1", "l2", "ssim")
+    },
 }
-"""The seven training conditions of the paper (Section 3.5)."""
-EXTENSIONS = {name: OBJECTIVES[name] for name in (CROSS_ENTROPY, "BCPL, L1")} | {
-    "BCPL, L1, HiResCAM": Objective("l1", 1.0, 0.0, 0.1, cam="hires_cam"),
-    "prototype energy": Objective("l1", 1.0, 0.0, 0.0, lambda_energy=1.0),
-    "prototype exchange": Objective("l1", 1.0, 0.0, 0.0, lambda_exchange=1.0),
+"""The seven training conditions of the paper (Section 3.5), as fields of TrialConfig."""
+EXTENSIONS: Mapping[str, Mapping[str, Any]] = {
+    **{name: LOSSES[name] for name in (CROSS_ENTROPY, "BCPL, L1")},
+    "BCPL, L1, HiResCAM": {"lambda_batch": 0.1, "cam": "hires_cam"},
+    "prototype energy": {"lambda_energy": 1.0},
+    "prototype exchange": {"lambda_exchange": 1.0},
 }
-"""What the paper does not have, beside what it has."""
+"""Losses that the paper does not have, beside two that it has."""
 
 
 def random_data(images: int, num_classes: int, side: int, seed: int = 0) -> PreparedData:
@@ -47,7 +53,7 @@ def random_data(images: int, num_classes: int, side: int, seed: int = 0) -> Prep
 
 @dataclass(frozen=True)
 class Bench:
-    """A trainer and one batch. All objectives train the same model: nothing else differs."""
+    """A trainer and one batch. All losses train the same model: nothing else differs."""
 
     trainer: Trainer
     images: Tensor
@@ -66,11 +72,21 @@ class Bench:
         batch = slice(config.batch_size)
         return cls(trainer, images[batch], labels[batch], device)
 
-    def step(self, objective: Objective) -> Callable[[], None]:
-        """Return a function that trains on the batch once, as `batchcam.fit` does."""
+    def step(self, loss: Mapping[str, Any]) -> Callable[[], None]:
+        """Return a function that trains on the batch once, as `batchcam.fit` does.
+
+        Args:
+            loss: fields of TrialConfig, such as the values of :data:`LOSSES`; weights that are
+                not named are 0, but for the cross-entropy's.
+        """
+        off = dict.fromkeys(LAMBDAS, 0.0) | {"lambda_class": 1.0}
+        config = replace(self.trainer.config, **{**off, **loss})
+        terms = build_terms(replace(self.trainer.context, config=config))
+        explainer = EXPLAINERS[config.cam]
 
         def run() -> None:
-            self.trainer.step.objective = objective
+            self.trainer.step.terms = terms
+            self.trainer.step.explainer = explainer
             self.trainer.step(self.trainer.preprocess(self.images), self.labels)
 
         return run

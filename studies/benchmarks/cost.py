@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from batchcam.devices import resolve_device
 from batchcam.provenance import command_line, git_commit, package_versions
-from studies.benchmarks.batches import CROSS_ENTROPY, OBJECTIVES, Bench, config
+from studies.benchmarks.batches import CROSS_ENTROPY, LOSSES, Bench, config
 from studies.benchmarks.pairs import race
 from studies.benchmarks.steps import BACKBONES, BCPL, Condition, rival_steps
 
@@ -68,9 +68,7 @@ def measure(settings: Cost, backbone: str) -> dict[str, Any]:
     batch_size = max(1, settings.batch_size // 4) if large else settings.batch_size
     device = resolve_device(settings.device)
     bench = Bench.build(config(backbone, batch_size), device)
-    steps: dict[str, Callable[[], object]] = {
-        name: bench.step(OBJECTIVES[name]) for name in _LOSSES
-    }
+    steps: dict[str, Callable[[], object]] = {name: bench.step(LOSSES[name]) for name in _LOSSES}
     rivals = Condition(
         "baselines", backbone, "eager", "fp32", batch_size, settings.threads, settings.device
     )

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from batchcam.devices import resolve_device
 from batchcam.figures import save
 from batchcam.provenance import command_line, git_commit, package_versions
-from studies.benchmarks.batches import CROSS_ENTROPY, OBJECTIVES, Bench, config, peak_bytes
+from studies.benchmarks.batches import CROSS_ENTROPY, LOSSES, Bench, config, peak_bytes
 from studies.benchmarks.pairs import median_ratio, race
 
 BCPL = "BCPL, L1"
@@ -83,7 +83,7 @@ def measure(point: Point, settings: Growth) -> dict[str, Any]:
         device,
         point.classes,
     )
-    steps = {name: bench.step(OBJECTIVES[name]) for name in (CROSS_ENTROPY, BCPL)}
+    steps = {name: bench.step(LOSSES[name]) for name in (CROSS_ENTROPY, BCPL)}
     seconds = race(
         steps,
         seconds=settings.seconds,

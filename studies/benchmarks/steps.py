@@ -13,7 +13,7 @@ that is cut goes on where it was, and one of another commit measures anew.
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -33,7 +33,7 @@ from studies.baselines.tapped import Tapped
 from studies.benchmarks.batches import (
     CROSS_ENTROPY,
     EXTENSIONS,
-    OBJECTIVES,
+    LOSSES,
     Bench,
     config,
     peak_bytes,
@@ -132,8 +132,6 @@ def measure(condition: Condition, settings: Steps) -> dict[str, Any]:
         compiled=condition.mode == "compiled",
         precision=condition.precision,
     )
-    if condition.rivals == "extensions":  # Each step has its own objective; two need supports.
-        settled = replace(settled, lambda_energy=1.0, lambda_exchange=1.0)
     bench = Bench.build(settled, device)
     steps = rival_steps(condition, bench)
     once = condition.rivals == "predecessor_model"
@@ -159,8 +157,8 @@ def measure(condition: Condition, settings: Steps) -> dict[str, Any]:
 def rival_steps(condition: Condition, bench: Bench) -> dict[str, Callable[[], object]]:
     """Return the steps of a condition by name."""
     if condition.rivals in _OURS:
-        objectives = OBJECTIVES if condition.rivals == "losses" else EXTENSIONS
-        return {name: bench.step(objective) for name, objective in objectives.items()}
+        losses = LOSSES if condition.rivals == "losses" else EXTENSIONS
+        return {name: bench.step(loss) for name, loss in losses.items()}
     trainer, labels = bench.trainer, bench.labels
     tapped = Tapped(trainer.model)
     pictures = bench.images[:, 0].float() / 255
@@ -181,7 +179,7 @@ def rival_steps(condition: Condition, bench: Bench) -> dict[str, Callable[[], ob
             tapped, trainer.step.optimizer, trainer.preprocess(bench.images), labels
         )
 
-    ours: dict[str, Callable[[], object]] = {BCPL: bench.step(OBJECTIVES[BCPL])}
+    ours: dict[str, Callable[[], object]] = {BCPL: bench.step(LOSSES[BCPL])}
     if condition.rivals == "predecessor_model":
         return ours | {"predecessor, through the model": predecessor("model")}
     return ours | {
@@ -285,7 +283,7 @@ def table(entries: list[dict[str, Any]], clock: str) -> list[str]:
 def draw(entries: list[dict[str, Any]], clock: str) -> Figure:
     """Return the figure: each objective's step over one of cross-entropy, with its interval."""
     shown = [entry for entry in entries if entry["rivals"] == "losses"]
-    names = [name for name in OBJECTIVES if name != CROSS_ENTROPY]
+    names = [name for name in LOSSES if name != CROSS_ENTROPY]
     figure = Figure(figsize=(9, 1.2 + 0.55 * len(shown)), layout="constrained")
     axis = figure.subplots()
     for offset, name in enumerate(names):

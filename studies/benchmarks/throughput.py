@@ -29,10 +29,8 @@ from batchcam.data.prepared import PreparedData
 from batchcam.data.preprocessing import Preprocess, batches, to_device
 from batchcam.data.splits import Split
 from batchcam.devices import autocast, evaluation_batch, resolve_device
-from batchcam.losses.objective import Objective
 from batchcam.models import ExplainableModel, create_model, resolve_output_stride
 from batchcam.provenance import command_line, git_commit, package_versions
-from batchcam.training.evaluate import evaluate
 from batchcam.training.fit import fit
 from studies.baselines import plain
 from studies.benchmarks.batches import Bench, random_data
@@ -223,14 +221,13 @@ def _plain_epoch(
     data = prepared.dataset
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    objective = Objective(config.metric, 1.0, config.lambda_proto, config.lambda_batch)
     loader = plain.loader(
         data.train, data.mean[0], data.std[0], config.batch_size, shuffle=True, workers=workers
     )
-    prototypes = prepared.prototypes("train", config.resolution)
+    loss = plain.loss_function(config, prepared.prototypes("train", config.resolution))
     for _ in loader:  # Starts the workers.
         pass
-    return lambda: plain.train_epoch(model, loader, optimizer, schedule, objective, prototypes)
+    return lambda: plain.train_epoch(model, loader, optimizer, schedule, loss)
 
 
 def _evaluations(
@@ -240,16 +237,17 @@ def _evaluations(
     result = fit(config, lambda _: True, prepared=_prepared(config.batch_size))
     model, preprocess = result.model, result.preprocess
     device = resolve_device(config.device)
-    images, labels = to_device(prepared.dataset.train, device)
-    prototypes = prepared.prototypes("validation", config.resolution).to(device)
+    # The training images, for they are many; the prototypes do not matter to the time.
+    split = prepared.split("train", config.resolution, device)
+    evaluator = result.evaluator
 
     def forward() -> None:
         with torch.no_grad(), autocast(device, config.precision):
-            for (batch,) in batches((images,), evaluation_batch(device)):
+            for (batch,) in batches((split.images_NCHW,), evaluation_batch(device)):
                 model(preprocess(batch)).argmax(dim=1)
 
     def evaluation() -> None:
-        evaluate(model, images, labels, prototypes, preprocess, precision=config.precision)
+        evaluator.evaluate(split)
 
     return forward, evaluation
 

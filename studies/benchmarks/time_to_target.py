@@ -25,10 +25,9 @@ import tyro
 from batchcam.config import TrialConfig
 from batchcam.data.prepared import PreparedData, prepare
 from batchcam.data.preprocessing import Preprocess
-from batchcam.losses.objective import Objective
 from batchcam.models import create_model
 from batchcam.provenance import command_line, git_commit, package_versions
-from batchcam.training.evaluate import evaluate
+from batchcam.training.evaluate import Evaluator
 from batchcam.training.fit import EpochReport, fit
 from studies.baselines import plain
 from studies.benchmarks.elsewhere import elsewhere
@@ -152,21 +151,16 @@ def by_plain_script(settings: TimeToTarget, prepared: PreparedData) -> dict[str,
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=config.learning_rate, total_steps=config.epochs * len(train) + 1
     )
-    objective = Objective(config.metric, 1.0, 0.0, config.lambda_batch)
-    prototypes = prepared.prototypes("train", config.resolution)
+    loss = plain.loss_function(config, prepared.prototypes("train", config.resolution))
+    evaluator = Evaluator(model, Preprocess(config.resolution, data.mean, data.std))
+    explained_split = prepared.split("validation", config.resolution)
     history: list[dict[str, float]] = []
     for _ in range(config.epochs):
         began = time.perf_counter()
-        plain.train_epoch(model, train, optimizer, schedule, objective, prototypes)
+        plain.train_epoch(model, train, optimizer, schedule, loss)
         accuracy = plain.accuracy(model, validation)
         seconds = time.perf_counter() - began
-        explained = evaluate(
-            model,
-            torch.from_numpy(data.validation.images),
-            torch.from_numpy(data.validation.labels),
-            prepared.prototypes("validation", config.resolution),
-            Preprocess(config.resolution, data.mean, data.std),
-        )
+        explained = evaluator.evaluate(explained_split)
         history.append(
             {"val_accuracy": accuracy, "cam_ssim": explained.cam_ssim, "seconds": seconds}
         )

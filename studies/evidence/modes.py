@@ -27,7 +27,7 @@ from batchcam.data.preprocessing import to_device
 from batchcam.data.splits import Split
 from batchcam.prototypes import class_prototypes, resize_prototypes
 from batchcam.similarity import ssim
-from batchcam.training.evaluate import explain
+from batchcam.training.evaluate import Evaluator
 from studies.cli import run_command
 from studies.evidence.measures import diversity
 from studies.evidence.runs import Run, complete, finished, state_of
@@ -131,8 +131,8 @@ def train_and_judge(run: Run, models: Path) -> dict[str, float]:
     device = next(result.model.parameters()).device
     images, labels = to_device(prepared.dataset.test, device)
     seen = evaluate_test(result)
-    some = slice(_EXPLAINED)
-    _, maps = explain(result.model, images[some], result.preprocess, labels[some])
+    some, evaluator = slice(_EXPLAINED), Evaluator(result.model, result.preprocess)
+    _, maps = evaluator.explain(images[some], labels[some])
     digits, prototypes = _digits(config.dataset, config.resolution)
     own = ssim(maps, prototypes[digits[some]])
     other = ssim(maps, prototypes[_partner(digits[some])])
@@ -212,7 +212,8 @@ def draw(out: Path, runs: list[Run]) -> None:
         if config.lambda_batch:
             wanted = prepared.prototypes("test", config.resolution)[groups]
             rows.append((f"{config.prototype}\nprototype", wanted, None))
-        _, maps = explain(result.model.cpu(), images, result.preprocess, labels)
+        evaluator = Evaluator(result.model.cpu(), result.preprocess)
+        _, maps = evaluator.explain(images, labels)
         rows.append((run.method.replace(", ", "\n"), maps, None))
     title = f"CAMs of single test images, {runs[0].config.dataset}, classes merged in pairs, seed 0"
     figures.save(figures.class_rows(rows, names, title), out / "modes.png")

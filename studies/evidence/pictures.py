@@ -12,8 +12,6 @@ from pathlib import Path
 import torch
 
 from batchcam import figures
-from batchcam.data.preprocessing import to_device
-from batchcam.training.evaluate import error_maps
 from studies.cli import run_command
 from studies.evidence.paper import Cell, Paper, cells_of, choose, final_runs
 from studies.evidence.runs import state_of
@@ -39,22 +37,12 @@ def draw(settings: Paper, cells: list[Cell], folder: Path) -> None:
         if not run.path(settings.out).is_file():
             continue
         result = train(run, load_prepared(cell.dataset), state_of(run, settings.out))
-        device = next(result.model.parameters()).device
-        images, labels = to_device(result.prepared.dataset.test, device)
-        prototypes = result.prepared.prototypes("test", run.config.resolution)
+        split = result.prepared.split("test", run.config.resolution, result.device)
         seen = evaluate_test(result)
         names = result.prepared.prototype_names
-        misled, _ = error_maps(
-            result.model,
-            images,
-            labels,
-            len(names),
-            result.preprocess,
-            cam=run.config.cam,
-            precision=run.config.precision,
-        )
+        misled, _ = result.evaluator.error_maps(split.images_NCHW, split.labels_N, len(names))
         if not rows:
-            rows.append(("prototype", prototypes, None))
+            rows.append(("prototype", split.prototypes_PRR.cpu(), None))
         notes = [f"{value:.2f}" for value in seen.cam_ssim_P.tolist()]
         label = cell.condition.replace(", ", "\n")
         rows.append((f"{label}\nSSIM below", seen.maps_PRR, notes))

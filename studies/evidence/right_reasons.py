@@ -21,7 +21,8 @@ from batchcam.config import TrialConfig
 from batchcam.data.decoys import paint_random_decoys
 from batchcam.data.preprocessing import to_device
 from batchcam.data.splits import Split
-from batchcam.training.evaluate import evaluate
+from batchcam.losses import used_terms
+from batchcam.losses.cross_entropy import CROSS_ENTROPY
 from batchcam.training.fit import TrialResult
 from studies.cli import run_command
 from studies.evidence.controls import CONTROLS, CORNERS_OUTSIDE, SIGHT_OUTSIDE
@@ -216,18 +217,9 @@ def _on_patch(result: TrialResult, decoyed: Split) -> dict[str, float]:
 
 def _accuracy(result: TrialResult, split: Split) -> float:
     """Return the accuracy on a split, in the precision that the run was trained in."""
-    device = next(result.model.parameters()).device
-    images, labels = to_device(split, device)
-    prototypes = result.prepared.prototypes("test", result.config.resolution).to(device)
-    return evaluate(
-        result.model,
-        images,
-        labels,
-        prototypes,
-        result.preprocess,
-        cam=result.config.cam,
-        precision=result.config.precision,
-    ).accuracy
+    prepared = replace(result.prepared, dataset=replace(result.prepared.dataset, test=split))
+    judged = prepared.split("test", result.config.resolution, result.device)
+    return result.evaluator.evaluate(judged).accuracy
 
 
 Row = tuple[str, Run, list[dict[str, Any]]]
@@ -269,10 +261,9 @@ def write_table(out: Path, rows: list[Row]) -> None:
 
 
 def _weights(run: Run) -> Iterator[str]:
-    for name in ("proto", "batch", "energy", "exchange"):
-        value = getattr(run.config, f"lambda_{name}")
-        if value:
-            yield f"{name} {value:g}"
+    for spec, weight in used_terms(run.config):
+        if spec != CROSS_ENTROPY:
+            yield f"{spec.name} {weight:g}"
     yield from (f"{name} {value:g}" for name, value in run.beyond.items())
 
 

@@ -126,6 +126,45 @@ def state_of(run: Run, root: Path) -> Path:
     return root / "models" / f"{digest[:16]}.pt"
 
 
+_ALWAYS_RECORDED = frozenset(
+    [
+        "dataset",
+        "val_fraction",
+        "split_seed",
+        "backbone",
+        "resolution",
+        "output_stride",
+        "pretrained",
+        "metric",
+        "cam",
+        "lambda_class",
+        "lambda_proto",
+        "lambda_batch",
+        "lambda_energy",
+        "lambda_exchange",
+        "prototype",
+        "clusters",
+        "epochs",
+        "batch_size",
+        "learning_rate",
+        "weight_decay",
+        "optimizer",
+        "schedule",
+        "precision",
+        "compile",
+        "device",
+        "seed",
+    ]
+)
+"""The fields that recorded runs have. A field that is newer is left out while it has its default,
+so that files and digests of earlier runs stay valid."""
+
+
 def _recorded(config: TrialConfig) -> dict[str, Any]:
-    """Return the fields that a result depends on; where the data lie is no such field."""
-    return {name: value for name, value in config.as_dict().items() if name != "data_root"}
+    """Return the fields that a result depends on; the folder of the data is none of them."""
+    default = TrialConfig()
+    return {
+        name: value
+        for name, value in config.as_dict().items()
+        if name in _ALWAYS_RECORDED or (name != "data_root" and value != getattr(default, name))
+    }

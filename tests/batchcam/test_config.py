@@ -83,15 +83,6 @@ def test_a_configuration_cannot_be_changed() -> None:
     assert replace(TrialConfig(), epochs=3).epochs == 3
 
 
-@pytest.mark.parametrize(
-    ("proto", "batch", "expected"), [(0, 0, False), (0.1, 0, True), (0, 0.1, True), (1, 1, True)]
-)
-def test_a_cam_is_used_where_a_cam_term_has_a_weight(
-    proto: float, batch: float, expected: bool
-) -> None:
-    assert TrialConfig(lambda_proto=proto, lambda_batch=batch).uses_cam is expected
-
-
 def test_every_choice_has_an_implementation() -> None:
     assert set(DATASETS) == set(LOADERS)
     assert set(METRICS) == set(METRIC_FUNCTIONS)

@@ -10,6 +10,7 @@ from optuna.trial import FixedTrial
 
 from batchcam.config import METRICS, TrialConfig
 from batchcam.errors import BackboneError, ConfigError
+from batchcam.losses import compares_cams
 from studies.space import (
     OPTIONAL,
     SearchSpace,
@@ -55,7 +56,7 @@ def test_metric_is_drawn_only_where_a_cam_loss_is_on(
 ) -> None:
     assert {trial.params.get("metric") for trial, _ in drawn} == {None, *SPACE.metrics}
     for trial, config in drawn:
-        assert ("metric" in trial.params) == config.uses_cam
+        assert ("metric" in trial.params) == compares_cams(config)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_first_points_are_the_baseline_and_the_papers_bcpl(strides: Strides) -> 
         study.enqueue_trial(point)
         configs.append(trial_config(TrialConfig(), suggest(study.ask(), SPACE, strides)))
     baseline, bcpl = configs
-    assert not baseline.uses_cam
+    assert not compares_cams(baseline)
     assert (bcpl.metric, bcpl.lambda_proto, bcpl.lambda_batch) == ("l1", 0.0, 0.1)
     assert bcpl.learning_rate == baseline.learning_rate == 3e-3
 
@@ -248,7 +249,9 @@ def configs(draw: st.DrawFn) -> TrialConfig:
         learning_rate=draw(log_uniform("learning_rate")),
         weight_decay=draw(log_uniform("weight_decay")),
     )
-    return replace(config, metric=draw(st.sampled_from(METRICS))) if config.uses_cam else config
+    return (
+        replace(config, metric=draw(st.sampled_from(METRICS))) if compares_cams(config) else config
+    )
 
 
 @given(configs())

@@ -17,6 +17,7 @@ import PIL.Image
 from batchcam.config import TrialConfig
 from batchcam.errors import ConfigError
 from batchcam.export.model_card import loss_terms
+from batchcam.losses import compares_cams
 from studies.engine.checkpoints import PICTURE
 from studies.engine.ledger import LEDGER, Ledger
 from studies.engine.storage import copy_file
@@ -140,7 +141,7 @@ def trial_row(
         "loss": " + ".join(loss_terms(config)) or "cross-entropy",
         "backbone": config.backbone,
         "resolution": f"{config.resolution} px",
-        "metric": config.metric.upper() if config.uses_cam else "none",
+        "metric": config.metric.upper() if compares_cams(config) else "none",
         "front": on_front,
         "epochs": int(metrics["epoch"]),
         "val_accuracy": metrics["val_accuracy"],
@@ -162,7 +163,7 @@ def searched_values(config: TrialConfig) -> dict[str, Any]:
     values = {name: getattr(config, name) for name, _ in SEARCHED}
     for name in ("resolution", "output_stride"):
         values[name] = str(values[name])
-    return values | {"metric": config.metric if config.uses_cam else "none"}
+    return values | {"metric": config.metric if compares_cams(config) else "none"}
 
 
 def halves(picture: PIL.Image.Image) -> tuple[PIL.Image.Image, PIL.Image.Image]:

@@ -24,7 +24,6 @@ from batchcam.errors import BundleError, ConfigError
 from batchcam.export import bundle
 from batchcam.export.bundle import FILES, PROTOTYPES, check_writable, load, save_bundle
 from batchcam.similarity import ssim
-from batchcam.training.evaluate import evaluate, explain
 from batchcam.training.fit import TrialResult, fit
 
 
@@ -47,7 +46,7 @@ def test_a_loaded_model_predicts_and_explains_as_the_trained_one(
 ) -> None:
     model = batchcam.load(bundle_dir)
     images, _ = to_device(trained.prepared.dataset.test, torch.device("cpu"))
-    probabilities, maps = explain(trained.model, images, trained.preprocess)
+    probabilities, maps = trained.evaluator.explain(images)
     assert np.array_equal(model.predict(images), probabilities.argmax(dim=1).numpy())
     assert np.array_equal(model.probabilities(images), probabilities.numpy())
     assert np.array_equal(model.explain(images), maps.numpy())
@@ -140,10 +139,9 @@ def test_maps_explain_the_class_asked_for(bundle_dir: Path, trained: TrialResult
 def test_a_loaded_model_evaluates_as_the_trained_one(
     bundle_dir: Path, trained: TrialResult
 ) -> None:
-    images, labels = to_device(trained.prepared.dataset.test, torch.device("cpu"))
-    prototypes = trained.prepared.prototypes("test", 14)
-    found = load(bundle_dir).to("cpu").evaluate(images, labels, prototypes)
-    expected = evaluate(trained.model, images, labels, prototypes, trained.preprocess)
+    split = trained.prepared.split("test", 14)
+    found = load(bundle_dir).to("cpu").evaluate(split)
+    expected = trained.evaluator.evaluate(split)
     assert found.cam_ssim == expected.cam_ssim
     assert found.accuracy == load(bundle_dir).metrics["test_accuracy"]
 

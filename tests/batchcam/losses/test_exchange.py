@@ -12,7 +12,7 @@ from batchcam.data.dataset import ImageData
 from batchcam.data.prepared import with_prototypes
 from batchcam.data.preprocessing import to_device
 from batchcam.data.splits import Split
-from batchcam.losses.exchange import exchange, exchange_loss
+from batchcam.losses.exchange import exchange_images, exchange_loss
 from batchcam.training.fit import fit
 
 OUTSIDE = torch.tensor([[[0.0, 1.0, 1.0]], [[1.0, 0.0, 1.0]]]).expand(2, 3, 3)
@@ -22,7 +22,7 @@ OUTSIDE = torch.tensor([[[0.0, 1.0, 1.0]], [[1.0, 0.0, 1.0]]]).expand(2, 3, 3)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_partners_exchange_what_is_neithers(channels: int) -> None:
     x = torch.arange(3.0)[:, None, None, None].expand(3, channels, 3, 3)
-    found = exchange(x, torch.tensor([0, 1, 1]), OUTSIDE)
+    found = exchange_images(x, torch.tensor([0, 1, 1]), OUTSIDE)
     # The partner of an image is the one before it; two of class 1 keep the middle column alone.
     expected = torch.tensor([[0.0, 0.0, 2.0], [1.0, 1.0, 0.0], [1.0, 2.0, 1.0]])
     assert torch.equal(found, expected[:, None, None, :].expand(3, channels, 3, 3))
@@ -30,7 +30,7 @@ def test_partners_exchange_what_is_neithers(channels: int) -> None:
 
 def test_one_image_alone_stays_as_it_is() -> None:
     x = torch.rand(1, 1, 3, 3)
-    assert torch.equal(exchange(x, torch.tensor([1]), OUTSIDE), x)
+    assert torch.equal(exchange_images(x, torch.tensor([1]), OUTSIDE), x)
 
 
 def test_the_loss_is_of_the_margin_between_the_two_classes() -> None:
@@ -54,7 +54,7 @@ def test_a_model_that_looks_at_either_class_alone_pays_nothing() -> None:
         seen = x[..., columns].flatten(1)
         return torch.stack([seen.sum(1), -seen.sum(1)], dim=1)
 
-    exchanged = exchange(x, labels, OUTSIDE)
+    exchanged = exchange_images(x, labels, OUTSIDE)
     # Both columns stay where both classes meet; of one class's partners the loss does not speak.
     own = exchange_loss(scores(x, slice(2)), scores(exchanged, slice(2)), labels)
     other = exchange_loss(scores(x, slice(2, 3)), scores(exchanged, slice(2, 3)), labels)
@@ -100,7 +100,7 @@ def test_training_makes_corners_count_less_that_give_the_class_away(tiny_data: I
         assert ("loss_exchange" in result.metrics) == (lambda_exchange > 0)
         x = result.preprocess(images)
         with torch.no_grad():
-            logits, moved = result.model(x), result.model(exchange(x, labels, outside))
+            logits, moved = result.model(x), result.model(exchange_images(x, labels, outside))
             margins = exchange_loss(logits, torch.zeros_like(logits), labels)
             return float(exchange_loss(logits, moved, labels) / margins)
 

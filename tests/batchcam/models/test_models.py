@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from batchcam.cam import batch_cam, fused_weighted_sum, grad_cam, pooled
 from batchcam.errors import BackboneError
-from batchcam.losses.objective import Objective
 from batchcam.models import (
     ExplainableModel,
     backbone_names,
@@ -21,6 +20,7 @@ from batchcam.models import (
     feature_grid,
     resolve_output_stride,
 )
+from tests.batchcam.losses.problems import Head, total_loss
 
 RESOLUTION = 28
 
@@ -156,8 +156,12 @@ def test_a_training_step_moves_every_parameter_by_a_finite_gradient(
     before = {name: value.clone() for name, value in model.named_parameters()}
     optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
     features = model.features(images)
-    loss, terms = Objective("ssim", 1.0, 1.0, 1.0)(
-        model.head(features), features, labels, prototypes
+    loss, terms = total_loss(
+        {"lambda_class": 1.0, "lambda_proto": 1.0, "lambda_batch": 1.0, "metric": "ssim"},
+        model.head(features),
+        features,
+        labels,
+        prototypes,
     )
     torch.autograd.backward(loss)
     optimizer.step()
@@ -224,9 +228,16 @@ def test_weights_of_a_linear_head_are_the_pooled_gradients(
     for known in (False, True):
         given = fixed.clone().requires_grad_()
         features, sums = fused_weighted_sum(weights[labels], given) if known else (given, None)
-        objective = Objective("l2", 0.5, 0.7, 0.3)
         prototypes = torch.rand(10, 14, 14, generator=torch.Generator().manual_seed(0)).double()
-        loss, _ = objective(model.head(features), features, labels, prototypes, sums)
+        loss, _ = total_loss(
+            {"lambda_class": 0.5, "lambda_proto": 0.7, "lambda_batch": 0.3, "metric": "l2"},
+            model.head(features),
+            features,
+            labels,
+            prototypes,
+            model=model if known else Head(),
+            fused_sums_NHW=sums,
+        )
         wanted = [given, *model.parameters()]
         losses.append((loss, torch.autograd.grad(loss, wanted, materialize_grads=True)))
     (slow, slow_gradients), (fast, fast_gradients) = losses
@@ -253,17 +264,18 @@ def test_known_gradients_are_those_of_the_scores(
     generator = torch.Generator().manual_seed(0)
     prototypes = torch.rand(10, 14, 14, generator=generator).double()
     outside = (torch.rand(10, *fixed.shape[2:], generator=generator) < 0.5).double()
-    objective = Objective("l2", 0.0, 0.7, 0.3, lambda_energy, cam="hires_cam")
+    fields = {"lambda_proto": 0.7, "lambda_batch": 0.3, "lambda_energy": lambda_energy}
     losses = []
-    for given in (None, known):
+    for explained in (Head(), model):
         features = fixed.clone().requires_grad_()
-        loss, _ = objective(
+        loss, _ = total_loss(
+            {**fields, "metric": "l2", "cam": "hires_cam"},
             model.head(features),
             features,
             labels,
             prototypes,
-            off_support_CHW=outside,
-            gradients_CKHW=given,
+            model=explained,
+            off_support=outside,
         )
         wanted = [features, *model.parameters()]
         losses.append((loss, torch.autograd.grad(loss, wanted, materialize_grads=True)))

@@ -9,11 +9,45 @@ import torch
 from torch import Tensor
 
 from batchcam.cam import attribution, batch_cam, grad_cam, render, score_gradients
+from batchcam.data.prepared import PreparedSplit
 from batchcam.data.preprocessing import Preprocess, to_device
 from batchcam.models import ExplainableModel
 from batchcam.similarity import ssim
-from batchcam.training.evaluate import ClassCam, error_maps, evaluate, explain
+from batchcam.training.evaluate import ClassCam, Evaluation, Evaluator
 from batchcam.training.fit import TrialResult
+
+
+def evaluate(
+    model: ExplainableModel,
+    images: Tensor,
+    labels: Tensor,
+    prototypes_PRR: Tensor,
+    preprocess: Preprocess,
+    **options: Any,
+) -> Evaluation:
+    split = PreparedSplit(images, labels, labels, prototypes_PRR)
+    return Evaluator(model, preprocess, **options).evaluate(split)
+
+
+def error_maps(
+    model: ExplainableModel,
+    images: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    preprocess: Preprocess,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    return Evaluator(model, preprocess, **options).error_maps(images, labels, num_classes)
+
+
+def explain(
+    model: ExplainableModel,
+    images: Tensor,
+    preprocess: Preprocess,
+    targets: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    return Evaluator(model, preprocess, **options).explain(images, targets)
 
 
 @pytest.fixture

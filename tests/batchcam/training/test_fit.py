@@ -17,7 +17,6 @@ from batchcam.data.preprocessing import to_device
 from batchcam.errors import BackboneError, ConfigError, DivergedError
 from batchcam.prototypes import cluster_centres, cluster_prototypes, nearest_prototype_index
 from batchcam.similarity import ssim
-from batchcam.training.evaluate import evaluate
 from batchcam.training.fit import (
     EpochReport,
     Metrics,
@@ -176,14 +175,7 @@ def test_images_are_aligned_with_their_own_cluster(
     prepared = PreparedData(tiny_prepared.dataset, prototypes, prototypes, centres)
     config = replace(tiny_config, prototype="kmeans", lambda_batch=1.0, metric="ssim", epochs=8)
     result = fit(config, prepared=prepared)
-    trained = evaluate(
-        result.model,
-        images,
-        labels,
-        prepared.prototypes("train", 14),
-        result.preprocess,
-        prototype_index=groups,
-    )
+    trained = result.evaluator.evaluate(prepared.split("train", 14))
     other = prepared.prototypes("train", 14).view(10, 2, 14, 14).flip(1).flatten(0, 1)
     assert trained.cam_ssim > ssim(trained.maps_PRR, other).mean() + 0.05
     assert result.evaluation.confusion_CC.shape == (10, 10)
@@ -288,7 +280,8 @@ def test_dropout_goes_on_where_it_was_cut(tmp_path: Path, tiny_prepared: Prepare
         backbone="ghostnet_050", resolution=64, epochs=2, batch_size=100, device="cpu"
     )
     # The ceiling takes longer than the run, and is not what is tested.
-    prepared = replace(tiny_prepared, _ceilings={(64, (2, 2)): torch.ones(10)})
+    prepared = replace(tiny_prepared)
+    prepared._ceilings[64, (2, 2)] = torch.ones(10)
     whole = fit(config, _save_each(tmp_path), prepared=prepared)
     _assert_same_run(fit(config, prepared=prepared, state=tmp_path / "1.pt"), whole)
 

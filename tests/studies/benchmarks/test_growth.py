@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from batchcam.cam import fused_weighted_sum
-from batchcam.losses.objective import Objective
 from studies.benchmarks.batches import peak_bytes
 from studies.benchmarks.growth import AXES, Growth, main, points
+from tests.batchcam.losses.problems import Head, total_loss
 
 
 def test_one_quantity_is_varied_at_a_time() -> None:
@@ -43,14 +43,18 @@ def test_absent_classes_take_no_memory(linear: bool) -> None:
     weights = torch.randn(classes, channels, generator=generator, requires_grad=True)
     labels = torch.randint(classes, (images,), generator=generator)
     prototypes = torch.rand(classes, 28, 28, generator=generator)
-    objective = Objective("l1", 1.0, 0.1, 0.1)
+    fields = {"lambda_class": 1.0, "lambda_proto": 0.1, "lambda_batch": 0.1}
 
     def step() -> None:
-        same, sums = (
-            fused_weighted_sum(weights[labels] / side**2, features) if linear else (features, None)
-        )
+        same, sums, model = features, None, Head()
+        if linear:
+            same, sums = fused_weighted_sum(weights[labels] / side**2, features)
+            model = Head(weights / side**2)
         logits = same.mean(dim=(2, 3)) @ weights.T
-        torch.autograd.backward(objective(logits, same, labels, prototypes, sums)[0])
+        loss, _ = total_loss(
+            fields, logits, same, labels, prototypes, model=model, fused_sums_NHW=sums
+        )
+        torch.autograd.backward(loss)
         features.grad = weights.grad = None
 
     every_class = 4 * classes * channels * side**2

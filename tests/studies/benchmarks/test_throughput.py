@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from batchcam.config import TrialConfig
 from batchcam.data.prepared import PreparedData
-from batchcam.losses.objective import Objective
 from batchcam.models import create_model
 from batchcam.models.depthwise import DepthwiseConv2d
 from studies.baselines import plain
@@ -45,12 +45,9 @@ def test_plain_script_learns(prepared: PreparedData) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     batches = plain.loader(data.train, data.mean[0], data.std[0], 32, shuffle=True, workers=0)
-    prototypes = prepared.prototypes("train", 8)
-    objective = Objective("l1", 1.0, 0.0, 0.1)
-    losses = [
-        plain.train_epoch(model, batches, optimizer, schedule, objective, prototypes)
-        for _ in range(4)
-    ]
+    config = TrialConfig(lambda_proto=0.1, lambda_batch=0.1)
+    loss = plain.loss_function(config, prepared.prototypes("train", 8))
+    losses = [plain.train_epoch(model, batches, optimizer, schedule, loss) for _ in range(4)]
     assert losses[-1] < losses[0] / 2
     assert plain.accuracy(model, batches) > 0.8
 
