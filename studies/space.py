@@ -1,56 +1,51 @@
-"""The search space: which values may be tried, and how a trial's configuration is drawn from them.
+"""The search space: which values a trial may take, and how its configuration is drawn from them.
 
-The space is conditional: a λ that is off has no value, there is no metric where both CAM losses are
-off, and an output stride is chosen only for a backbone that has several useful ones at that
-resolution. What is allowed is data, so that a command line can change it.
+The space is conditional: a loss term that is off has no weight, there is no metric where no term
+compares saliency maps, and an output stride is drawn only for a backbone that has several useful
+ones at that resolution. The terms and the ranges of their weights come from
+:data:`batchcam.losses.TERMS`. What is allowed is data, so that a command line can change it.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, make_dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import optuna
+import tyro
 
 from batchcam.config import METRICS, MIN_RESOLUTION, TrialConfig
 from batchcam.errors import BackboneError, ConfigError, suggest_names
-from batchcam.losses import compares_cams
+from batchcam.losses import TERMS, compares_cams
+from batchcam.losses.cross_entropy import CROSS_ENTROPY
 from batchcam.models import feature_grid, resolve_output_stride
 
 Range = tuple[float, float]
 Strides = Mapping[tuple[str, int], tuple[int | None, ...]]
 """Output strides to choose from, by backbone and resolution; None is the backbone's own."""
 
+SWITCHED = tuple(name for name in TERMS if name != CROSS_ENTROPY.name)
+"""The terms that a trial may have or not. Every trial has the cross-entropy."""
+
 SEARCHED = (
     ("backbone", False),
     ("resolution", False),
     ("output_stride", False),
     ("metric", False),
-    ("lambda_class", True),
-    ("lambda_proto", False),
-    ("lambda_batch", False),
-    ("lambda_energy", False),
-    ("lambda_exchange", False),
+    *((f"lambda_{name}", name == CROSS_ENTROPY.name) for name in TERMS),
     ("learning_rate", True),
     ("weight_decay", True),
 )
-"""What the search decides, and whether an axis of it is logarithmic: λ's may be 0, which a
-logarithm has not."""
-
-OPTIONAL = ("energy", "exchange")
-"""Losses that are searched where they are asked for; others than the paper's."""
+"""The fields that a search may decide, and whether an axis of the field is logarithmic. The weight
+of a term that may be off is not: it may be 0."""
 
 _MIN_GRID = 3
 """Cells per side of the CAM grid; see `batchcam.models.resolve_output_stride`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchSpace:
-    """The values that trials may take. Ranges are (low, high), searched on a logarithmic scale.
-
-    Raises:
-        ConfigError: an empty or unknown choice, or a range that is none.
-    """
+class _Space:
+    """The fields of :class:`SearchSpace` that do not depend on the loss terms."""
 
     backbones: tuple[str, ...] = ("simple_cnn",)
     """Backbones to choose from."""
@@ -60,21 +55,13 @@ class SearchSpace:
     """Metrics to choose from: l1, l2, ssim."""
     output_strides: tuple[int, ...] = (8, 16, 32)
     """Output strides to choose from, for backbones that have them."""
-    lambda_class: Range = (0.3, 3.0)
-    """Range of the weight of the cross-entropy."""
-    lambda_proto: Range = (0.01, 10.0)
-    """Range of the weight of the Prototype Loss, where it is on."""
-    lambda_batch: Range = (0.01, 10.0)
-    """Range of the weight of the Batch-CAM Prototype Loss, where it is on."""
+    losses: tuple[str, ...] = ("proto", "batch")
+    """Loss terms to search, beside the cross-entropy: proto (Prototype Loss), batch (BCPL), energy,
+    exchange, mask_gradient (RRR). Each trial has some of them or none."""
     energy: bool = False
-    """Search the prototype energy loss too: evidence outside a class's support is penalised."""
-    lambda_energy: Range = (0.3, 100.0)
-    """Range of the weight of the prototype energy loss, where it is on."""
+    """Search the prototype energy loss too; the same as naming energy in --losses."""
     exchange: bool = False
-    """Search the prototype exchange loss too: what lies outside of two classes' supports may not
-    decide between them."""
-    lambda_exchange: Range = (0.03, 10.0)
-    """Range of the weight of the prototype exchange loss, where it is on."""
+    """Search the prototype exchange loss too; the same as naming exchange in --losses."""
     learning_rate: Range = (5e-4, 1e-2)
     """Range of the peak learning rate."""
     weight_decay: Range = (1e-4, 1e-1)
@@ -82,35 +69,79 @@ class SearchSpace:
 
     def __post_init__(self) -> None:
         for choice in ("backbones", "resolutions", "metrics", "output_strides"):
-            values = getattr(self, choice)
-            if not values:
+            if not getattr(self, choice):
                 raise ConfigError(f"{choice} is empty; name at least one.")
+        for choice in ("backbones", "resolutions", "metrics", "output_strides", "losses"):
+            values = getattr(self, choice)
             if len(set(values)) < len(values):
                 raise ConfigError(f"{choice}={values} names a value twice; name each once.")
-        for metric in self.metrics:
-            if metric not in METRICS:
-                raise ConfigError(
-                    f"metric {metric!r} is unknown; choose among {', '.join(METRICS)}."
-                    + suggest_names(metric, METRICS)
-                )
+        for kind, known in (("metric", METRICS), ("losses", SWITCHED)):
+            for value in self.metrics if kind == "metric" else self.losses:
+                if value not in known:
+                    raise ConfigError(
+                        f"{kind} {value!r} is unknown; choose among {', '.join(known)}."
+                        + suggest_names(value, known)
+                    )
         for resolution in self.resolutions:
             if resolution < MIN_RESOLUTION:
                 raise ConfigError(f"resolution {resolution} must be at least {MIN_RESOLUTION}.")
         for stride in self.output_strides:
-            TrialConfig(output_stride=stride)  # Judges it; an impossible one would go unnoticed.
-        for field in fields(self):
-            if field.type == Range:
-                low, high = getattr(self, field.name)
-                if not (math.isfinite(high) and 0 < low <= high):
-                    raise ConfigError(
-                        f"{field.name}=({low}, {high}) must be two finite numbers > 0, the lower "
-                        "one first; a loss term is turned off by the search itself."
-                    )
+            TrialConfig(output_stride=stride)  # Refuses an impossible stride.
+        for name in ("learning_rate", "weight_decay", *(f"lambda_{term}" for term in TERMS)):
+            low, high = getattr(self, name)
+            if not (math.isfinite(high) and 0 < low <= high):
+                raise ConfigError(
+                    f"{name}=({low}, {high}) must be two finite numbers > 0, the lower "
+                    "one first; a loss term is turned off by the search itself."
+                )
+
+    @property
+    def switched(self) -> tuple[str, ...]:
+        """The terms that are searched, beside the cross-entropy, in the order of the registry."""
+        return tuple(name for name in SWITCHED if name in self.losses or getattr(self, name, False))
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """The weights that are not searched: of losses that must be asked for."""
-        return tuple(f"lambda_{name}" for name in OPTIONAL if not getattr(self, name))
+        """The weights that are not searched, as fields of TrialConfig."""
+        return tuple(f"lambda_{name}" for name in SWITCHED if name not in self.switched)
+
+
+if TYPE_CHECKING:
+
+    class SearchSpace(_Space):
+        """See below; its weights are not known to type checkers."""
+
+        def __init__(self, **values: Any) -> None: ...
+
+else:
+    SearchSpace = make_dataclass(
+        "SearchSpace",
+        [
+            (
+                f"lambda_{spec.name}",
+                Annotated[
+                    Range,
+                    tyro.conf.arg(help=f"Range of the weight of {spec.title}, where it is on."),
+                ],
+                field(default=spec.search_range),
+            )
+            for spec in TERMS.values()
+        ],
+        bases=(_Space,),
+        namespace={
+            "__doc__": """The values that trials may take.
+
+            Ranges are (low, high), searched on a logarithmic scale. There is one for the weight of
+            each term of :data:`batchcam.losses.TERMS`, `lambda_<name>`.
+
+            Raises:
+                ConfigError: an empty or unknown choice, or a range that is none.
+            """
+        },
+        frozen=True,
+        kw_only=True,
+    )
+    SearchSpace.__module__ = __name__  # Else it could not be pickled.
 
 
 def feasible_strides(space: SearchSpace, in_chans: int) -> Strides:
@@ -145,9 +176,10 @@ def _strides(
 def suggest(trial: optuna.Trial, space: SearchSpace, strides: Strides) -> dict[str, Any]:
     """Draw a trial's fields of TrialConfig, as Ray's define-by-run interface asks for them.
 
-    Optuna's parameters are the fields drawn, and the switches `proto_loss`, `batch_loss`,
-    `energy_loss` and `exchange_loss`. Returned is every field that the space decides, those that
-    were not drawn included.
+    Optuna's parameters are the fields drawn, and a switch `<name>_loss` for each searched term.
+
+    Returns:
+        Every field that the space decides; a term that is off has the weight 0.
     """
 
     def log_uniform(name: str) -> float:
@@ -160,23 +192,25 @@ def suggest(trial: optuna.Trial, space: SearchSpace, strides: Strides) -> dict[s
     output_stride: Any = strides_here[0]
     if len(strides_here) > 1:
         output_stride = trial.suggest_categorical(_stride_name(backbone, resolution), strides_here)
-    proto_loss = trial.suggest_categorical("proto_loss", (False, True))
-    batch_loss = trial.suggest_categorical("batch_loss", (False, True))
     decided: dict[str, Any] = {
         "backbone": backbone,
         "resolution": resolution,
         "output_stride": output_stride,
         "lambda_class": log_uniform("lambda_class"),
-        "lambda_proto": log_uniform("lambda_proto") if proto_loss else 0.0,
-        "lambda_batch": log_uniform("lambda_batch") if batch_loss else 0.0,
-        "learning_rate": log_uniform("learning_rate"),
-        "weight_decay": log_uniform("weight_decay"),
     }
-    for name in OPTIONAL:
-        if getattr(space, name):
-            used = trial.suggest_categorical(f"{name}_loss", (False, True))
-            decided[f"lambda_{name}"] = log_uniform(f"lambda_{name}") if used else 0.0
-    if proto_loss or batch_loss:
+    on = []
+    for name in space.switched:
+        if trial.suggest_categorical(f"{name}_loss", (False, True)):
+            on.append(name)
+            decided[f"lambda_{name}"] = log_uniform(f"lambda_{name}")
+        else:
+            decided[f"lambda_{name}"] = 0.0
+    for name in space.left_out:
+        if getattr(TrialConfig, name):  # On by default, but not searched.
+            decided[name] = 0.0
+    for name in ("learning_rate", "weight_decay"):
+        decided[name] = log_uniform(name)
+    if any(TERMS[name].compares_cams for name in on):
         decided["metric"] = trial.suggest_categorical("metric", space.metrics)
     return decided
 
@@ -192,23 +226,19 @@ def point_of(config: TrialConfig, space: SearchSpace, strides: Strides) -> dict[
     Raises:
         ConfigError: the space does not have it, with what to allow.
     """
-    point: dict[str, Any] = {
-        "backbone": config.backbone,
-        "resolution": config.resolution,
-        "proto_loss": config.lambda_proto > 0,
-        "batch_loss": config.lambda_batch > 0,
-    }
+    point: dict[str, Any] = {"backbone": config.backbone, "resolution": config.resolution}
     drawn = ["lambda_class", "learning_rate", "weight_decay"]
-    for name in OPTIONAL:
+    for name in SWITCHED:
         weight = getattr(config, f"lambda_{name}")
-        if getattr(space, name):
+        if name in space.switched:
             point[f"{name}_loss"] = weight > 0
         elif weight > 0:
             raise ConfigError(
-                f"lambda_{name}={weight:g} is not searched by the study; allow it with --{name}."
+                f"lambda_{name}={weight:g} is not searched by the study; allow it with --losses "
+                f"{' '.join((*space.switched, name))}."
             )
-    switched = ("lambda_proto", "lambda_batch", *(f"lambda_{name}" for name in OPTIONAL))
-    drawn += [name for name in switched if getattr(config, name) > 0]
+        if weight > 0:
+            drawn.append(f"lambda_{name}")
     point |= {name: getattr(config, name) for name in drawn}
     allowed: dict[str, tuple[Any, ...]] = {
         "backbone": space.backbones,
@@ -255,13 +285,13 @@ def first_points(space: SearchSpace) -> list[dict[str, Any]]:
     baseline = {
         "backbone": space.backbones[0],
         "resolution": space.resolutions[0],
-        "proto_loss": False,
-        "batch_loss": False,
         "lambda_class": within("lambda_class", 1.0),
         "learning_rate": within("learning_rate", 3e-3),
         "weight_decay": within("weight_decay", 1e-2),
+        **{f"{name}_loss": False for name in space.switched},
     }
-    baseline |= {f"{name}_loss": False for name in OPTIONAL if getattr(space, name)}
+    if "batch" not in space.switched:
+        return [baseline]
     bcpl = baseline | {
         "batch_loss": True,
         "lambda_batch": within("lambda_batch", 0.1),

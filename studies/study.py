@@ -13,6 +13,7 @@ from batchcam.config import TrialConfig
 from batchcam.data.prepared import PreparedData, prepare
 from batchcam.errors import BatchCamError, ConfigError
 from batchcam.export.bundle import check_writable
+from batchcam.losses import TERMS
 from batchcam.models import create_model, feature_grid
 from studies.engine.ledger import Ledger
 from studies.engine.ledger_callback import ERRORS
@@ -27,11 +28,11 @@ from studies.outcome import export, summary
 from studies.outcome.confirm import Confirmed, best_of_front, confirm
 from studies.outcome.report import page as report
 from studies.planning.forecast import forecast, print_forecast, sample_configs
-from studies.planning.probe import Probe, kinds, probe_all
+from studies.planning.probe import Probe, probe_all, probe_configs
 from studies.planning.ray_cluster import connect
 from studies.planning.resources import choose_resources, cluster_device, slots
 from studies.settings import MEMORY, SETTINGS_FILE, StudySettings
-from studies.space import Strides, feasible_strides, first_points, point_of, suggest
+from studies.space import SearchSpace, Strides, feasible_strides, first_points, point_of, suggest
 from studies.trial import TrialSettings, run_trial
 
 
@@ -72,7 +73,7 @@ def run_study(settings: StudySettings) -> Path:
         settings = settings.begun()
     prepared = prepare(settings.base_config())
     strides = feasible_strides(settings.space, prepared.dataset.channels)
-    _fill_ceilings(prepared, strides)
+    _compute_ahead(prepared, settings.space, strides)
     if settings.pretrained:  # Better no study than one whose every trial fails.
         for backbone in settings.space.backbones:
             create_model(backbone, pretrained=True)
@@ -157,12 +158,16 @@ def _check_new(settings: StudySettings) -> None:
         )
 
 
-def _fill_ceilings(prepared: PreparedData, strides: Strides) -> None:
-    """Compute the SSIM ceiling of every grid that can occur, once for all trials."""
-    for (backbone, resolution), options in strides.items():
-        for stride in options:
-            grid = feature_grid(backbone, resolution, prepared.dataset.channels, stride)
-            prepared.ceiling(resolution, grid)
+def _compute_ahead(prepared: PreparedData, space: SearchSpace, strides: Strides) -> None:
+    """Compute what all trials need of the data, once: ceilings of every grid, and supports."""
+    channels = prepared.dataset.channels
+    grids = [
+        (resolution, feature_grid(backbone, resolution, channels, stride))
+        for (backbone, resolution), options in strides.items()
+        for stride in options
+    ]
+    supports = any(TERMS[name].uses_supports for name in space.switched)
+    prepared.compute_ahead(grids, supports=supports)
 
 
 def _probe(settings: StudySettings, prepared: PreparedData, strides: Strides) -> list[Probe]:
@@ -172,7 +177,7 @@ def _probe(settings: StudySettings, prepared: PreparedData, strides: Strides) ->
     if needed is not None and not settings.dry_run:
         return []
     gpus = 1.0 if cluster_device() == "cuda" and said[1] != 0 else 0.0
-    configs = list(kinds(settings.base_config(), settings.space, strides))
+    configs = list(probe_configs(settings.base_config(), settings.space, strides))
     return probe_all(configs, prepared, said[0] or 1.0, gpus)
 
 

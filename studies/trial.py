@@ -16,7 +16,7 @@ from batchcam.config import TrialConfig
 from batchcam.data.prepared import PreparedData
 from batchcam.export.model_card import loss_name, loss_terms
 from batchcam.figures import tile
-from batchcam.losses import compares_cams
+from batchcam.losses import TERMS, compares_cams
 from batchcam.training.fit import EpochReport, Metrics, fit, load_state
 from studies.engine.checkpoints import Checkpoints
 from studies.engine.retry import StorageLostError, retry
@@ -32,11 +32,7 @@ METRICS = (
     "images_per_second",
     "seconds",
     "loss",
-    "loss_class",
-    "loss_proto",
-    "loss_batch",
-    "loss_energy",
-    "loss_exchange",
+    *(f"loss_{name}" for name in TERMS),
 )
 """The metrics of a trial, as `batchcam.training.fit.EpochReport` names them."""
 

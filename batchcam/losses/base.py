@@ -125,6 +125,8 @@ class TermSpec:
         input_gradients: whether it takes gradients with respect to the images. Such a term
             differentiates twice through the whole model, which `torch.compile` cannot.
         uses_masks: whether it needs the masks of the data set.
+        uses_supports: whether it needs the supports of the classes, which a study then computes
+            once for all trials.
     """
 
     name: str
@@ -135,6 +137,7 @@ class TermSpec:
     compares_cams: bool = False
     input_gradients: bool = False
     uses_masks: bool = False
+    uses_supports: bool = False
 
 
 @dataclass(frozen=True)

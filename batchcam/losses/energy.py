@@ -78,4 +78,5 @@ ENERGY = TermSpec(
     source="ours",
     search_range=(0.3, 100.0),
     build=_build,
+    uses_supports=True,
 )

@@ -111,4 +111,5 @@ EXCHANGE = TermSpec(
     source="ours",
     search_range=(0.03, 10.0),
     build=_build,
+    uses_supports=True,
 )

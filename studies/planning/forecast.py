@@ -106,7 +106,7 @@ def print_forecast(
     threads = probes[0].threads
     console.print(
         f"Images per second, peak memory, and how many trials fit by it on a "
-        f"{probes[0].device.upper()}; both CAM losses on, batches of {settings.batch_size}, "
+        f"{probes[0].device.upper()}; every searched loss on, batches of {settings.batch_size}, "
         f"{threads} CPU thread{'s' if threads > 1 else ''}."
     )
     console.print(

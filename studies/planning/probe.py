@@ -5,6 +5,7 @@ import resource
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import ray
 import torch
@@ -15,7 +16,7 @@ from batchcam.data.prepared import PreparedData
 from batchcam.data.splits import Split
 from batchcam.devices import resolve_device
 from batchcam.training.fit import fit
-from studies.space import SearchSpace, Strides
+from studies.space import SWITCHED, SearchSpace, Strides
 
 _BATCHES = 3
 _GPU_CONTEXT_BYTES = 600 * 2**20
@@ -27,7 +28,7 @@ class Probe:
     """What was measured of one backbone at one resolution and output stride.
 
     Attributes:
-        config: the dearest configuration of its kind: both CAM losses on.
+        config: the dearest configuration of its kind: every searched loss term on.
         threads: CPU threads it was measured with.
         train_images_per_second: forward, backward and step, after the first batch.
         validation_images_per_second: accuracy and CAMs.
@@ -55,9 +56,10 @@ class Probe:
         )
 
 
-def kinds(base: TrialConfig, space: SearchSpace, strides: Strides) -> Iterator[TrialConfig]:
+def probe_configs(base: TrialConfig, space: SearchSpace, strides: Strides) -> Iterator[TrialConfig]:
     """Give the dearest configuration of each backbone, resolution and output stride."""
     metric = "ssim" if "ssim" in space.metrics else space.metrics[0]
+    weights: dict[str, Any] = {f"lambda_{name}": float(name in space.switched) for name in SWITCHED}
     for (backbone, resolution), options in strides.items():
         for stride in options:
             yield replace(
@@ -66,10 +68,7 @@ def kinds(base: TrialConfig, space: SearchSpace, strides: Strides) -> Iterator[T
                 resolution=resolution,
                 output_stride=stride,
                 metric=metric,
-                lambda_proto=1.0,
-                lambda_batch=1.0,
-                lambda_energy=1.0 if space.energy else 0.0,
-                lambda_exchange=1.0 if space.exchange else 0.0,
+                **weights,
             )
 
 

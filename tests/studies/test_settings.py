@@ -1,5 +1,5 @@
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def test_command_line_sets_the_study_and_its_space() -> None:
     assert settings.space.backbones == ("resnet18", "simple_cnn")
     assert settings.space.resolutions == (28, 112)
     assert settings.space.metrics == ("ssim",)
-    assert settings.space.lambda_batch == (0.1, 1.0)
+    assert asdict(settings.space)["lambda_batch"] == (0.1, 1.0)
     assert settings.cpus_per_trial == 0.5
 
 

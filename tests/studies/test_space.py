@@ -10,9 +10,10 @@ from optuna.trial import FixedTrial
 
 from batchcam.config import METRICS, TrialConfig
 from batchcam.errors import BackboneError, ConfigError
-from batchcam.losses import compares_cams
+from batchcam.losses import TERMS, compares_cams
 from studies.space import (
-    OPTIONAL,
+    SEARCHED,
+    SWITCHED,
     SearchSpace,
     Strides,
     feasible_strides,
@@ -182,7 +183,7 @@ def test_first_points_are_clipped_to_narrow_ranges() -> None:
 @pytest.mark.parametrize("name", ["backbones", "resolutions", "metrics", "output_strides"])
 def test_empty_choice_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is empty; name at least one"):
-        SearchSpace(**{name: ()})  # type: ignore[arg-type]
+        SearchSpace(**{name: ()})
 
 
 @pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_empty_choice_is_refused(name: str) -> None:
 )
 def test_choice_given_twice_is_refused(name: str, values: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match=rf"{name}=.*names a value twice; name each once"):
-        SearchSpace(**{name: values})  # type: ignore[arg-type]
+        SearchSpace(**{name: values})
 
 
 def test_unknown_metric_is_refused_with_the_nearest_name() -> None:
@@ -210,7 +211,7 @@ def test_resolution_below_the_ssim_window_is_refused() -> None:
 @pytest.mark.parametrize("name", ["lambda_class", "lambda_proto", "learning_rate"])
 def test_range_that_is_none_is_refused(name: str, bad: tuple[float, float]) -> None:
     with pytest.raises(ConfigError, match=rf"{name}=\(.*\) must be two finite numbers > 0"):
-        SearchSpace(**{name: bad})  # type: ignore[arg-type]
+        SearchSpace(**{name: bad})
 
 
 def test_output_stride_that_no_backbone_can_have_is_refused() -> None:
@@ -300,16 +301,51 @@ def test_configuration_that_the_space_does_not_have_is_refused_with_the_remedy(
         point_of(config, space, STRIDES)
 
 
-@pytest.mark.parametrize("name", OPTIONAL)
+@pytest.mark.parametrize("name", [n for n in SWITCHED if n not in ("proto", "batch")])
 def test_losses_beyond_the_paper_are_searched_where_they_are_asked_for(name: str) -> None:
-    space = replace(SPACE, **{name: False})  # type: ignore[arg-type]
+    space = replace(SPACE, losses=("proto", "batch"), energy=False, exchange=False)
     for point in first_points(space):
         drawn = suggest(FixedTrial(point), space, STRIDES)  # type: ignore[arg-type]
         assert f"lambda_{name}" not in drawn
-    with pytest.raises(ConfigError, match=rf"lambda_{name}=2 is not searched .* with --{name}"):
+    with pytest.raises(
+        ConfigError, match=rf"lambda_{name}=2 is not .*--losses proto batch {name}\."
+    ):
         point_of(TrialConfig.from_dict({f"lambda_{name}": 2.0}), space, STRIDES)
 
 
 def test_metric_of_a_configuration_without_a_cam_loss_does_not_matter() -> None:
     config = TrialConfig(metric="ssim", lambda_batch=0.0)
     assert "metric" not in point_of(config, replace(SPACE, metrics=("l1",)), STRIDES)
+
+
+def test_flags_of_single_losses_are_the_same_as_naming_them() -> None:
+    assert SearchSpace(energy=True).switched == ("proto", "batch", "energy")
+    assert SearchSpace(losses=("exchange", "batch"), exchange=True).switched == (
+        "batch",
+        "exchange",
+    )
+
+
+def test_terms_that_are_not_searched_are_off() -> None:
+    space = SearchSpace(losses=("mask_gradient",))
+    strides = feasible_strides(space, in_chans=1)
+    (baseline,) = first_points(space)
+    for on in (False, True):
+        point = baseline | {"mask_gradient_loss": on, "lambda_mask_gradient": 2.0}
+        drawn = suggest(FixedTrial(point), space, strides)  # type: ignore[arg-type]
+        config = trial_config(TrialConfig(), drawn)
+        assert (config.lambda_proto, config.lambda_batch) == (0.0, 0.0)
+        assert config.lambda_mask_gradient == (2.0 if on else 0.0)
+        assert "metric" not in drawn
+
+
+@pytest.mark.parametrize("name", ["class", "enerxy"])
+def test_a_term_that_cannot_be_searched_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"losses '{name}' is unknown; choose among proto, batch"):
+        SearchSpace(losses=(name,))
+
+
+def test_every_term_has_a_range_and_an_axis() -> None:
+    for name, spec in TERMS.items():
+        assert getattr(SearchSpace(), f"lambda_{name}") == spec.search_range
+        assert f"lambda_{name}" in dict(SEARCHED)

@@ -4,15 +4,17 @@ They take their colours from the page, so that they are light, dark or printed a
 data by name, so that the page holds them once. Each has a parameter for every filter of the page.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import altair as alt
 
+from batchcam.losses import TERMS
 from studies.outcome.report.content import Content
 from studies.outcome.report.importance import Importance
-from studies.space import SEARCHED
+from studies.space import SEARCHED, SWITCHED
 
 FILTERS = {
     "backbone": "Backbone",
@@ -356,16 +358,30 @@ def _tooltip() -> list[alt.Tooltip]:
 
 
 def _loss_colours(content: Content, columns: int = 4) -> alt.Color:
-    kinds = sorted({row["loss"] for row in content.rows}, key=_loss_order)
-    colours = _COLOURS + _DARKER
-    scale = alt.Scale(domain=kinds, range=[colours[_loss_order(kind)[0]] for kind in kinds])
+    losses = sorted({row["loss"] for row in content.rows}, key=_loss_order)
+    scale = alt.Scale(domain=losses, range=loss_colours(losses))
     return alt.Color("loss:N", title="loss", scale=scale, legend=_legend(columns))
 
 
-def _loss_order(kind: str) -> tuple[int, str]:
-    terms = kind.split(" + ")
-    known = ("Prototype Loss", "BCPL", "prototype energy", "prototype exchange")
-    return sum(1 << place for place, name in enumerate(known) if name in terms), kind
+def loss_colours(losses: Sequence[str]) -> list[str]:
+    """Return a colour for each loss, a loss being titles of terms joined by " + ".
+
+    Combinations of the first four terms have colours of their own, the same in every report. Others
+    take colours that the report has left; only a report of more losses than colours repeats some.
+    """
+    palette = _COLOURS + _DARKER
+    places = [_loss_order(loss)[0] for loss in losses]
+    taken = {place for place in places if place < len(palette)}
+    left = [place for place in range(len(palette)) if place not in taken] or [0]
+    others = [place for place in places if place >= len(palette)]
+    substitutes = dict(zip(others, itertools.cycle(left), strict=False))
+    return [palette[substitutes.get(place, place)] for place in places]
+
+
+def _loss_order(loss: str) -> tuple[int, str]:
+    terms = loss.split(" + ")
+    titles = [TERMS[name].title for name in SWITCHED]
+    return sum(1 << place for place, title in enumerate(titles) if title in terms), loss
 
 
 def _state_shapes(content: Content, legend: bool = True) -> alt.Shape:

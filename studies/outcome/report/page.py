@@ -12,9 +12,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from scipy.stats import binomtest
 
+from batchcam.losses import TERMS
 from studies.outcome.report.charts import FILTERS, all_charts, distinct, filter_options
 from studies.outcome.report.content import Content, data_uri, halves, read, searched_values
 from studies.outcome.report.importance import MIN_TRIALS, Importance, importance
+from studies.space import SWITCHED
 from studies.trial import run_name
 
 REPORT = "report.html"
@@ -209,11 +211,10 @@ def _space(content: Content) -> list[tuple[str, str]]:
     }
     rows = [(label, ", ".join(map(str, getattr(space, name)))) for name, label in names.items()]
     for name, label, off in (
-        ("lambda_class", "λ_class (cross-entropy)", False),
-        ("lambda_proto", "λ_proto (Prototype Loss)", True),
-        ("lambda_batch", "λ_batch (BCPL)", True),
-        ("lambda_energy", "λ_energy (prototype energy)", True),
-        ("lambda_exchange", "λ_exchange (prototype exchange)", True),
+        *(
+            (f"lambda_{spec.name}", f"λ_{spec.name} ({spec.title})", spec.name in SWITCHED)
+            for spec in TERMS.values()
+        ),
         ("learning_rate", "learning rate", False),
         ("weight_decay", "weight decay", False),
     ):

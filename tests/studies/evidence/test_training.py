@@ -1,6 +1,5 @@
 """A run's model: trained once, gone on with when it was cut."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from batchcam.data.prepared import PreparedData
 from batchcam.data.preprocessing import to_device
 from batchcam.prototypes import class_prototypes
 from batchcam.training import fit as batchcam_train
-from studies.evidence import training
+from batchcam.training.step import TrainingStep
 from studies.evidence.runs import Run
 from studies.evidence.training import RRR, RRR_BY_PROTOTYPES, train
 
@@ -73,19 +72,23 @@ def test_rrr_by_prototypes_is_told_where_each_image_s_class_has_no_support(
     images, labels = to_device(data.train, torch.device("cpu"))
     prototypes = class_prototypes(images, labels, 10)
     prepared = PreparedData(data, prototypes, prototypes)
-    told: list[tuple[Tensor, Tensor]] = []
+    told: list[Tensor] = []
+    step = TrainingStep.__call__
 
-    def record(_: object, batches: Iterable[tuple[Tensor, ...]], *__: object) -> None:
-        told.extend((seen, masks) for _, seen, masks in batches)
+    def record(self: TrainingStep, *tensors: Tensor) -> dict[str, Tensor]:
+        *_, labels_N, _, masks_NRR = tensors
+        told.append(torch.cat((labels_N[:, None, None].expand(-1, 1, 28), masks_NRR), dim=1))
+        return step(self, *tensors)
 
-    monkeypatch.setattr(training, "train_epoch", record)
+    monkeypatch.setattr(TrainingStep, "__call__", record)
     config = TrialConfig(dataset="decoy_mnist", epochs=1, batch_size=64, device="cpu")
     for beyond in ({RRR_BY_PROTOTYPES: 1.0}, {RRR: 1.0}):
         run = Run(study="s", method="m", stage="final", config=config, beyond=beyond)
         train(run, prepared, tmp_path / f"{next(iter(beyond))}.pt")
     half = len(told) // 2
-    outside = prepared.off_support_mask((28, 28))
-    for (labels, masks), (same, annotated) in zip(told[:half], told[half:], strict=True):
-        torch.testing.assert_close(masks, outside[labels], rtol=0, atol=0)
-        assert torch.equal(labels, same)
-        assert not torch.equal(annotated, masks)
+    off_support = prepared.off_support_mask((28, 28))
+    for by_prototypes, annotated in zip(told[:half], told[half:], strict=True):
+        labels = by_prototypes[:, 0, 0].long()
+        torch.testing.assert_close(by_prototypes[:, 1:], off_support[labels], rtol=0, atol=0)
+        assert torch.equal(labels, annotated[:, 0, 0].long())
+        assert not torch.equal(annotated[:, 1:], by_prototypes[:, 1:])

@@ -7,7 +7,7 @@ from rich.console import Console
 from batchcam.config import TrialConfig
 from batchcam.data.prepared import PreparedData
 from studies.planning.forecast import Forecast, forecast, print_forecast, sample_configs
-from studies.planning.probe import Probe, kinds, probe
+from studies.planning.probe import Probe, probe, probe_configs
 from studies.planning.resources import TrialResources
 from studies.settings import StudySettings
 from studies.space import SearchSpace
@@ -29,13 +29,13 @@ def probes(settings: StudySettings) -> list[Probe]:
     """Return what might be measured: two kinds as fast as each other, and one too large."""
     found = [
         Probe(config, 1, 100.0, 50.0, 2**30, 8 * 2**30)
-        for config in kinds(settings.base_config(), settings.space, STRIDES)
+        for config in probe_configs(settings.base_config(), settings.space, STRIDES)
     ]
     return [*found[:-1], Probe(found[-1].config, 1, error="out of memory")]
 
 
 def test_the_dearest_of_each_kind_is_probed(settings: StudySettings) -> None:
-    configs = list(kinds(settings.base_config(), settings.space, STRIDES))
+    configs = list(probe_configs(settings.base_config(), settings.space, STRIDES))
     assert [(config.backbone, config.output_stride) for config in configs] == [
         ("simple_cnn", None),
         ("resnet18", 4),
