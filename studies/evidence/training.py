@@ -40,7 +40,7 @@ def train(run: Run, prepared: PreparedData, state: Path) -> TrialResult:
     for penalty in run.beyond.keys() & set(PENALTIES):
         config = replace(config, lambda_mask_gradient=run.beyond[penalty])
         if penalty == RRR_BY_PROTOTYPES:
-            prepared = masked_by_prototypes(prepared)
+            prepared = masked_by_prototypes(prepared, config.resolution)
     for control in run.beyond.keys() & set(CONTROLS):
         prepared = controlled(prepared, config, control)
 
@@ -56,13 +56,12 @@ def evaluate_test(result: TrialResult) -> Evaluation:
     return result.evaluator.evaluate(split)
 
 
-def masked_by_prototypes(prepared: PreparedData) -> PreparedData:
+def masked_by_prototypes(prepared: PreparedData, resolution: int) -> PreparedData:
     """Return the data with masks that mark where the class of each training image has no support.
 
-    What prototypes say takes the place of an annotation.
+    Prototypes take the place of an annotation. The masks have the resolution of the model's input.
     """
     train = prepared.dataset.train
-    height, width = train.images.shape[2:]
-    off_support_CHW = prepared.off_support_mask((height, width)).bool()
-    masks = off_support_CHW[torch.from_numpy(train.labels)].numpy()
+    off_support_CRR = prepared.off_support_mask((resolution, resolution)).bool()
+    masks = off_support_CRR[torch.from_numpy(train.labels)].numpy()
     return replace(prepared, dataset=replace(prepared.dataset, train=replace(train, masks=masks)))
