@@ -1,6 +1,7 @@
-"""Class prototypes: the picture of a class that its CAMs are asked to resemble.
+"""Class prototypes: the images that the saliency maps of a class are compared with; class supports.
 
-One per class, a mean or a median; or several, the means of k-means clusters.
+A class has one prototype, the mean or median of its images, or several, the means of k-means
+clusters. Its support is the region of the image where it appears in the training images.
 
 Shapes: N images, C classes, P prototypes, R pixels of the model's input.
 """
@@ -16,11 +17,11 @@ from batchcam.similarity import ssim
 
 KINDS = ("mean", "median")
 SUPPORT_THRESHOLD = 0.02
-"""Of a median prototype, which spans [0, 1]: what is brighter belongs to the class."""
+"""A pixel of a median prototype, which spans [0, 1], is on the support if it is brighter."""
 SUPPORT_COVERAGE = 0.85
-"""Share of a class's brightness that its support is to hold."""
+"""The fraction of a class's brightness that its support must hold."""
 SUPPORT_MAX_WIDTH = 3
-"""Pixels by which a support is widened at most to that end."""
+"""Pixels by which a support is dilated at most to hold that fraction."""
 
 
 def class_prototypes(
@@ -37,11 +38,17 @@ def class_prototypes(
         kind: "mean" (the paper's) or "median", pixel by pixel over the images of a class.
 
     Returns:
-        `(C, H, W)` float32; each class spans [0, 1] exactly, a constant one is 0.
+        `(C, H, W)` float32; each prototype spans [0, 1] exactly, a constant one is 0.
 
     Raises:
         DataError: a class has no image.
         ValueError: `kind` is unknown, or images and labels do not fit each other.
+
+    Example:
+        >>> import torch
+        >>> images = torch.randint(0, 256, (6, 28, 28), dtype=torch.uint8)
+        >>> class_prototypes(images, torch.tensor([0, 0, 1, 1, 2, 2]), num_classes=3).shape
+        torch.Size([3, 28, 28])
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}.")
@@ -77,11 +84,11 @@ def cluster_centres(
         labels: int64 `(N,)`.
         num_classes: the number of classes C.
         clusters: the number of clusters of each class.
-        seed: of k-means' first centres, the best of four drawn by k-means++.
+        seed: seeds the initial centres, the best of four draws by k-means++.
 
     Returns:
-        `(C * clusters, H, W)` float32: those of class c from row `c * clusters` on, the one with
-        the most images first.
+        `(C * clusters, H, W)` float32. The centres of class c begin at row `c * clusters`; the
+        cluster with the most images comes first.
 
     Raises:
         DataError: a class has fewer images than clusters.
@@ -107,9 +114,9 @@ def cluster_centres(
 def nearest_prototype_index(
     images: Tensor, labels: Tensor, centres_PHW: Tensor, num_classes: int
 ) -> Tensor:
-    """Return for each image which centre of its own class is nearest, int64 `(N,)`.
+    """Return the index of the nearest centre of its own class for each image, int64 `(N,)`.
 
-    By Euclidean distance of grey levels, as k-means has it.
+    The distance is Euclidean in grey levels, as in k-means.
     """
     clusters = len(centres_PHW) // num_classes
     groups = torch.empty_like(labels)
@@ -122,26 +129,47 @@ def nearest_prototype_index(
     return groups
 
 
-def cluster_prototypes(images: Tensor, groups: Tensor, centres_PHW: Tensor) -> Tensor:
-    """Return the mean image of each group, min-max scaled; its centre where it has no image."""
+def cluster_prototypes(images: Tensor, prototype_index: Tensor, centres_PHW: Tensor) -> Tensor:
+    """Return the mean image of each cluster, min-max scaled; its centre if it has no image.
+
+    Args:
+        images: `(N, H, W)` or `(N, channels, H, W)`, uint8 or float.
+        prototype_index: int64 `(N,)`, the cluster of each image; see
+            :func:`nearest_prototype_index`.
+        centres_PHW: the centres of the clusters.
+
+    Returns:
+        `(P, H, W)` float32 in [0, 1].
+    """
     means = [
-        _grey_members(images, groups, group).mean(dim=0) if (groups == group).any() else centre
-        for group, centre in enumerate(centres_PHW)
+        _grey_members(images, prototype_index, index).mean(dim=0)
+        if (prototype_index == index).any()
+        else centre
+        for index, centre in enumerate(centres_PHW)
     ]
     return min_max(torch.stack(means))
 
 
 def class_supports(images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return where each class is, seen over all its images.
+    """Return the support of each class: the pixels where its training images show it.
 
-    It is where the median prototype is bright, widened by the fewest pixels, three at most, by
-    which it holds 85 % of the brightness of the class's images. The median, since a mean has a part
-    of all that was ever seen at a pixel, a patch in a quarter of the images, too. Widened, since
-    classes vary: digits stray further from their median than coats do. By no fixed width, since
-    what is wide enough for digits reaches into coats' corners.
+    The support is the region where the median prototype is bright, dilated by the smallest number
+    of pixels, at most 3, with which it holds 85 % of the brightness of the class's images.
+
+    The median ignores a patch that appears in a quarter of the images; a mean does not. The
+    dilation allows for variation within a class. Its width adapts to the class: digits vary more
+    than coats, and a width that suits digits would reach the corners of the images of coats.
+
+    Args:
+        images: `(N, H, W)` or `(N, channels, H, W)`, uint8 or float.
+        labels: int64 `(N,)`.
+        num_classes: the number of classes C.
 
     Returns:
         `(C, H, W)` bool.
+
+    Raises:
+        DataError: a class has no image.
     """
     supports = []
     medians_CHW = class_prototypes(images, labels, num_classes, "median")
@@ -158,7 +186,7 @@ def class_supports(images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def supported_cells(supports_CHW: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return which cells of a grid have a part in each class's support, `(C, *grid)` bool."""
+    """Return the cells of a grid that overlap the support of each class, `(C, *grid)` bool."""
     return F.adaptive_max_pool2d(supports_CHW.float().unsqueeze(1), grid).squeeze(1) > 0
 
 
@@ -173,7 +201,7 @@ def off_support_mask(supports_CHW: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resize_prototypes(prototypes_CHW: Tensor, resolution: int) -> Tensor:
-    """Return prototypes at the model's input size, `(C, R, R)`, min-max scaled again."""
+    """Return prototypes resized to the model's input, `(C, R, R)`, min-max scaled again."""
     return min_max(resize(prototypes_CHW.unsqueeze(1), resolution).squeeze(1))
 
 
@@ -185,12 +213,12 @@ def min_max(maps_CHW: Tensor) -> Tensor:
 
 
 def ssim_ceiling(prototypes: Tensor, grid: int | tuple[int, int], steps: int = 300) -> Tensor:
-    """Return the best SSIM to each prototype that a CAM of this grid was found to reach.
+    """Return the highest SSIM to each prototype that an optimised CAM of this grid reaches.
 
-    A coarse CAM, upsampled, cannot show a prototype's detail whatever it was trained on. The bound
-    is sought directly: a map of `grid` cells is optimised (Adam, from the prototype's own pooled
-    values) for SSIM after the same :func:`batchcam.cam.render` that every CAM goes through. Being
-    found by ascent, it is a lower bound of the true ceiling, in practice tight.
+    An upsampled coarse CAM cannot show the detail of a prototype, however it is trained. To find
+    the limit, a map of `grid` cells is optimised for SSIM after :func:`batchcam.cam.render`, by
+    Adam from the pooled values of the prototype. The result is a lower bound of the true maximum,
+    in practice tight.
 
     Args:
         prototypes: `(C, R, R)` float, scaled to [0, 1].

@@ -1,9 +1,9 @@
-"""Maps beside prototypes: the sum of their distances, and its gradient in the same pass.
+"""The sum of the distances between maps and prototypes, and its gradient in the same pass.
 
-In a training step these are small tensors, and what they cost is the number of operators that run
-on them, forwards and back. Derivatives by hand need less than half as many as autograd does, for
-the three metrics of the paper. What they are the derivatives of is in `batchcam.similarity` and
-:func:`batchcam.cam.render`; other distances go the long way, through these.
+In a training step these tensors are small, and the number of operators determines the cost. For the
+three metrics of the paper, derivatives written by hand need fewer than half the operators that
+autograd needs. They are the derivatives of :func:`batchcam.cam.render` and of the distances in
+`batchcam.similarity`. Other distances are differentiated by autograd, through those functions.
 
 Shapes: B maps of H and W cells, P prototypes of R pixels square.
 """
@@ -40,27 +40,28 @@ def alignment_loss(
     shares_B: Tensor,
     pairs_B: Tensor | None = None,
 ) -> Tensor:
-    """Return `sum_b shares_b φ(M_b, P_b)`, of the maps `M = render(ReLU(sums))`.
+    """Return `sum_b shares_b φ(M_b, P_b)` of the maps `M = render(ReLU(sums))`.
 
-    Differentiable once, with respect to the sums; where prototypes ask for a gradient, or the
-    distance is none of the paper's, with respect to both and as often as autograd can.
+    The result is differentiable once, with respect to the sums. If the prototypes require a
+    gradient, or the distance is not one of the paper's, it is differentiable with respect to both,
+    any number of times.
 
     Args:
-        sums_BHW: weighted sums of feature maps, negative evidence included.
-        prototypes_PRR: square, scaled to [0, 1].
+        sums_BHW: weighted sums of feature maps, negative values included.
+        prototypes_PRR: square, in [0, 1].
         distance: φ.
-        shares_B: what each map counts; a map of share 0 adds neither value nor gradient.
-        pairs_B: int64, the prototype of each map; None: its own, P is B.
+        shares_B: the weight of each map; a map of weight 0 adds neither value nor gradient.
+        pairs_B: int64, the index of each map's prototype; None: map b goes with prototype b.
 
     Raises:
         ValueError: shapes do not fit each other.
-        RuntimeError: going back, if asked for a second derivative that there is not.
+        RuntimeError: in the backward pass, if a second derivative is requested and not available.
     """
     count = len(prototypes_PRR if pairs_B is None else pairs_B)
     square = prototypes_PRR.dim() == 3 and prototypes_PRR.shape[1] == prototypes_PRR.shape[2]
     if sums_BHW.dim() != 3 or not square or not len(sums_BHW) == len(shares_B) == count:
         raise ValueError(
-            "expected sums (B, H, W), shares (B,), prototypes (P, R, R) and one of them for each "
+            "expected sums (B, H, W), shares (B,), prototypes (P, R, R) and a prototype for each "
             f"map, got {tuple(sums_BHW.shape)}, {tuple(shares_B.shape)}, "
             f"{tuple(prototypes_PRR.shape)} and {count}."
         )
@@ -93,7 +94,7 @@ class _Alignment(torch.autograd.Function):
         distances_B, slopes_BRR = differentiated(maps_BRR, prototypes_PRR, pairs_B)
         if ctx.needs_input_grad[0]:
             slopes_BRR *= shares_B[:, None, None] / tops_B11
-            # A map is divided by its maximum: what raises that lowers the whole map.
+            # A map is divided by its maximum: raising the maximum lowers the whole map.
             flat_BS, slopes_BS = maps_BRR.flatten(1), slopes_BRR.flatten(1)
             top_B1 = flat_BS.argmax(dim=1, keepdim=True)
             lowered_B1 = torch.linalg.vecdot(slopes_BS, flat_BS).unsqueeze(1)
@@ -106,8 +107,9 @@ class _Alignment(torch.autograd.Function):
     def backward(ctx: Any, loss: Tensor) -> tuple[Tensor, None, None, None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "the alignment of maps can be differentiated once, not with create_graph=True; for "
-                "a second time compare batchcam.cam.render's maps by batchcam.similarity."
+                "the alignment of maps can be differentiated once only, not with create_graph=True; "
+                "for a second derivative, compare the maps of batchcam.cam.render by a distance of "
+                "batchcam.similarity."
             )
         (gradient_BHW,) = ctx.saved_tensors
         return gradient_BHW * loss, None, None, None, None
@@ -126,11 +128,11 @@ def _l2(x_BRR: Tensor, y_PRR: Tensor, pairs_B: Tensor | None) -> tuple[Tensor, T
 
 
 def _ssim(x_BRR: Tensor, y_PRR: Tensor, pairs_B: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of `1 - mean(l s)`; luminance l = a / b, contrast times structure s = c / d.
+    """Differentiate `1 - mean(l s)`: luminance l = a / b, contrast times structure s = c / d.
 
-    With μ a mean in the window, a = 2 μx μy + e1, b = μx² + μy² + e1, c = 2 (μxy - μx μy) + e2 and
-    d = μxx - μx² + μyy - μy² + e2. What is differentiated are the means, `p` by μxy, `-q / 2` by
-    μxx, `r` by μx; going back to x each is spread by the window it was gathered with.
+    With μ a mean over the window, a = 2 μx μy + e1, b = μx² + μy² + e1, c = 2 (μxy - μx μy) + e2
+    and d = μxx - μx² + μyy - μy² + e2. The derivatives with respect to the means are `p` for μxy,
+    `-q / 2` for μxx and `r` for μx. The chain rule back to x applies the transposed window to each.
     """
     window_RQ = _window(x_BRR.shape[-1], x_BRR.dtype, x_BRR.device)
     mu_y, mean_yy = window_RQ.T @ (torch.stack((y_PRR, y_PRR * y_PRR)) @ window_RQ)

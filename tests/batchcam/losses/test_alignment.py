@@ -106,7 +106,7 @@ def test_a_second_derivative_is_refused(metric: str) -> None:
 def test_shapes_that_do_not_fit_are_refused(metric: str) -> None:
     sums, prototypes, shares, pairs = _problem(6)
     distance = METRICS[metric]
-    with pytest.raises(ValueError, match=r"one of them for each map, got \(6, 4, 3\).* and 3"):
+    with pytest.raises(ValueError, match=r"a prototype for each map, got \(6, 4, 3\).* and 3"):
         alignment_loss(sums, prototypes, distance, shares)
     for other in (prototypes[0], prototypes[:, :7]):
         with pytest.raises(ValueError, match=r"expected .* prototypes \(P, R, R\)"):
