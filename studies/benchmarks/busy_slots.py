@@ -117,9 +117,9 @@ def by_engine(
             num_trials=settings.trials,
             seed=settings.seed,
         )
-        began = time.perf_counter()
+        started = time.perf_counter()
         ledger = run_search(search, folder, trainable, resources)
-        return ledger, time.perf_counter() - began
+        return ledger, time.perf_counter() - started
 
 
 def by_plain_ray(settings: BusySlots, base: TrialConfig) -> float:
@@ -131,9 +131,9 @@ def by_plain_ray(settings: BusySlots, base: TrialConfig) -> float:
             tune_config=tune.TuneConfig(num_samples=settings.trials),
             run_config=tune.RunConfig(storage_path=scratch, verbose=0),
         )
-        began = time.perf_counter()
+        started = time.perf_counter()
         tuner.fit()
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
 
 def plain_trial(params: dict[str, Any], base: Mapping[str, Any]) -> None:
