@@ -1,1 +1,1 @@
-"""How a Ray cluster that runs studies is started."""
+"""Starts Ray clusters that run studies."""

@@ -1,9 +1,10 @@
-"""A Ray cluster of several nodes on one machine: a head and workers, each its own processes.
+"""Run a Ray cluster of several nodes on one machine.
 
     python -m cluster.local --workers 2 --cpus-per-worker 1
 
-starts one, prints how to use it, and keeps it until Ctrl-C. It shows what a study does on several
-nodes, nodes that come and go included, without several machines.
+Head and workers run in separate processes. The command prints how to use the cluster and runs until
+Ctrl-C. It allows testing a study on several nodes, including nodes that join and fail, without
+several machines.
 """
 
 import os
@@ -21,27 +22,27 @@ from ray.cluster_utils import Cluster
 
 @dataclass(frozen=True, kw_only=True)
 class LocalClusterSettings:
-    """Start a head and worker nodes on this machine, until Ctrl-C."""
+    """Run a Ray cluster of a head and worker nodes on this machine until Ctrl-C."""
 
     workers: int = 2
-    """Worker nodes beside the head."""
+    """Number of worker nodes in addition to the head."""
     cpus_per_worker: int = 1
-    """CPUs that each worker offers; they are counted, not reserved."""
+    """CPUs that each worker advertises to Ray; they are not reserved."""
     head_cpus: int = 0
-    """CPUs that the head offers; with 0, trials run on workers only."""
+    """CPUs that the head advertises to Ray; with 0, trials run on workers only."""
     dashboard_port: int = 8265
-    """Port of the dashboard and of job submission, on this machine only."""
+    """Port of the dashboard and of job submission, on 127.0.0.1."""
 
     def __post_init__(self) -> None:
         for name in ("workers", "cpus_per_worker", "head_cpus"):
             if getattr(self, name) < 0:
                 raise SystemExit(f"error: {name}={getattr(self, name)} must be 0 or more.")
         if self.workers * self.cpus_per_worker + self.head_cpus == 0:
-            raise SystemExit("error: no node would have a CPU; raise --workers or --head-cpus.")
+            raise SystemExit("error: the cluster has no CPU; raise --workers or --head-cpus.")
 
 
 class LocalCluster:
-    """A running cluster: its address, and its worker nodes."""
+    """A running local cluster with its address and worker nodes."""
 
     def __init__(self, settings: LocalClusterSettings, *, dashboard: bool) -> None:
         self._settings = settings
@@ -53,7 +54,7 @@ class LocalCluster:
 
     @property
     def address(self) -> str:
-        """What `ray.init(address=...)` and `--address` take."""
+        """The address for `ray.init(address=...)` and `--address`."""
         return str(self._cluster.address)
 
     def add_worker(self) -> Any:
@@ -61,11 +62,11 @@ class LocalCluster:
         return self._cluster.add_node(num_cpus=self._settings.cpus_per_worker)
 
     def remove_worker(self, node: Any) -> None:
-        """Kill a worker node with all its processes, as a machine that is lost would go."""
+        """Kill a worker node and all its processes, which simulates the loss of a machine."""
         self._cluster.remove_node(node, allow_graceful=False)
 
     def shutdown(self) -> None:
-        """Stop every node."""
+        """Stop all nodes."""
         self._cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
@@ -73,7 +74,7 @@ class LocalCluster:
 def local_cluster(
     settings: LocalClusterSettings | None = None, *, dashboard: bool = False
 ) -> Iterator[LocalCluster]:
-    """Start a cluster, and stop it at the end of the block."""
+    """Start a cluster and stop it when the context exits."""
     cluster = LocalCluster(settings or LocalClusterSettings(), dashboard=dashboard)
     try:
         yield cluster
@@ -82,22 +83,23 @@ def local_cluster(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Start a cluster from the command line and keep it until it is interrupted."""
+    """Run a cluster with the settings of the command line until SIGINT or SIGTERM."""
     settings = tyro.cli(LocalClusterSettings, args=argv, prog="python -m cluster.local")
-    ended = threading.Event()
+    stop = threading.Event()
     with local_cluster(settings, dashboard=True) as cluster:
-        for number in (signal.SIGINT, signal.SIGTERM):  # Only now: Ray sets handlers of its own.
-            signal.signal(number, lambda *_: ended.set())
+        # After Ray has started, because Ray installs its own handlers.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         token = " RAY_AUTH_MODE=token" if os.environ.get("RAY_AUTH_MODE") == "token" else ""
         print(
-            f"{1 + settings.workers} nodes are up. To run a study on them:\n\n"
+            f"{1 + settings.workers} nodes are running. To run a study on them:\n\n"
             f"  RAY_ADDRESS={cluster.address}{token} python studies/bcpl_sweep.py\n"
             f"  RAY_API_SERVER_ADDRESS=http://127.0.0.1:{settings.dashboard_port}{token} "
             "ray job submit studies/bcpl_sweep.py\n\n"
-            "Ctrl-C ends them.",
+            "Press Ctrl-C to stop them.",
             flush=True,
         )
-        ended.wait()
+        stop.wait()
     sys.exit(0)
 
 

@@ -1,9 +1,10 @@
-"""Wait until a Ray cluster has all its nodes.
+"""Wait until a Ray cluster has a given number of nodes.
 
     python -m cluster.wait --nodes 4
 
-A study looks at the cluster once, when it begins, to decide what a trial asks for; nodes that come
-later are used, but a GPU that nobody knew of is not.
+A study reads the cluster's resources once, at its start, to choose the resources of a trial. Nodes
+that join later are used. But if no node has a GPU at the start, trials request none, and GPUs that
+join later are not used.
 """
 
 import os
@@ -21,41 +22,42 @@ from studies.planning.resources import alive_nodes
 
 @dataclass(frozen=True, kw_only=True)
 class Wait:
-    """Wait until a Ray cluster has all its nodes."""
+    """Wait until a Ray cluster has a given number of nodes; exit with 2 after a timeout."""
 
     nodes: int
-    """That are to be alive."""
+    """Number of alive nodes to wait for, the head included."""
     address: str | None = None
-    """Of the cluster; RAY_ADDRESS if not given."""
+    """Address of the cluster; the default is RAY_ADDRESS."""
     seconds: float = 300
-    """To wait at most."""
+    """Timeout."""
 
 
 def main(settings: Wait) -> None:
-    """Return when the nodes are there, or exit with 2."""
+    """Return when the cluster has the nodes, or exit with 2 after the timeout."""
     end = time.monotonic() + settings.seconds
     address = settings.address or os.environ.get("RAY_ADDRESS")
     if address is None:
-        print("error: name a cluster by --address or RAY_ADDRESS.", file=sys.stderr)
+        print("error: no cluster is given; set --address or RAY_ADDRESS.", file=sys.stderr)
         sys.exit(2)
-    seen: int | None = None
-    while seen is None or seen < settings.nodes:
+    alive: int | None = None
+    while alive is None or alive < settings.nodes:
         if time.monotonic() > end:
             print(
-                f"error: {seen or 0} of {settings.nodes} nodes came within "
-                f"{settings.seconds:g} seconds; see the logs of the others, or raise --seconds.",
+                f"error: {alive or 0} of {settings.nodes} nodes joined within "
+                f"{settings.seconds:g} seconds; read the logs of the missing nodes, or raise "
+                "--seconds.",
                 file=sys.stderr,
             )
             sys.exit(2)
         try:
-            if seen is None:
+            if alive is None:
                 connect(address)
-            seen = len(alive_nodes())
-        except (BatchCamError, ConnectionError):  # The head is not there yet.
+            alive = len(alive_nodes())
+        except (BatchCamError, ConnectionError):  # The head has not started yet.
             pass
         time.sleep(0.5)
     ray.shutdown()
-    print(f"{seen} nodes", flush=True)
+    print(f"{alive} nodes", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One Ray node, for as long as its step lasts, with what Slurm gives the step of its machine.
-# Words go to `ray start`.
+# Run a Ray node for the duration of its Slurm step, with the CPUs and GPUs of the step.
+# Arguments are passed to `ray start`.
 set -euo pipefail
 
 exec ray start --block --num-cpus="${SLURM_CPUS_PER_TASK:-1}" \

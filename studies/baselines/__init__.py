@@ -1,1 +1,1 @@
-"""What Batch-CAM is compared with: other ways to have CAMs in training. Only comparisons use it."""
+"""Other methods that compute CAMs during training. Only benchmarks and evidence import them."""

@@ -1,7 +1,8 @@
-"""Training as most scripts write it: torchvision's transforms, a DataLoader with workers, a loop.
+"""Baseline: a conventional training script with torchvision transforms and a DataLoader.
 
-The model, the loss and the optimiser are those of `batchcam.fit`; what differs is how images
-come to the model, in which layout and precision it computes, and how it is evaluated.
+Model, loss and optimiser are those of `batchcam.fit`. Data loading, memory layout, precision and
+evaluation differ: images are transformed one at a time in worker processes, and the model computes
+in float32 in the contiguous layout.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,8 +21,8 @@ from batchcam.models import ExplainableModel
 from batchcam.models.depthwise import DepthwiseConv2d
 
 
-class Pictures(Dataset[tuple[Tensor, int]]):
-    """Grey images one by one, as `torchvision.datasets.MNIST` hands them out."""
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """Grey images as single samples, transformed as by `torchvision.datasets.MNIST`."""
 
     def __init__(self, split: Split, mean: float, std: float) -> None:
         self._split = split
@@ -30,21 +31,21 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         )
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of images."""
         return len(self._split)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return an image `(1, H, W)`, scaled and normalised, and its class."""
-        picture = Image.fromarray(self._split.images[index, 0])
-        return self._transform(picture), int(self._split.labels[index])
+        """Return an image `(1, H, W)`, scaled to [0, 1] and normalised, and its class."""
+        image = Image.fromarray(self._split.images[index, 0])
+        return self._transform(image), int(self._split.labels[index])
 
 
 def loader(
     split: Split, mean: float, std: float, batch_size: int, *, shuffle: bool, workers: int = 2
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Return batches of `(images, labels)`; the workers live as long as the loader."""
+    """Return a loader of `(images, labels)` batches; its workers persist between epochs."""
     return DataLoader(
-        Pictures(split, mean, std),  # type: ignore[arg-type]
+        ImageDataset(split, mean, std),  # type: ignore[arg-type]
         batch_size=batch_size,
         shuffle=shuffle,
         num_workers=workers,
@@ -53,7 +54,7 @@ def loader(
 
 
 def plain_model(model: ExplainableModel) -> ExplainableModel:
-    """Return the model with weights laid out, and depthwise convolutions done, as PyTorch does."""
+    """Convert `model` in place to PyTorch's depthwise convolutions and contiguous weights."""
     for module in model.modules():
         if type(module) is DepthwiseConv2d:
             module.__class__ = nn.Conv2d  # type: ignore[assignment]
@@ -88,7 +89,10 @@ def train_epoch(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     loss_function: LossFunction,
 ) -> float:
-    """Train for an epoch in float32; return the mean loss, read after each step."""
+    """Train for an epoch in float32 and return the mean loss over the images.
+
+    The loss is copied to the host after each step, as most scripts do.
+    """
     model.train()
     total, images = 0.0, 0
     for x_N1RR, labels_N in batches:
@@ -104,7 +108,7 @@ def train_epoch(
 
 
 def accuracy(model: ExplainableModel, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Return the share of images classified correctly, in [0, 1]."""
+    """Return the share of correctly classified images, in [0, 1]."""
     model.eval()
     correct, images = 0, 0
     with torch.no_grad():

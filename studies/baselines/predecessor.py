@@ -1,9 +1,9 @@
-"""The predecessor of Batch-CAM: hooks, one image after the other, CAMs compared with the images.
+"""Baseline: the predecessor of Batch-CAM, which computes CAMs image by image with hooks.
 
-After what the paper says of it (Sections 3 and 3.3, its references 7 and 8): hooks intercept the
-passes and keep features A and gradients G; the CAMs of a batch are made image by image, each by a
-backward pass with `retain_graph=True`; a contrastive loss of their Euclidean distance to the images
-(Eq. 1) is added to the cross-entropy. What the paper leaves open is stated where it is decided.
+Implemented from the paper's description (Sections 3 and 3.3, its references 7 and 8). Hooks store
+features A and gradients G. The CAM of each image of a batch takes its own backward pass with
+`retain_graph=True`. A contrastive loss of the Euclidean distance between CAM and image (Eq. 1) is
+added to the cross-entropy. Docstrings state our choices where the paper gives no detail.
 
 Shapes: N images, C classes, K channels, H and W cells of the feature grid, R pixels.
 """
@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from batchcam.cam import render
-from studies.baselines.tapped import Tapped
+from studies.baselines.hookable_model import HookableModel
 
 Reach = Literal["features", "model"]
-"""How far the pass of an image goes back.
+"""Where the backward pass of a single image ends.
 
-"model": through the whole model, as the paper says of its predecessor; G then is a constant of the
-loss, whose gradient reaches the weights through A alone. "features": to the feature maps and no
-further, with a graph of its own, so that G is part of the loss too. It is the cheaper of the two.
+"model": at the model's input, as the paper describes its predecessor. G is then a constant in the
+loss, and the loss's gradient reaches the weights only through A. "features": at the feature maps,
+with `create_graph=True`, so that the loss is also differentiated through G. "features" is cheaper.
 """
 
 
@@ -34,7 +34,7 @@ def contrastive_loss(distance_N: Tensor, similar_N: Tensor, margin: float) -> Te
     Args:
         distance_N: Euclidean distances D >= 0.
         similar_N: Y, 1 for a similar pair and 0 for a dissimilar one; bool or number.
-        margin: m, the distance from which a dissimilar pair costs nothing.
+        margin: m, the distance at and above which a dissimilar pair has a loss of 0.
 
     Raises:
         ValueError: shapes differ, or the margin is negative.
@@ -47,21 +47,21 @@ def contrastive_loss(distance_N: Tensor, similar_N: Tensor, margin: float) -> Te
     if margin < 0:
         raise ValueError(f"margin={margin} must be 0 or more.")
     similar_N = similar_N.to(distance_N.dtype)
-    apart_N = (margin - distance_N).clamp(min=0)
-    return (similar_N * distance_N.square() + (1 - similar_N) * apart_N.square()) / 2
+    shortfall_N = (margin - distance_N).clamp(min=0)
+    return (similar_N * distance_N.square() + (1 - similar_N) * shortfall_N.square()) / 2
 
 
 class Hooks:
-    """Features and their last gradient, kept as passes go by, while the context lasts."""
+    """Context manager that stores the features of the last forward pass and their last gradient."""
 
-    def __init__(self, tapped: Tapped) -> None:
+    def __init__(self, model: HookableModel) -> None:
         self.features_NKHW: Tensor
         self.gradients_NKHW: Tensor
-        self._tapped = tapped
+        self._model = model
         self._handle: RemovableHandle
 
     def __enter__(self) -> Self:
-        self._handle = self._tapped.tap.register_forward_hook(self._keep)
+        self._handle = self._model.hook_point.register_forward_hook(self._store_features)
         return self
 
     def __exit__(
@@ -72,27 +72,29 @@ class Hooks:
     ) -> None:
         self._handle.remove()
 
-    def _keep(self, module: torch.nn.Module, prepared: tuple[Tensor], output: Tensor) -> None:
-        del module, prepared
+    def _store_features(
+        self, module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor
+    ) -> None:
+        del module, inputs
         self.features_NKHW = output
-        output.register_hook(self._keep_gradient)  # type: ignore[no-untyped-call]
+        output.register_hook(self._store_gradient)  # type: ignore[no-untyped-call]
 
-    def _keep_gradient(self, gradient: Tensor) -> None:
+    def _store_gradient(self, gradient: Tensor) -> None:
         self.gradients_NKHW = gradient
 
 
 def sequential_grad_cam(
     logits_NC: Tensor, targets_N: Tensor, hooks: Hooks, reach: Reach
 ) -> list[Tensor]:
-    """Return one Grad-CAM per image, `(H, W)`, unnormalised, one pass backwards for each.
+    """Return one unnormalised Grad-CAM `(H, W)` per image, each from its own backward pass.
 
-    A pass through the whole model leaves gradients in the weights' `.grad`; they are the caller's
-    to clear.
+    With `reach="model"` the passes accumulate gradients in the weights' `.grad`, which the caller
+    must clear.
 
     Args:
-        logits_NC: class scores before softmax, from a pass forwards that `hooks` saw.
+        logits_NC: class scores before softmax, from a forward pass inside the context of `hooks`.
         targets_N: int64, the class to explain for each image.
-        hooks: where the features are, and the gradients will be.
+        hooks: holds the features, and receives the gradients.
         reach: see :data:`Reach`.
     """
     features_NKHW = hooks.features_NKHW
@@ -112,37 +114,38 @@ def sequential_grad_cam(
 
 
 def training_step(
-    tapped: Tapped,
+    model: HookableModel,
     optimizer: torch.optim.Optimizer,
     x_NCRR: Tensor,
-    pictures_NRR: Tensor,
+    images_NRR: Tensor,
     labels_N: Tensor,
     *,
     weight: float = 0.1,
     margin: float = 1.0,
     reach: Reach = "features",
 ) -> Tensor:
-    """Train on a batch; return the loss, detached.
+    """Take an optimiser step on a batch and return the loss, detached.
 
-    The paper does not say which pairs are similar: here each image's CAM of its true class and the
-    image are. Nor does it say how a CAM is scaled: here as everywhere in this project.
+    The paper does not state which pairs are similar. Here an image and the CAM of its true class
+    are a similar pair, and there are no dissimilar ones. The paper does not state how a CAM is
+    scaled either. Here it is scaled by :func:`batchcam.cam.render`.
 
     Args:
-        tapped: the model, in training mode.
-        optimizer: of its weights.
+        model: in training mode.
+        optimizer: updates the model's weights.
         x_NCRR: the model's input.
-        pictures_NRR: the same images in grey, in [0, 1].
+        images_NRR: the same images in grey, in [0, 1].
         labels_N: int64, the class of each image.
-        weight: of the contrastive loss beside the cross-entropy.
-        margin: of the contrastive loss.
+        weight: factor of the contrastive loss, which is added to the cross-entropy.
+        margin: of the contrastive loss; see :func:`contrastive_loss`.
         reach: see :data:`Reach`.
     """
-    with Hooks(tapped) as hooks:
-        logits_NC = tapped(x_NCRR)
+    with Hooks(model) as hooks:
+        logits_NC = model(x_NCRR)
         maps = sequential_grad_cam(logits_NC, labels_N, hooks, reach)
     distances = [
-        torch.linalg.vector_norm(render(map_HW[None], len(picture_RR))[0] - picture_RR)
-        for map_HW, picture_RR in zip(maps, pictures_NRR, strict=True)
+        torch.linalg.vector_norm(render(map_HW[None], len(image_RR))[0] - image_RR)
+        for map_HW, image_RR in zip(maps, images_NRR, strict=True)
     ]
     similar_N = torch.ones(len(labels_N), device=labels_N.device)
     explanation = contrastive_loss(torch.stack(distances), similar_N, margin).mean()

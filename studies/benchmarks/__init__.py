@@ -1,1 +1,1 @@
-"""Evidence for what a study decides: recorded learning curves, and what is replayed on them."""
+"""Commands that measure the trainer and the study engine."""

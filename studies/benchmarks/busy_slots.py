@@ -1,10 +1,10 @@
-"""How busy a study keeps its slots, and how many short trials it ends in a minute.
+"""Measure the utilisation of a study's trial slots, and its throughput in short trials.
 
 python -m studies.benchmarks.busy_slots --out results/busy_slots
 
-Real trials of SimpleCNN on digits, run by the study engine with checkpoints and W&B (offline), and
-the same training in a plain Ray function trainable with Ray's default settings: one after the other
-in one process, on one local Ray.
+Trains SimpleCNN on digits in real trials, run by the study engine with checkpoints and W&B
+(offline). The baseline is the same training as a plain Ray function trainable with Ray's default
+settings. Engine and baseline run one after the other, in one process, on one local Ray cluster.
 """
 
 import json
@@ -36,26 +36,26 @@ from studies.trial import TrialSettings, run_trial
 
 @dataclass(frozen=True, kw_only=True)
 class BusySlots:
-    """Measure how busy slots are, and the trials per minute beside plain Ray."""
+    """Measure slot utilisation, and trials per minute of the engine and of plain Ray."""
 
     out: Path
-    """Folder for measured.json."""
+    """Output folder for measured.json."""
     trials: int = 32
-    """Trials of each measurement."""
+    """Trials per measurement."""
     seconds: float = 10.0
-    """How long a trial of the first measurement is to train, about."""
+    """Approximate training time of a trial when utilisation is measured."""
     slots: int = 2
-    """Trials at a time: the CPUs of the local Ray."""
+    """Concurrent trials: the number of CPUs of the local Ray cluster."""
     seed: int = 0
-    """Of every trial."""
+    """Seed of every trial."""
 
 
 def main(settings: BusySlots) -> None:
-    """Measure, and write what was measured."""
+    """Measure, write measured.json, and print it."""
     os.environ["WANDB_MODE"] = "offline"
     base = TrialConfig(resolution=14, epochs=1, device="cpu", seed=settings.seed)
     prepared = prepare(base)
-    fit(base, prepared=prepared)  # Fills in the ceiling, as a study does for all its trials.
+    fit(base, prepared=prepared)  # Caches the SSIM ceiling, as a study does for all its trials.
     ray.init(
         address="local",
         num_cpus=settings.slots,
@@ -96,7 +96,11 @@ def main(settings: BusySlots) -> None:
 def by_engine(
     settings: BusySlots, base: TrialConfig, prepared: PreparedData
 ) -> tuple[Ledger, float]:
-    """Run trials as a study does, none stopped early; return the ledger and the wall time."""
+    """Run trials by the study engine without early stopping.
+
+    Returns:
+        The ledger, and the wall time in seconds.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         resources = TrialResources(1, 0, 1)
@@ -113,13 +117,13 @@ def by_engine(
             num_trials=settings.trials,
             seed=settings.seed,
         )
-        began = time.perf_counter()
+        started = time.perf_counter()
         ledger = run_search(search, folder, trainable, resources)
-        return ledger, time.perf_counter() - began
+        return ledger, time.perf_counter() - started
 
 
 def by_plain_ray(settings: BusySlots, base: TrialConfig) -> float:
-    """Run the same trials as Ray's manual shows it; return the wall time."""
+    """Run the same trials with Ray Tune as in its manual; return the wall time in seconds."""
     with tempfile.TemporaryDirectory() as scratch:
         tuner = tune.Tuner(
             partial(plain_trial, base=base.as_dict()),
@@ -127,19 +131,19 @@ def by_plain_ray(settings: BusySlots, base: TrialConfig) -> float:
             tune_config=tune.TuneConfig(num_samples=settings.trials),
             run_config=tune.RunConfig(storage_path=scratch, verbose=0),
         )
-        began = time.perf_counter()
+        started = time.perf_counter()
         tuner.fit()
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
 
 def plain_trial(params: dict[str, Any], base: Mapping[str, Any]) -> None:
-    """Train, and report each epoch."""
+    """Train a trial and report the metrics of each epoch to Ray."""
     config = TrialConfig(**{**base, **params})
     fit(config, lambda report: tune.report(dict(report.metrics)))
 
 
 def space(trial: optuna.Trial) -> dict[str, Any]:
-    """Draw a learning rate: the cost of a trial is the same for all."""
+    """Sample only a learning rate, so that all trials cost the same."""
     return {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 5e-3, log=True)}
 
 

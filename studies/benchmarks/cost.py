@@ -1,11 +1,11 @@
-"""What a model costs, and the explanation in its loss: parameters, operations, images per second.
+"""Measure the cost of models and losses: parameters, operations, and images per second.
 
 python -m studies.benchmarks.cost --out results/paper
 
-The paper's Section 4.1 says that parameters stay what they are and that training GFLOPs are
-virtually identical. Operations are counted by PyTorch's FlopCounterMode, which knows convolutions
-and matrix products, a multiplication and an addition as two; images per second are of steps taken
-in turns.
+The paper's Section 4.1 states that the number of parameters does not change and that training
+GFLOPs are virtually identical. PyTorch's FlopCounterMode counts the operations of convolutions and
+matrix products; a multiplication and an addition are two operations. Images per second are from
+interleaved steps (see `studies.benchmarks.pairs`).
 """
 
 import json
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from batchcam.devices import resolve_device
 from batchcam.provenance import command_line, git_commit, package_versions
 from studies.benchmarks.batches import CROSS_ENTROPY, LOSSES, Bench, config
-from studies.benchmarks.pairs import race
+from studies.benchmarks.pairs import time_interleaved
 from studies.benchmarks.steps import BACKBONES, BCPL, Condition, rival_steps
 
 _LOSSES = (CROSS_ENTROPY, "Prototype Loss, L1", "Prototype Loss, SSIM", BCPL, "BCPL, SSIM")
@@ -30,24 +30,24 @@ _LOSSES = (CROSS_ENTROPY, "Prototype Loss, L1", "Prototype Loss, SSIM", BCPL, "B
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Count what models and losses cost."""
+    """Count operations and time the steps of models and losses."""
 
     out: Path
-    """Folder for cost.json and cost.md."""
+    """Output folder for cost.json and cost.md."""
     backbones: tuple[str, ...] = BACKBONES
-    """Models; convnextv2_tiny has a quarter of the batch."""
+    """Models; ConvNeXt models use a quarter of the batch size."""
     batch_size: int = 128
-    """Images in a batch."""
+    """Images per batch."""
     seconds: float = 20.0
-    """Time for each model's steps; 0: operations are counted, nothing is timed."""
+    """Time limit for each model's steps; 0 counts operations only."""
     threads: int = 2
-    """Of PyTorch."""
+    """PyTorch threads."""
     device: str = "cpu"
     """auto, cpu, cuda or cuda:N."""
 
 
 def main(settings: Cost) -> None:
-    """Count, time, and write the table."""
+    """Measure each model; write cost.json and cost.md."""
     torch.set_num_threads(settings.threads)
     settings.out.mkdir(parents=True, exist_ok=True)
     entries = [measure(settings, backbone) for backbone in settings.backbones]
@@ -77,7 +77,9 @@ def measure(settings: Cost, backbone: str) -> dict[str, Any]:
     with torch.no_grad():
         forward = operations(lambda: bench.trainer.model(x))
     timed = (
-        race(steps, seconds=settings.seconds, min_rounds=5, warm_up=1, device=device)["wall"]
+        time_interleaved(steps, seconds=settings.seconds, min_rounds=5, warm_up=1, device=device)[
+            "wall"
+        ]
         if settings.seconds
         else {}
     )
@@ -86,7 +88,7 @@ def measure(settings: Cost, backbone: str) -> dict[str, Any]:
         "batch_size": batch_size,
         "resolution": bench.trainer.config.resolution,
         "grid": list(bench.trainer.grid),
-        "parameters": sum(each.numel() for each in bench.trainer.model.parameters()),
+        "parameters": sum(weights.numel() for weights in bench.trainer.model.parameters()),
         "forward_gflops": forward / batch_size / 1e9,
         "training_gflops": {
             name: operations(step) / batch_size / 1e9 for name, step in steps.items()
@@ -99,14 +101,14 @@ def measure(settings: Cost, backbone: str) -> dict[str, Any]:
 
 
 def operations(run: Callable[[], object]) -> int:
-    """Return how many floating-point operations of convolutions and matrix products `run` does."""
+    """Return the floating-point operations of the convolutions and matrix products in `run`."""
     with FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops())
 
 
 def table(entries: list[dict[str, Any]]) -> list[str]:
-    """Return the lines of a Markdown table."""
+    """Return the lines of a Markdown table, one row per model and step."""
     lines = [
         "| model | parameters | forward, MFLOPs an image | step | training, MFLOPs an image "
         "| over cross-entropy | images/s |",

@@ -1,10 +1,10 @@
-"""Trials without a model, for what is asked of the engine and not of the training.
+"""Run a study of dummy trials without a model, to test and measure the engine alone.
 
 python -m studies.benchmarks.dummy --out FOLDER --trials 32 --epochs 8 --seconds 0.05
 
-Two parameters decide a learning curve in each of two objectives that pull apart. The trials report
-and keep checkpoints as real ones do; the command may be killed at any moment and run again, and
-goes on.
+Two parameters determine the learning curves of two conflicting objectives. Dummy trials report
+metrics and save checkpoints as real ones do. The same command resumes a study that was killed at
+any moment.
 """
 
 import json
@@ -32,29 +32,29 @@ from studies.trial import RESUMES_AT, report_again, waiting_for
 
 @dataclass(frozen=True, kw_only=True)
 class DummyStudy:
-    """Run trials without a model."""
+    """Run a study of dummy trials."""
 
     out: Path
-    """Folder of the study; one that has a part of it goes on."""
+    """Folder of the study; an unfinished study in it is resumed."""
     trials: int = 32
-    """How many."""
+    """Number of trials."""
     epochs: int = 8
     """Epochs of a trial that is not stopped early."""
     min_epochs: int = 1
     """Epochs before a trial may be stopped early."""
     seconds: float = 0.05
-    """How long an epoch takes."""
+    """Duration of an epoch."""
     cpus: int = 1
-    """CPUs of a trial."""
+    """CPUs per trial."""
     slots: int = 1
-    """Trials at a time on a local Ray; where it is one, the outcome is reproducible."""
+    """Concurrent trials on a local Ray cluster; with 1, the result is reproducible."""
     address: str | None = None
-    """A Ray that runs, to be joined; by default a local one is started."""
+    """Address of a running Ray cluster; None starts a local one."""
     seed: int = 0
-    """Of the search."""
+    """Seed of the search."""
 
     def search(self) -> Search:
-        """Return the search."""
+        """Return the engine's settings of this study."""
         return Search(
             name="dummy",
             key="dummy",
@@ -68,7 +68,7 @@ class DummyStudy:
         )
 
     def trainable(self) -> Callable[[dict[str, Any]], None]:
-        """Return what Ray runs for each trial."""
+        """Return the function that Ray runs for each trial."""
         return partial(
             run_dummy,
             checkpoints=str(self.out.resolve() / "checkpoints"),
@@ -78,39 +78,39 @@ class DummyStudy:
 
 
 def space(trial: optuna.Trial) -> dict[str, Any]:
-    """Draw a trial's two parameters; one of them only where the other is large."""
+    """Sample x, and y if x > 0.2; y is 0 otherwise."""
     x = trial.suggest_float("x", 0.0, 1.0)
     return {"x": x, "y": trial.suggest_float("y", 0.0, 1.0) if x > 0.2 else 0.0}
 
 
 def curve(x: float, y: float, epoch: int) -> Metrics:
-    """Return the metrics of an epoch: accuracy grows with x, SSIM with y, each at a price."""
-    grown = 1 - math.exp(-epoch / (1 + 2 * x))
+    """Return the metrics of an epoch: x raises accuracy and lowers SSIM, y the opposite."""
+    progress = 1 - math.exp(-epoch / (1 + 2 * x))
     return {
         "epoch": epoch,
-        "val_accuracy": (0.5 + 0.5 * x - 0.2 * y**2) * grown,
-        "cam_ssim": (0.3 + 0.6 * y - 0.2 * x**2) * grown,
+        "val_accuracy": (0.5 + 0.5 * x - 0.2 * y**2) * progress,
+        "cam_ssim": (0.3 + 0.6 * y - 0.2 * x**2) * progress,
         "cam_ssim_ceiling": 1.0,
         "images_per_second": 1.0,
     }
 
 
 def run_dummy(params: dict[str, Any], *, checkpoints: str, epochs: int, seconds: float) -> None:
-    """Go through the epochs of a curve as a real trial does, checkpoints included."""
-    kept = Checkpoints(f"{checkpoints}/{params['trial_id']}")
-    with kept.newest() as state:
+    """Report the epochs of a curve to Ray and save checkpoints, as a real trial does."""
+    saved = Checkpoints(f"{checkpoints}/{params['trial_id']}")
+    with saved.newest() as state:
         history: list[Metrics] = [] if state is None else json.loads(state.read_text())
     report_again(history, params[RESUMES_AT])
     for epoch in range(len(history) + 1, epochs + 1):
         time.sleep(seconds)
         history.append(curve(params["x"], params["y"], epoch))
         write = partial(Path.write_text, data=json.dumps(history))
-        waiting_for(kept.folder, partial(kept.save, epoch, write))
+        waiting_for(saved.folder, partial(saved.save, epoch, write))
         tune.report(dict(history[-1]))
 
 
 def main(study: DummyStudy) -> Ledger:
-    """Run the study, and return its ledger."""
+    """Run or resume the study, and return its ledger."""
     study.out.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"address": study.address}
     if study.address is None:

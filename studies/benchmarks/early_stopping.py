@@ -1,12 +1,13 @@
-"""Early stopping on recorded curves: what it costs in quality, and what it saves in epochs.
+"""Compare early-stopping methods on recorded learning curves: quality lost and epochs saved.
 
 python -m studies.benchmarks.early_stopping --curves results/early_stopping/curves.csv.gz
 
 Needs the extra `benchmarks`.
 
-A study is simulated as it would run: workers take trials in a seeded order, each epoch lasts as
-long as it was recorded to, and every report is judged as it comes. What is measured after each
-epoch is the hypervolume of the last reports of all trials, which is what the study could export.
+Replays a study from recorded curves. Workers take trials in a seeded order, each epoch takes its
+recorded time, and the method decides on each report when it arrives. After each epoch the
+hypervolume of the last reports of all trials is computed: these are the models that the study could
+export.
 """
 
 import csv
@@ -35,22 +36,22 @@ from batchcam.provenance import git_commit, package_versions
 from studies.engine.halving import ParetoHalving, Vector
 
 OBJECTIVES = ("val_accuracy", "cam_ssim")
-"""Both maximised; the first one leads."""
+"""Both are maximised; single-objective methods use the first one."""
 
 CHANCE = 0.1
 """Accuracy of guessing among ten classes."""
 
 Array = npt.NDArray[np.float64]
 Judge = Callable[[int, int, Vector], bool]
-"""Whether trial `number` goes on after `epoch` with these objectives."""
+"""`(number, epoch, objectives)` of a report -> whether the trial continues."""
 
 Method = Callable[["Rules"], Judge]
-"""Starts a study under these rules."""
+"""Returns the decision function of a new study with these settings."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A trial trained to its end: objectives `(epochs, 2)` and seconds `(epochs,)`."""
+    """A trial trained without early stopping: objectives `(epochs, 2)` and seconds `(epochs,)`."""
 
     values: Array
     seconds: Array
@@ -58,17 +59,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class Report:
-    """A trial's epoch in a simulated study, and whether the trial went on."""
+    """The report of a trial after an epoch, and whether the trial continued."""
 
     number: int
     epoch: int
     values: Vector
-    going_on: bool
+    continued: bool
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Settings that all methods share."""
+    """Settings shared by all methods."""
 
     max_epochs: int
     min_epochs: int = 1
@@ -76,9 +77,9 @@ class Rules:
 
 
 def read_curves(path: Path) -> dict[int, Curve]:
-    """Return what `studies.benchmarks.record_curves` wrote, by the trial's number.
+    """Return the curves written by `studies.benchmarks.record_curves`, by trial number.
 
-    Trials that ended before the last epoch, because training diverged, are left out.
+    Trials that diverged before the last epoch are left out.
     """
     by_number: dict[int, list[dict[str, str]]] = {}
     with gzip.open(path, "rt", newline="", encoding="utf-8") as file:
@@ -98,12 +99,12 @@ def read_curves(path: Path) -> dict[int, Curve]:
 def simulate(
     curves: Mapping[int, Curve], order: Sequence[int], judge: Judge, workers: int = 4
 ) -> list[Report]:
-    """Run a study of the trials in `order`, and return its reports as they came."""
-    waiting = iter(order)
+    """Simulate a study of the trials in `order`; return its reports in chronological order."""
+    pending = iter(order)
     running: list[tuple[float, int, int]] = []
 
     def start(now: float) -> None:
-        if (number := next(waiting, None)) is not None:
+        if (number := next(pending, None)) is not None:
             heapq.heappush(running, (now + curves[number].seconds[0], number, 1))
 
     for _ in range(workers):
@@ -113,9 +114,9 @@ def simulate(
         now, number, epoch = heapq.heappop(running)
         curve = curves[number]
         values = tuple(curve.values[epoch - 1].tolist())
-        going_on = judge(number, epoch, values)
-        reports.append(Report(number, epoch, values, going_on))
-        if going_on and epoch < len(curve.values):
+        continued = judge(number, epoch, values)
+        reports.append(Report(number, epoch, values, continued))
+        if continued and epoch < len(curve.values):
             heapq.heappush(running, (now + curve.seconds[epoch], number, epoch + 1))
         else:
             start(now)
@@ -123,17 +124,17 @@ def simulate(
 
 
 def hypervolumes(reports: Sequence[Report], reference: Sequence[float]) -> Array:
-    """Return the hypervolume of all trials' last reports, after each report, `(reports,)`."""
+    """Return the hypervolume of all trials' last reports after each report, `(reports,)`."""
     last: dict[int, Vector] = {}
-    found = []
+    volumes = []
     for report in reports:
         last[report.number] = report.values
-        found.append(moocore.hypervolume(list(last.values()), ref=reference, maximise=True))
-    return np.array(found)
+        volumes.append(moocore.hypervolume(list(last.values()), ref=reference, maximise=True))
+    return np.array(volumes)
 
 
 def epochs_to_reach(trace: Array, level: float) -> float:
-    """Return the epochs after which a trace is at `level` or above for good; inf if it never is."""
+    """Return the epochs after which `trace` stays at or above `level`; inf if it never does."""
     below = np.flatnonzero(trace < level)
     if len(below) == 0:
         return 1.0
@@ -141,19 +142,19 @@ def epochs_to_reach(trace: Array, level: float) -> float:
 
 
 def random_search(rules: Rules) -> Judge:
-    """Return a judge that stops nothing."""
+    """Return a decision function that never stops a trial."""
     del rules
     return lambda number, epoch, values: True  # noqa: ARG005
 
 
 def asha(rules: Rules) -> Judge:
-    """Return ordinary ASHA on the first objective."""
+    """Return ASHA on the first objective, by our implementation of successive halving."""
     halving = _halving(rules)
     return lambda number, epoch, values: halving.judge(number, epoch, values[:1])
 
 
 def pareto_asha(rules: Rules) -> Judge:
-    """Return the studies' own early stopping, on all objectives."""
+    """Return the early stopping that studies use, on all objectives."""
     return _halving(rules).judge
 
 
@@ -175,35 +176,35 @@ def ray_asha(rules: Rules) -> Judge:
         grace_period=rules.min_epochs,
         reduction_factor=rules.reduction_factor,
     )
-    return _driven(scheduler, lambda trial, result: (None, trial, result))
+    return _judge_by_scheduler(scheduler, lambda trial, result: (None, trial, result))
 
 
 def syne_tune_moasha(rules: Rules) -> Judge:
-    """Return Syne Tune's MOASHA as it is; needs the extra `benchmarks`."""
+    """Return Syne Tune's MOASHA, unchanged; needs the extra `benchmarks`."""
     return _syne_tune(rules, None)
 
 
-def syne_tune_mended(rules: Rules) -> Judge:
-    """Return Syne Tune's MOASHA with the place of each trial as its priority.
+def syne_tune_corrected(rules: Rules) -> Judge:
+    """Return Syne Tune's MOASHA with the rank of each trial as its priority.
 
-    Fronts and the order inside each are Syne Tune's own. What it makes of them is an order where
-    MOASHA reads places; see results/early_stopping.
+    Uses Syne Tune's Pareto fronts and its order within each front. Syne Tune returns the sorted
+    order (argsort) where MOASHA expects ranks; see results/early_stopping.
     """
     module = importlib.import_module(
         "syne_tune.optimizer.schedulers.multiobjective.non_dominated_priority"
     )
 
-    def places(objectives: Array) -> npt.NDArray[np.int64]:
-        found = np.empty(len(objectives), dtype=np.int64)
-        left = np.arange(len(objectives))
-        while len(left):
-            front = module.pareto_efficient(objectives[left])
-            start = len(objectives) - len(left)
-            found[left[front]] = start + module.compute_epsilon_net(objectives[left[front]], dim=0)
-            left = left[~front]
-        return found
+    def rank(objectives: Array) -> npt.NDArray[np.int64]:
+        ranks = np.empty(len(objectives), dtype=np.int64)
+        rest = np.arange(len(objectives))
+        while len(rest):
+            front = module.pareto_efficient(objectives[rest])
+            start = len(objectives) - len(rest)
+            ranks[rest[front]] = start + module.compute_epsilon_net(objectives[rest[front]], dim=0)
+            rest = rest[~front]
+        return ranks
 
-    return _syne_tune(rules, places)
+    return _syne_tune(rules, rank)
 
 
 def _syne_tune(rules: Rules, priority: Callable[[Array], Any] | None) -> Judge:
@@ -219,11 +220,21 @@ def _syne_tune(rules: Rules, priority: Callable[[Array], Any] | None) -> Judge:
         reduction_factor=rules.reduction_factor,
         random_seed=0,
     )
-    return _driven(scheduler, lambda trial, result: (trial, result))
+    return _judge_by_scheduler(scheduler, lambda trial, result: (trial, result))
 
 
-def _driven(scheduler: Any, arguments: Callable[[Any, dict[str, float]], tuple[Any, ...]]) -> Judge:
-    """Return a scheduler of another library as a judge; it sees trials as they first report."""
+def _judge_by_scheduler(
+    scheduler: Any, arguments: Callable[[Any, dict[str, float]], tuple[Any, ...]]
+) -> Judge:
+    """Return the decision function of another library's scheduler.
+
+    A trial is added to the scheduler when it first reports.
+
+    Args:
+        scheduler: has `on_trial_add` and `on_trial_result`.
+        arguments: of `on_trial_result`, from a trial and its result; those of `on_trial_add` are
+            the same without the last one.
+    """
     trials: dict[int, Any] = {}
 
     def judge(number: int, epoch: int, values: Vector) -> bool:
@@ -242,23 +253,23 @@ METHODS: Mapping[str, Method] = {
     "Ray's ASHA on accuracy": ray_asha,
     "ParetoASHA": pareto_asha,
     "Syne Tune's MOASHA": syne_tune_moasha,
-    "Syne Tune's MOASHA, mended": syne_tune_mended,
+    "Syne Tune's MOASHA, mended": syne_tune_corrected,
 }
-"""What is compared."""
+"""The compared methods, by their names in summary.json."""
 
 
 def orders(numbers: Sequence[int], count: int) -> Iterator[list[int]]:
-    """Yield `count` orders of the trials; the seed of each is its index."""
+    """Yield `count` random permutations of the trials; the seed of each is its index."""
     for seed in range(count):
         yield np.random.default_rng(seed).permutation(numbers).tolist()
 
 
 def references(curves: Mapping[int, Curve]) -> dict[str, tuple[float, ...]]:
-    """Return the points above which hypervolume is measured: of a lenient and of a strict kind.
+    """Return the reference points of the hypervolume, a lenient and a strict one.
 
-    From a model that knows nothing, any good trial has most of what there is. From the median of
-    the trials at their ends, objective by objective, only what is better than middling in both
-    objectives counts.
+    The lenient one is an untrained model: a single good trial attains most of the hypervolume. The
+    strict one is the median of the trials' final values, per objective: only trials that are better
+    than it in both objectives add hypervolume.
     """
     ends = np.array([curve.values[-1] for curve in curves.values()])
     return {
@@ -268,11 +279,11 @@ def references(curves: Mapping[int, Curve]) -> dict[str, tuple[float, ...]]:
 
 
 @dataclass(frozen=True)
-class Race:
-    """A method against random search, in one order of the trials.
+class Comparison:
+    """A method compared with random search, for one order of the trials.
 
     Attributes:
-        trace: hypervolume after each epoch of the method, as a share of random search's last one.
+        trace: hypervolume after each epoch of the method, relative to random search's final one.
         budget: the epochs that random search needs.
     """
 
@@ -281,31 +292,39 @@ class Race:
 
     @property
     def at_a_third(self) -> float:
-        """The share of the hypervolume that a third of the budget, or less, has brought."""
+        """The relative hypervolume after a third of the budget, or at the end if it is earlier."""
         return float(self.trace[min(self.budget // 3, len(self.trace)) - 1])
 
     def share_to_reach(self, level: float) -> float:
-        """Return the epochs needed to reach `level` for good, as a share of the budget."""
-        # The last digits of a hypervolume depend on the order of the points.
+        """Return the epochs after which the trace stays at or above `level`, over `budget`."""
+        # The tolerance: the last digits of a hypervolume depend on the order of the points.
         return epochs_to_reach(self.trace, level - 1e-9) / self.budget
 
 
-def race(
+def compare(
     curves: Mapping[int, Curve],
     order: Sequence[int],
     reports: Sequence[Report],
     reference: Sequence[float],
-    rivals: int,
-) -> Race:
-    """Measure a simulated study against random search on the first `rivals` of the order."""
-    ends = np.array([curves[number].values[-1] for number in order[:rivals]])
-    goal = moocore.hypervolume(ends, ref=reference, maximise=True)
-    budget = rivals * len(curves[order[0]].values)
-    return Race(hypervolumes(reports, reference) / goal, budget)
+    baseline_trials: int,
+) -> Comparison:
+    """Compare a simulated study with random search over the first `baseline_trials` trials.
+
+    Args:
+        curves: of all trials.
+        order: in which both take the trials.
+        reports: of the simulated study.
+        reference: reference point of the hypervolume.
+        baseline_trials: number of trials that random search trains.
+    """
+    ends = np.array([curves[number].values[-1] for number in order[:baseline_trials]])
+    baseline = moocore.hypervolume(ends, ref=reference, maximise=True)
+    budget = baseline_trials * len(curves[order[0]].values)
+    return Comparison(hypervolumes(reports, reference) / baseline, budget)
 
 
 def foresight(curves: Mapping[int, Curve]) -> dict[str, list[float]]:
-    """Return, by objective, Spearman's correlation of each epoch's values with the last one's."""
+    """Return Spearman's correlation of each epoch's values with the last epoch's, by objective."""
     values = np.array([curve.values for curve in curves.values()])
     return {
         name: pd.DataFrame(values[:, :, index]).rank().corr().iloc[-1].round(3).tolist()
@@ -320,15 +339,19 @@ def agreement(
     leader: Method,
     other: Method,
 ) -> list[tuple[bool, bool]]:
-    """Return both methods' decisions at the rungs, where `leader` alone runs the study."""
+    """Return the decisions `(leader, other)` on each report at a rung.
+
+    `leader` decides which trials of the study continue; `other` sees the same reports, and its
+    decisions have no effect.
+    """
     rungs = set()
     rung = rules.min_epochs
     while rung < rules.max_epochs:
         rungs.add(rung)
         rung *= rules.reduction_factor
-    following = other(rules)
+    other_judge = other(rules)
     return [
-        (report.going_on, following(report.number, report.epoch, report.values))
+        (report.continued, other_judge(report.number, report.epoch, report.values))
         for report in simulate(curves, order, leader(rules))
         if report.epoch in rungs
     ]
@@ -336,24 +359,24 @@ def agreement(
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """What to replay."""
+    """Compare early-stopping methods on recorded learning curves."""
 
     curves: Path = Path("results/early_stopping/curves.csv.gz")
-    """What `studies.benchmarks.record_curves` wrote."""
+    """Curves written by `studies.benchmarks.record_curves`."""
     out: Path = Path("results/early_stopping")
-    """Folder for summary.json and hypervolume.png."""
+    """Output folder for summary.json and hypervolume.png."""
     orders: int = 20
-    """Orders of the trials, by seeds from 0."""
+    """Number of permutations of the trials, with seeds from 0."""
     workers: int = 4
-    """Trials that run at a time."""
+    """Concurrent trials."""
     min_epochs: int = 2
-    """The first rung of the comparison; others are tried beside it."""
+    """First rung of the main comparison; other values are compared as well."""
     reduction_factor: int = 2
-    """Likewise."""
+    """Reduction factor of the main comparison; other values are compared as well."""
 
 
 def main() -> None:
-    """Replay what the command line names, and write what came of it."""
+    """Run the comparison that the command line requests; write summary.json and the figure."""
     benchmark = tyro.cli(Benchmark)
     curves = read_curves(benchmark.curves)
     rules = Rules(
@@ -361,19 +384,19 @@ def main() -> None:
         min_epochs=benchmark.min_epochs,
         reduction_factor=benchmark.reduction_factor,
     )
-    drawn = list(orders(list(curves), benchmark.orders))
+    permutations = list(orders(list(curves), benchmark.orders))
     points = references(curves)
 
     def studies(method: Method, rules: Rules) -> list[list[Report]]:
-        return [simulate(curves, order, method(rules), benchmark.workers) for order in drawn]
+        return [simulate(curves, order, method(rules), benchmark.workers) for order in permutations]
 
     same_rules = {name: studies(method, rules) for name, method in METHODS.items()}
     other_rules = {
-        f"{name}, reduction factor {factor}, first rung {least}": studies(
-            METHODS[name], Rules(rules.max_epochs, least, factor)
+        f"{name}, reduction factor {factor}, first rung {rung}": studies(
+            METHODS[name], Rules(rules.max_epochs, rung, factor)
         )
         for factor in (2, 3, 4)
-        for least in (1, 2, 4)
+        for rung in (1, 2, 4)
         for name in ("ParetoASHA", "ASHA on accuracy")
     }
     summary: dict[str, Any] = {
@@ -385,29 +408,32 @@ def main() -> None:
         "references": points,
         "correlation with the last epoch": foresight(curves),
     }
-    compared: dict[str, dict[str, list[Race]]] = {}
+    main_comparisons: dict[str, dict[str, list[Comparison]]] = {}
     for point, reference in points.items():
-        measured = {}
-        for title, found, rivals in (
+        comparisons = {}
+        for title, simulated, baseline_trials in (
             ("same trials", same_rules, len(curves)),
             ("random search on a third of the trials", same_rules, len(curves) // 3),
             ("other rungs", other_rules, len(curves)),
         ):
-            measured[title] = {
+            comparisons[title] = {
                 name: [
-                    race(curves, order, reports, reference, rivals)
-                    for order, reports in zip(drawn, each, strict=True)
+                    compare(curves, order, reports, reference, baseline_trials)
+                    for order, reports in zip(permutations, reports_by_order, strict=True)
                 ]
-                for name, each in found.items()
+                for name, reports_by_order in simulated.items()
             }
-        compared[point] = measured["same trials"]
+        main_comparisons[point] = comparisons["same trials"]
         summary[f"above {point}"] = {
-            title: {name: outcome(races) for name, races in found.items()}
-            for title, found in measured.items()
+            title: {name: outcome(of_orders) for name, of_orders in by_name.items()}
+            for title, by_name in comparisons.items()
         }
     summary["decisions at rungs"] = {
         f"{first} and {second}": agreements(
-            [agreement(curves, order, rules, METHODS[first], METHODS[second]) for order in drawn]
+            [
+                agreement(curves, order, rules, METHODS[first], METHODS[second])
+                for order in permutations
+            ]
         )
         for first, second in (
             ("ASHA on accuracy", "Ray's ASHA on accuracy"),
@@ -418,24 +444,29 @@ def main() -> None:
     benchmark.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(summary, indent=2) + "\n"
     (benchmark.out / "summary.json").write_text(text, encoding="utf-8")
-    draw(compared, benchmark.out / "hypervolume.png")
+    draw(main_comparisons, benchmark.out / "hypervolume.png")
 
 
-def outcome(races: Sequence[Race]) -> dict[str, list[float | None]]:
-    """Return least, median and most over the orders, as shares of random search's; None is never.
+def outcome(comparisons: Sequence[Comparison]) -> dict[str, list[float | None]]:
+    """Return `[minimum, median, maximum]` over the orders of each quantity.
 
-    Of an even number of orders, the median is the worse of the two in the middle.
+    All quantities are relative to random search. For an even number of orders the median is the
+    worse of the two middle values. None means that a level was never reached.
 
-    `spent` is epochs. `reached` is the hypervolume at the end, `at_a_third` that after a third of
-    random search's epochs. `to_98` and so on are the epochs to that percentage of its hypervolume.
+    Returns:
+        `spent`: epochs of the study. `reached`: final hypervolume. `at_a_third`: hypervolume after
+        a third of random search's epochs. `to_98`, `to_99`, `to_100`: epochs until the hypervolume
+        stays at or above that percentage of random search's.
     """
-    found = {
-        "spent": [len(each.trace) / each.budget for each in races],
-        "reached": [float(each.trace[-1]) for each in races],
-        "at_a_third": [each.at_a_third for each in races],
+    quantities = {
+        "spent": [len(comparison.trace) / comparison.budget for comparison in comparisons],
+        "reached": [float(comparison.trace[-1]) for comparison in comparisons],
+        "at_a_third": [comparison.at_a_third for comparison in comparisons],
     }
     for percent in (98, 99, 100):
-        found[f"to_{percent}"] = [each.share_to_reach(percent / 100) for each in races]
+        quantities[f"to_{percent}"] = [
+            comparison.share_to_reach(percent / 100) for comparison in comparisons
+        ]
     gains = ("reached", "at_a_third")
     return {
         name: [
@@ -444,13 +475,13 @@ def outcome(races: Sequence[Race]) -> dict[str, list[float | None]]:
                 values, (0, 0.5, 1), method="lower" if name in gains else "higher"
             )
         ]
-        for name, values in found.items()
+        for name, values in quantities.items()
     }
 
 
 def agreements(decisions: Sequence[Sequence[tuple[bool, bool]]]) -> dict[str, int]:
-    """Return how many decisions there were, and how many of each kind, over all orders."""
-    pairs = [pair for each in decisions for pair in each]
+    """Count the pairs of decisions over all orders: all, equal ones, and those that differ."""
+    pairs = [pair for of_order in decisions for pair in of_order]
     return {
         "decisions": len(pairs),
         "same": sum(first == second for first, second in pairs),
@@ -459,23 +490,31 @@ def agreements(decisions: Sequence[Sequence[tuple[bool, bool]]]) -> dict[str, in
     }
 
 
-def draw(compared: Mapping[str, Mapping[str, Sequence[Race]]], path: Path) -> None:
-    """Draw the median hypervolume over epochs spent, a panel for each reference point."""
+def draw(comparisons: Mapping[str, Mapping[str, Sequence[Comparison]]], path: Path) -> None:
+    """Draw the median hypervolume over epochs spent, one panel per reference point.
+
+    Args:
+        comparisons: of each order, by reference point and method.
+        path: of the PNG file.
+    """
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     for axes, (point, methods) in zip(
-        figure.subplots(1, len(compared), squeeze=False)[0], compared.items(), strict=True
+        figure.subplots(1, len(comparisons), squeeze=False)[0], comparisons.items(), strict=True
     ):
         ends = []
-        for index, (name, races) in enumerate(methods.items()):
-            longest = max(len(each.trace) for each in races)
-            padded = [np.pad(it.trace, (0, longest - len(it.trace)), mode="edge") for it in races]
-            middle = np.median(padded, axis=0)[: int(np.median([len(it.trace) for it in races]))]
-            spent = np.arange(1, len(middle) + 1) / races[0].budget
+        for index, (name, of_orders) in enumerate(methods.items()):
+            traces = [comparison.trace for comparison in of_orders]
+            lengths = [len(trace) for trace in traces]
+            padded = [
+                np.pad(trace, (0, max(lengths) - len(trace)), mode="edge") for trace in traces
+            ]
+            median = np.median(padded, axis=0)[: int(np.median(lengths))]
+            spent = np.arange(1, len(median) + 1) / of_orders[0].budget
             color, width = f"C{index}", 2.5 if name == "ParetoASHA" else 1.3
-            axes.plot(spent, middle, color=color, linewidth=width, label=name)
-            axes.plot(spent[-1], middle[-1], marker="o", color=color)
-            ends.append(middle[-1])
-        # A trial's first epochs say nothing; the panel shows where methods differ.
+            axes.plot(spent, median, color=color, linewidth=width, label=name)
+            axes.plot(spent[-1], median[-1], marker="o", color=color)
+            ends.append(median[-1])
+        # Cut off the steep rise of the first epochs, so that differences at the end are visible.
         bottom = 1 - 3 * (1 - min(ends))
         axes.axvline(1 / 3, color="0.6", linewidth=0.8, linestyle=":")
         axes.set(

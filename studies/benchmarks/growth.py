@@ -1,10 +1,10 @@
-"""How the cost of the explanation grows: with the batch, the classes, and the cells of a CAM.
+"""Measure how the relative cost of BCPL scales with batch size, classes and CAM grid.
 
 python -m studies.benchmarks.growth --out results/speed
 
-Steps of the trainer on noise, cross-entropy and BCPL in turns, one quantity varied at a time around
-batch 128, 10 classes and a grid of 14x14. SimpleCNN halves its input once, so that its grid is set
-by the resolution, and the cost of everything else grows with it.
+Interleaves the trainer's steps with cross-entropy and with BCPL on random images. One quantity is
+varied at a time around a batch of 128 images, 10 classes and a grid of 14x14. SimpleCNN halves its
+input once, so the resolution determines the grid. The cost of all other layers grows with it.
 """
 
 import json
@@ -23,7 +23,7 @@ from batchcam.devices import resolve_device
 from batchcam.figures import save
 from batchcam.provenance import command_line, git_commit, package_versions
 from studies.benchmarks.batches import CROSS_ENTROPY, LOSSES, Bench, config, peak_bytes
-from studies.benchmarks.pairs import median_ratio, race
+from studies.benchmarks.pairs import median_ratio, time_interleaved
 
 BCPL = "BCPL, L1"
 AXES = {"batch": "images in a batch", "classes": "classes", "grid": "cells on a side of a CAM"}
@@ -31,31 +31,31 @@ AXES = {"batch": "images in a batch", "classes": "classes", "grid": "cells on a 
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
-    """Measure how a step of BCPL over one of cross-entropy grows."""
+    """Measure the cost of a BCPL step relative to a cross-entropy step at several sizes."""
 
     out: Path
-    """Folder for growth.json and growth.png."""
+    """Output folder for growth.json and growth.png."""
     batch: tuple[int, ...] = (16, 64, 128, 256, 1024)
-    """Images in a batch."""
+    """Images per batch."""
     classes: tuple[int, ...] = (10, 30, 100, 300, 1000)
-    """Classes, of the data and of the head."""
+    """Numbers of classes of the data and of the head."""
     grid: tuple[int, ...] = (4, 7, 14, 21, 28)
-    """Cells on a side of a CAM."""
+    """Sides of the CAM grid, in cells."""
     seconds: float = 20.0
-    """Time for each point, warm-up excluded."""
+    """Time limit for each point, warm-up excluded."""
     min_rounds: int = 7
-    """Rounds of each point, even if they take longer."""
+    """Minimum number of rounds per point, even if they exceed the time limit."""
     threads: int = 2
-    """Of PyTorch."""
+    """PyTorch threads."""
     device: str = "cpu"
     """auto, cpu, cuda or cuda:N."""
     seed: int = 0
-    """Of weights, noise and the order in a round."""
+    """Seed of weights, images and the order within each round."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """What a step is measured at."""
+    """Sizes at which a step is measured, and which of them is varied (`axis`)."""
 
     axis: str
     batch: int = 128
@@ -64,12 +64,12 @@ class Point:
 
     @property
     def value(self) -> int:
-        """The quantity that is varied."""
+        """The value of the varied size."""
         return int(getattr(self, self.axis))
 
 
 def points(settings: Growth) -> Iterator[Point]:
-    """Yield the points, axis by axis."""
+    """Yield all points, in the order of :data:`AXES`."""
     for axis in AXES:
         for value in getattr(settings, axis):
             yield replace(Point(axis), **{axis: value})
@@ -84,7 +84,7 @@ def measure(point: Point, settings: Growth) -> dict[str, Any]:
         point.classes,
     )
     steps = {name: bench.step(LOSSES[name]) for name in (CROSS_ENTROPY, BCPL)}
-    seconds = race(
+    seconds = time_interleaved(
         steps,
         seconds=settings.seconds,
         min_rounds=settings.min_rounds,
@@ -102,7 +102,7 @@ def measure(point: Point, settings: Growth) -> dict[str, Any]:
 
 
 def main(settings: Growth) -> None:
-    """Measure every point; write them and their figure."""
+    """Measure all points; write growth.json and growth.png."""
     torch.set_num_threads(settings.threads)
     settings.out.mkdir(parents=True, exist_ok=True)
     origin = {
@@ -125,7 +125,7 @@ def main(settings: Growth) -> None:
 
 
 def draw(entries: list[dict[str, Any]]) -> Figure:
-    """Return the figure: time and memory of BCPL over cross-entropy along each axis."""
+    """Return a figure of the time and memory of BCPL relative to cross-entropy along each axis."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     for axis, (name, label) in zip(figure.subplots(1, 3, sharey=True), AXES.items(), strict=True):
         shown = [entry for entry in entries if entry["axis"] == name]

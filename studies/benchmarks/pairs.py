@@ -1,8 +1,8 @@
-"""Rivals timed in turns, in one process, and what one costs over another.
+"""Interleaved timing of several functions, and the median of paired ratios of their times.
 
-On a machine that others use too, the time of a step says little; the ratio of two steps done one
-after the other says much. So each round runs every rival once, in an order of its own, and what is
-reported is the median over rounds of the ratio within a round.
+On a shared machine the absolute time of a step depends on the load, which affects two steps
+executed one after the other alike. Each round therefore executes every function once, in random
+order. The result is the median over rounds of the ratio within a round.
 """
 
 import random
@@ -20,28 +20,28 @@ CLOCKS: dict[Clock, Callable[[], float]] = {
     "wall": time.perf_counter,
     "cpu": time.process_time,
 }
-"""Seconds as they pass, and those that this process had a CPU: less disturbed by other processes,
-but only with one thread, since threads that wait for each other count too, and not on a GPU."""
+"""Wall time, and CPU time of this process. CPU time is less affected by other processes, but is
+meaningful only with one thread, because it includes threads' busy waiting, and not on a GPU."""
 
 Seconds = dict[Clock, dict[str, npt.NDArray[np.float64]]]
-"""By clock and rival: the seconds of each round."""
+"""Seconds of each round, by clock and by name of the timed function."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A median, and its 95 % bootstrap interval."""
+    """A median with its 95 % bootstrap interval."""
 
     median: float
     low: float
     high: float
 
     def as_list(self) -> list[float]:
-        """Return the three, rounded to what can be meant."""
+        """Return `[median, low, high]`, rounded to 4 decimals."""
         return [round(value, 4) for value in (self.median, self.low, self.high)]
 
 
-def race(
-    rivals: Mapping[str, Callable[[], Any]],
+def time_interleaved(
+    functions: Mapping[str, Callable[[], Any]],
     *,
     seconds: float,
     min_rounds: int = 5,
@@ -49,73 +49,83 @@ def race(
     seed: int = 0,
     device: torch.device | None = None,
 ) -> Seconds:
-    """Run rivals in turns for about so many seconds, but some rounds at least.
+    """Execute functions in rounds and return the seconds of each function in each round.
+
+    Starts no new round after `seconds`, but completes at least `min_rounds`.
 
     Args:
-        rivals: by name, what to run.
-        seconds: the budget; warm-up is not part of it.
-        min_rounds: rounds that are run even if the budget does not suffice.
-        warm_up: rounds that are not timed: caches, allocators and compilers settle.
+        functions: functions to time, by name.
+        seconds: time limit, warm-up excluded.
+        min_rounds: rounds to complete even if they exceed the limit.
+        warm_up: rounds that are not timed, in which caches, allocators and compilers settle.
         seed: of the order within each round.
-        device: what to wait for before a clock is read, if it works asynchronously.
+        device: synchronised before a clock is read, if it is asynchronous.
 
     Raises:
-        ValueError: there is no round to measure.
+        ValueError: `min_rounds` is less than 1.
     """
     if min_rounds < 1:
         raise ValueError(f"min_rounds={min_rounds} must be 1 or more.")
-    order = list(rivals)
+    order = list(functions)
     shuffle = random.Random(seed).shuffle
-    found: dict[Clock, dict[str, list[float]]] = {
-        clock: {name: [] for name in rivals} for clock in CLOCKS
+    measured: dict[Clock, dict[str, list[float]]] = {
+        clock: {name: [] for name in functions} for clock in CLOCKS
     }
     for _ in range(warm_up):
-        for run in rivals.values():
+        for run in functions.values():
             run()
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < min_rounds or time.perf_counter() < end:
         shuffle(order)
         for name in order:
-            wait_for(device)
-            began = {clock: now() for clock, now in CLOCKS.items()}
-            rivals[name]()
-            wait_for(device)
+            synchronize(device)
+            started = {clock: now() for clock, now in CLOCKS.items()}
+            functions[name]()
+            synchronize(device)
             for clock, now in CLOCKS.items():
-                found[clock][name].append(now() - began[clock])
+                measured[clock][name].append(now() - started[clock])
         rounds += 1
     return {
         clock: {name: np.array(values) for name, values in times.items()}
-        for clock, times in found.items()
+        for clock, times in measured.items()
     }
 
 
 def median_ratio(
     times: npt.NDArray[np.float64], base: npt.NDArray[np.float64], seed: int = 0
 ) -> Interval:
-    """Return the median of `times / base`, round by round, with its interval.
+    """Return the median over rounds of `times / base`, with its 95 % bootstrap interval.
+
+    Args:
+        times: seconds `(rounds,)`.
+        base: seconds `(rounds,)` of the baseline in the same rounds.
+        seed: of the bootstrap.
 
     Raises:
-        ValueError: the two were not measured in the same rounds.
+        ValueError: the arrays are not 1-D of the same length.
     """
     if times.shape != base.shape or times.ndim != 1:
-        raise ValueError(f"expected pairs, got {times.shape} and {base.shape} rounds.")
+        raise ValueError(
+            f"expected two 1-D arrays of the same length, got shapes {times.shape} and "
+            f"{base.shape}."
+        )
     ratios = times / base
     drawn = np.random.default_rng(seed).choice(ratios, size=(2000, len(ratios)))
     low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
     return Interval(float(np.median(ratios)), float(low), float(high))
 
 
-def wait_for(device: torch.device | None) -> None:
-    """Wait until a device that works asynchronously has done what it was given."""
+def synchronize(device: torch.device | None) -> None:
+    """Wait until a CUDA device has completed its queued work; do nothing for other devices."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of a run, waited for."""
-    wait_for(device)
-    began = time.perf_counter()
+    """Return the wall time of `run` in seconds, including its asynchronous work on `device`."""
+    synchronize(device)
+    started = time.perf_counter()
     run()
-    wait_for(device)
-    return time.perf_counter() - began
+    synchronize(device)
+    return time.perf_counter() - started

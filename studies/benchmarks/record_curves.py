@@ -1,9 +1,10 @@
-"""Learning curves of random configurations, each trained to its end, for early stopping to replay.
+"""Record learning curves of random configurations, for `studies.benchmarks.early_stopping`.
 
 python -m studies.benchmarks.record_curves --dataset fashion_mnist --out curves.csv.gz
 
-One row per trial and epoch: the trial's number, what the search decided, the epoch's metrics. A
-number's configuration is the same in every run; trials that the file holds are not trained again.
+Trials are trained without early stopping. The file has one row per trial and epoch, with the
+trial's number, its parameters and the epoch's metrics. A trial number determines the configuration,
+whatever the number of trials. Trials that are in the file are not trained again.
 """
 
 import csv
@@ -40,43 +41,43 @@ _PARAMETERS = (
 )
 _METRICS = ("val_accuracy", "cam_ssim", "cam_ssim_ceiling", "images_per_second", "seconds")
 COLUMNS = ("dataset", "number", *_PARAMETERS, "epoch", *_METRICS)
-"""Columns of the file."""
+"""Columns of the CSV file."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """What to record."""
+    """Record learning curves of random configurations."""
 
     out: Path
-    """A .csv.gz file; finished trials are appended."""
+    """A .csv.gz file to which finished trials are appended."""
     dataset: str = "fashion_mnist"
     """digits, mnist or fashion_mnist."""
     trials: int = 120
-    """Configurations, drawn at random from the studies' search space."""
+    """Number of configurations, sampled at random from the studies' search space."""
     epochs: int = 16
-    """Epochs of each trial."""
+    """Epochs per trial."""
     resolution: int = 14
     """Side of the model's input, in pixels."""
     train_images: int = 2000
-    """Images to train on, shared out among the classes as in the whole set."""
+    """Number of training images, stratified by class."""
     validation_images: int = 1000
-    """Images to validate on, likewise."""
+    """Number of validation images, stratified by class."""
     seed: int = 0
-    """Seed of the configurations and of the subset; each trial trains with its number as seed."""
+    """Seed of the configurations and of the subset; a trial's number is its training seed."""
 
 
 def main() -> None:
-    """Record what the command line names."""
+    """Record the learning curves that the command line requests."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     record(tyro.cli(Recording))
 
 
 def record(recording: Recording) -> None:
-    """Train the trials that the file lacks, and append each as it ends.
+    """Train the trials that are not in the file, and append each one when it ends.
 
-    A trial whose training diverges has only the epochs before.
+    A trial whose training diverges is recorded up to the last epoch before.
 
     Raises:
         BatchCamError: the settings or the data cannot be used.
@@ -98,11 +99,11 @@ def record(recording: Recording) -> None:
         curve = _train(config, prepared)
         _append(recording.out, config, number, curve)
         last = curve[-1] if curve else {}
-        _log.info("%s %d: %s", recording.dataset, number, _shown("val_accuracy", last))
+        _log.info("%s %d: %s", recording.dataset, number, _formatted("val_accuracy", last))
 
 
 def configurations(recording: Recording, channels: int) -> Iterator[dict[str, Any]]:
-    """Yield each trial's parameters, drawn at random as `studies.space.suggest` decides."""
+    """Yield each trial's parameters, sampled at random by `studies.space.suggest`."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = SearchSpace(resolutions=(recording.resolution,))
     strides = feasible_strides(space, channels)
@@ -114,16 +115,19 @@ def configurations(recording: Recording, channels: int) -> Iterator[dict[str, An
 def subset(
     config: TrialConfig, train_images: int, validation_images: int, seed: int
 ) -> PreparedData:
-    """Return part of a data set, each class in proportion, with prototypes of that part alone.
+    """Return a stratified subset of a data set, with prototypes computed from the subset.
 
     Raises:
-        ConfigError: more images are asked for than there are.
+        ConfigError: the requested number is not less than the number of images.
     """
     data = load_data(config)
 
     def part(split: Split, count: int) -> Split:
         if not 0 < count < len(split):
-            raise ConfigError(f"{count} images are not a part of {len(split)}; name fewer.")
+            raise ConfigError(
+                f"cannot take a subset of {count} images from {len(split)}; request at least 1 "
+                f"and at most {len(split) - 1}."
+            )
         _, index = stratified_split(split.labels, count / len(split), seed)
         return Split(split.images[index], split.labels[index])
 
@@ -140,6 +144,7 @@ def subset(
 
 
 def _train(config: TrialConfig, prepared: PreparedData) -> list[Metrics]:
+    """Return the metrics of each epoch, up to the last one before training diverges."""
     curve: list[Metrics] = []
     try:
         fit(config, lambda report: curve.append(dict(report.metrics)), prepared=prepared)
@@ -148,7 +153,7 @@ def _train(config: TrialConfig, prepared: PreparedData) -> list[Metrics]:
     return curve
 
 
-def _shown(name: str, metrics: Metrics) -> str:
+def _formatted(name: str, metrics: Metrics) -> str:
     return f"{name} {metrics[name]:.4f}" if name in metrics else "diverged"
 
 
@@ -160,7 +165,7 @@ def _rows(path: Path, dataset: str) -> list[dict[str, str]]:
 
 
 def _append(path: Path, config: TrialConfig, number: int, curve: list[Metrics]) -> None:
-    """Append a trial in one write: a gzip file may have several members."""
+    """Append a trial as a gzip member in one write, so that the file is never left half written."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     if not path.is_file():

@@ -1,9 +1,9 @@
-"""What a large study costs its driver: time per report, and memory per trial.
+"""Measure the driver's time per report and memory per trial in a large study.
 
 python -m studies.benchmarks.scale --out results/scale
 
-Ray Tune's controller, the bridge to Optuna, early stopping and the ledger are the real ones; only
-the actors are simulated, which report at once. So what is measured is the driver and nothing else.
+Ray Tune's controller, the Optuna searcher, early stopping and the ledger are the real ones. Only
+the actors are simulated; they report immediately, so that only the driver's cost is measured.
 """
 
 import json
@@ -37,25 +37,25 @@ _WINDOW = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Measure a study of many simulated trials."""
+    """Measure the driver in a study of many simulated trials."""
 
     out: Path
-    """Folder for measured.json and scale.png."""
+    """Output folder for measured.json and scale.png."""
     trials: int = 2000
-    """How many."""
+    """Number of trials."""
     at_a_time: int = 200
-    """How many at once."""
+    """Number of concurrent trials."""
     epochs: int = 8
     """Epochs of a trial that is not stopped early."""
     seed: int = 0
-    """Of the search."""
+    """Seed of the search."""
 
 
 class SimulatedActors:
-    """As much of Ray's actor manager as the controller asks for: actors that answer at once.
+    """The part of Ray's actor manager that the controller uses, with actors that reply immediately.
 
-    Each live actor has one task at a time; tasks are answered in the order in which they were
-    given, so that all trials advance together.
+    Each live actor has one task at a time. Tasks are completed first in, first out, so that all
+    trials advance together.
     """
 
     def __init__(self, slots: int, epochs: int) -> None:
@@ -65,15 +65,15 @@ class SimulatedActors:
         self._tasks: deque[tuple[TrackedActor, str, tuple[Any, ...], Callable[..., None]]] = deque()
         self._params: dict[TrackedActor, dict[str, Any]] = {}
         self._epoch: dict[TrackedActor, int] = {}
-        self._made = 0
-        # The controller looks a started actor up here.
+        self._num_created = 0
+        # The controller reads this private attribute to look up a started actor.
         self._live_actors_to_ray_actors_resources: dict[TrackedActor, tuple[None]] = {}
 
     def add_actor(self, *, kwargs: dict[str, Any], **callbacks: Any) -> TrackedActor:
-        """Queue an actor until a slot is free."""
-        self._made += 1
+        """Queue an actor, which starts when a slot is free."""
+        self._num_created += 1
         names = ("on_start", "on_stop", "on_error")
-        actor = TrackedActor(self._made, **{name: callbacks[name] for name in names})
+        actor = TrackedActor(self._num_created, **{name: callbacks[name] for name in names})
         self._params[actor] = kwargs["config"]
         self._epoch[actor] = 0
         self._waiting.append(actor)
@@ -87,13 +87,13 @@ class SimulatedActors:
         on_result: Callable[..., None] | None = None,
         **rest: Any,
     ) -> None:
-        """Queue a task of an actor."""
+        """Queue a task of an actor; tasks without a result callback are dropped."""
         del rest
         if on_result is not None:
             self._tasks.append((tracked_actor, method_name, args, on_result))
 
     def next(self, timeout: float) -> bool:
-        """Start an actor or answer a task; return whether there was one."""
+        """Start a queued actor or complete a task; return whether there was one."""
         del timeout
         if self._waiting and len(self._live_actors_to_ray_actors_resources) < self._slots:
             actor = self._waiting.popleft()
@@ -104,12 +104,12 @@ class SimulatedActors:
         while self._tasks:
             actor, method, args, on_result = self._tasks.popleft()
             if actor in self._live_actors_to_ray_actors_resources:
-                on_result(actor, self._answer(actor, method, args))
+                on_result(actor, self._result(actor, method, args))
                 return True
         return False
 
     def remove_actor(self, tracked_actor: TrackedActor, **how: Any) -> None:
-        """Drop an actor."""
+        """Remove an actor and call its `on_stop`."""
         del how
         if tracked_actor in self._waiting:
             self._waiting.remove(tracked_actor)
@@ -118,7 +118,7 @@ class SimulatedActors:
             tracked_actor._on_stop(tracked_actor)
 
     def clear_actor_task_futures(self, tracked_actor: TrackedActor) -> None:
-        """Drop the tasks of an actor."""
+        """Remove the queued tasks of an actor."""
         self._tasks = deque(task for task in self._tasks if task[0] is not tracked_actor)
 
     def is_actor_started(self, tracked_actor: TrackedActor) -> bool:
@@ -126,12 +126,12 @@ class SimulatedActors:
         return tracked_actor in self._live_actors_to_ray_actors_resources
 
     def is_actor_failed(self, tracked_actor: TrackedActor) -> bool:
-        """Return False: none ever does."""
+        """Return False: simulated actors never fail."""
         del tracked_actor
         return False
 
     def get_live_actors_resources(self) -> dict[str, float]:
-        """Return nothing, which is only shown."""
+        """Return an empty dict: the controller only prints it."""
         return {}
 
     def cleanup(self) -> None:
@@ -154,10 +154,10 @@ class SimulatedActors:
 
     @property
     def num_actor_tasks(self) -> int:
-        """Tasks that wait for an answer."""
+        """Queued tasks."""
         return len(self._tasks)
 
-    def _answer(self, actor: TrackedActor, method: str, args: tuple[Any, ...]) -> Any:
+    def _result(self, actor: TrackedActor, method: str, args: tuple[Any, ...]) -> Any:
         if method == "reset":
             self._params[actor] = args[0]
             self._epoch[actor] = 0
@@ -175,7 +175,7 @@ class SimulatedActors:
 
 
 class Meter(tune.Callback):
-    """Notes time, reports and memory as trials end."""
+    """Records time, number of reports and memory after every 100 trials that end."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, int, float, float]] = []
@@ -195,7 +195,7 @@ class Meter(tune.Callback):
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Note where things stand, after every so many trials."""
+        """Record a row after every `_WINDOW` trials that end."""
         del iteration, trials, trial, info
         self._ended += 1
         if self._ended % _WINDOW == 0:
@@ -203,7 +203,7 @@ class Meter(tune.Callback):
 
 
 def resident_bytes() -> float:
-    """Return the memory of this process: what it has now, or where that is not told, its peak."""
+    """Return the resident memory of this process, or its peak where /proc is not available."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -213,7 +213,7 @@ def resident_bytes() -> float:
 
 
 def main(settings: Scale) -> None:
-    """Measure, write measured.json, and draw."""
+    """Run the study, write measured.json and scale.png, and print the measurements."""
     study = DummyStudy(
         out=settings.out, trials=settings.trials, epochs=settings.epochs, seed=settings.seed
     )
@@ -225,8 +225,8 @@ def main(settings: Scale) -> None:
             tempfile.TemporaryDirectory() as scratch,
             patch("ray.tune.execution.tune_controller.RayActorManager", lambda **_: actors),
         ):
-            share = TrialResources(1 / settings.at_a_time, 0, 1)
-            run_search(study.search(), Path(scratch), study.trainable(), share, [meter])
+            resources = TrialResources(1 / settings.at_a_time, 0, 1)
+            run_search(study.search(), Path(scratch), study.trainable(), resources, [meter])
     finally:
         ray.shutdown()
 
@@ -251,7 +251,7 @@ def main(settings: Scale) -> None:
 
 
 def draw(ended: Any, per_report: Any, memory: Any) -> Figure:
-    """Return the figure: time per report, and memory, over the trials that have ended."""
+    """Return a figure of time per report and of memory over the number of ended trials."""
     matplotlib.rcParams["axes.spines.top"] = matplotlib.rcParams["axes.spines.right"] = False
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -1,11 +1,12 @@
-"""How long it takes until the first step: of a process, and of a trial in a process that is reused.
+"""Measure the time to the first training step, in a new process and in a reused process.
 
 python -m studies.benchmarks.startup --out results/speed
 
-A new process is timed from the outside, from its start to the end of its first step, imports, data,
-prototypes and the SSIM ceiling included. In a process that has trained before, as a reused actor
-has, with data and ceiling at hand as a study hands them out, what is timed is `batchcam.fit` up to
-its first step; a step of its own is subtracted.
+New process: the time from its start to the end of its first step, measured from outside. It
+includes imports, data, prototypes and the SSIM ceiling. Reused process: the time that
+`batchcam.fit` takes before its first step, in a process that has trained before, like a reused Ray
+actor. Data and SSIM ceiling are prepared, as in a study. The duration of the first step is
+estimated by that of the second one and subtracted.
 """
 
 import json
@@ -27,12 +28,12 @@ from batchcam.provenance import command_line, git_commit, package_versions
 from batchcam.training.fit import fit
 
 TARGETS = {"process": 6.0, "reused": 0.3}
-"""Seconds that SimpleCNN is to take at most."""
+"""Upper limits for SimpleCNN, in seconds."""
 
 _CHILD = """
 import sys, time
 from batchcam.config import TrialConfig
-from batchcam.train import fit
+from batchcam.training.fit import fit
 
 def stop(step, steps):
     print(time.time())
@@ -44,33 +45,33 @@ fit(TrialConfig(backbone=sys.argv[1], dataset=sys.argv[2], device="cpu"), on_ste
 
 @dataclass(frozen=True, kw_only=True)
 class Startup:
-    """Measure the seconds until the first step."""
+    """Measure the time to the first training step."""
 
     out: Path
-    """Folder for startup.json."""
+    """Output folder for startup.json."""
     backbones: tuple[str, ...] = ("simple_cnn", "resnet18", "convnextv2_tiny")
-    """Models at 28x28."""
+    """Models, at a resolution of 28x28."""
     dataset: str = "digits"
-    """What is trained on: digits, mnist or fashion_mnist."""
+    """Training data: digits, mnist or fashion_mnist."""
     repeats: int = 5
-    """How often each is timed."""
+    """Number of measurements of each time."""
 
 
-class _FirstSteps(Exception):  # noqa: N818 - how a run is left, not an error.
-    """Two steps were taken."""
+class _TwoStepsDone(Exception):  # noqa: N818 - stops training, and is not an error.
+    """Raised after two steps to stop training."""
 
 
 def main(settings: Startup) -> None:
-    """Measure, and write what was measured."""
+    """Measure all models, write startup.json, and print the seconds."""
     base = TrialConfig(dataset=settings.dataset, device="cpu")
     prepared = prepare(base)
     measured = {
         "seconds": {
             backbone: {
-                "process": _spread(
+                "process": _summary(
                     [of_process(backbone, settings) for _ in range(settings.repeats)]
                 ),
-                "reused": _spread(
+                "reused": _summary(
                     of_reused(replace(base, backbone=backbone), prepared, settings.repeats)
                 ),
             }
@@ -92,33 +93,33 @@ def main(settings: Startup) -> None:
 
 def of_process(backbone: str, settings: Startup) -> float:
     """Return the seconds from the start of a new process to the end of its first step."""
-    began = time.time()
+    started = time.time()
     command = [sys.executable, "-c", _CHILD, backbone, settings.dataset]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout) - began
+    child = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(child.stdout) - started
 
 
 def of_reused(config: TrialConfig, prepared: PreparedData, repeats: int) -> list[float]:
-    """Return the seconds of `fit` before its first step, once there has been such a trial."""
-    found = []
+    """Return the seconds of `fit` before its first step, `repeats` times after one warm-up."""
+    seconds = []
     for _ in range(repeats + 1):
-        stamps = [time.perf_counter()]
+        timestamps = [time.perf_counter()]
 
-        def note(step: int, steps: int, stamps: list[float] = stamps) -> None:
+        def on_step(step: int, steps: int, timestamps: list[float] = timestamps) -> None:
             del step, steps
-            stamps.append(time.perf_counter())
-            if len(stamps) > 2:
-                raise _FirstSteps
+            timestamps.append(time.perf_counter())
+            if len(timestamps) > 2:
+                raise _TwoStepsDone
 
         try:
-            fit(config, prepared=prepared, on_step=note)
-        except _FirstSteps:
-            began, first, second = stamps
-            found.append(max(0.0, (first - began) - (second - first)))
-    return found[1:]
+            fit(config, prepared=prepared, on_step=on_step)
+        except _TwoStepsDone:
+            started, first, second = timestamps
+            seconds.append(max(0.0, (first - started) - (second - first)))
+    return seconds[1:]
 
 
-def _spread(values: list[float]) -> dict[str, Any]:
+def _summary(values: list[float]) -> dict[str, Any]:
     return {
         "median": round(median(values), 3),
         "least": round(min(values), 3),

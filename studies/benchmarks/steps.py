@@ -27,9 +27,9 @@ from matplotlib.figure import Figure
 from batchcam.devices import resolve_device
 from batchcam.figures import save
 from batchcam.provenance import command_line, git_commit, package_versions
+from studies.baselines.hookable_model import HookableModel
 from studies.baselines.predecessor import Reach
 from studies.baselines.predecessor import training_step as predecessor_step
-from studies.baselines.tapped import Tapped
 from studies.benchmarks.batches import (
     CROSS_ENTROPY,
     EXTENSIONS,
@@ -38,7 +38,7 @@ from studies.benchmarks.batches import (
     config,
     peak_bytes,
 )
-from studies.benchmarks.pairs import CLOCKS, Seconds, median_ratio, race
+from studies.benchmarks.pairs import CLOCKS, Seconds, median_ratio, time_interleaved
 
 BCPL = "BCPL, L1"
 BACKBONES = ("simple_cnn", "resnet18", "convnextv2_tiny")
@@ -135,7 +135,7 @@ def measure(condition: Condition, settings: Steps) -> dict[str, Any]:
     bench = Bench.build(settled, device)
     steps = rival_steps(condition, bench)
     once = condition.rivals == "predecessor_model"
-    seconds = race(
+    seconds = time_interleaved(
         steps,
         seconds=settings.seconds,
         min_rounds=1 if once else settings.min_rounds,
@@ -160,7 +160,7 @@ def rival_steps(condition: Condition, bench: Bench) -> dict[str, Callable[[], ob
         losses = LOSSES if condition.rivals == "losses" else EXTENSIONS
         return {name: bench.step(loss) for name, loss in losses.items()}
     trainer, labels = bench.trainer, bench.labels
-    tapped = Tapped(trainer.model)
+    tapped = HookableModel(trainer.model)
     pictures = bench.images[:, 0].float() / 255
 
     def predecessor(reach: Reach) -> Callable[[], object]:

@@ -1,13 +1,18 @@
-"""How near the trainer comes to what the model allows, how far from a plain script it is.
+"""Compare the trainer's throughput with bare training steps and with a plain training script.
 
 python -m studies.benchmarks.throughput --out results/speed
 
-In each round, in turns: the bare step of cross-entropy (both passes and the optimiser on one batch
-that lies there, normalised), and the same untuned, as PyTorch and timm have it by default; an epoch
-of `batchcam.fit` with BCPL, and its evaluation; an epoch of a plain script
-(`studies.baselines.plain`) with the same loss; a forward pass over the images, and their
-evaluation. What is untuned, and the plain script, run in a process of their own, for the trainer
-changes how its process allocates memory. What is reported are medians of ratios within a round.
+Each round measures, one after the other:
+
+- bare steps: forward pass, backward pass and optimiser step of cross-entropy on one preprocessed
+  batch;
+- untuned bare steps: the same with PyTorch's and timm's defaults, in float32;
+- an epoch of `batchcam.fit` with BCPL, with and without its evaluation;
+- an epoch of a plain script (`studies.baselines.plain`) with the same loss;
+- a forward pass over the images, and their evaluation.
+
+Untuned steps and the plain script run in a separate process, because the trainer changes the
+allocator settings of its process. The results are medians of ratios within a round.
 """
 
 import json
@@ -34,55 +39,55 @@ from batchcam.provenance import command_line, git_commit, package_versions
 from batchcam.training.fit import fit
 from studies.baselines import plain
 from studies.benchmarks.batches import Bench, random_data
-from studies.benchmarks.elsewhere import elsewhere
 from studies.benchmarks.pairs import median_ratio, timed
+from studies.benchmarks.subprocess_worker import subprocess_worker
 
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
-    """Measure images per second of the trainer beside the bare step and a plain script."""
+    """Compare the trainer's images per second with bare steps and a plain script."""
 
     out: Path
-    """Folder for throughput.json and throughput.md."""
+    """Output folder for throughput.json and throughput.md."""
     backbones: tuple[str, ...] = ("simple_cnn", "resnet18", "convnextv2_tiny")
-    """Models at 28x28; the larger ones have fewer images, ConvNeXt a quarter of the batch."""
+    """Models at 28x28; ConvNeXt models use a quarter of the batch size."""
     precisions: tuple[str, ...] = ("fp32", "bf16")
-    """Of the passes forwards; the plain script is in fp32."""
+    """Precisions of the trainer's forward pass; untuned steps and plain script use fp32."""
     batch_size: int = 128
-    """Images in a batch."""
+    """Images per batch."""
     steps: int = 40
-    """Steps in an epoch of SimpleCNN; a tenth of it for the others."""
+    """Steps per epoch of SimpleCNN; other models use a tenth of it."""
     rounds: int = 7
-    """Rounds of each condition."""
+    """Rounds per model and precision."""
     threads: int = 2
-    """Of PyTorch, and workers of the plain script's loader."""
+    """PyTorch threads, and workers of the plain script's data loader."""
     plain: bool = True
-    """Whether to run the plain script too, for SimpleCNN on a CPU."""
+    """Measure the plain script too; it runs for SimpleCNN on a CPU only."""
     device: str = "cpu"
     """auto, cpu, cuda or cuda:N."""
     seed: int = 0
-    """Of weights and noise."""
+    """Seed of weights and images."""
 
 
 def main(settings: Throughput) -> None:
-    """Measure each condition; write what was measured, and a table of it."""
+    """Measure each model and precision; replace their entries in throughput.json and .md."""
     torch.set_num_threads(settings.threads)
     settings.out.mkdir(parents=True, exist_ok=True)
     path = settings.out / "throughput.json"
-    kept: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    entries: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     for backbone in settings.backbones:
         for precision in settings.precisions:
             entry = measure(settings, backbone, precision)
-            same = ("backbone", "precision", "threads", "device")
-            kept = [old for old in kept if any(old[name] != entry[name] for name in same)]
-            kept.append(entry)
-            path.write_text(json.dumps(kept, indent=1) + "\n")
+            key = ("backbone", "precision", "threads", "device")
+            entries = [old for old in entries if any(old[name] != entry[name] for name in key)]
+            entries.append(entry)
+            path.write_text(json.dumps(entries, indent=1) + "\n")
             print(*table([entry]), sep="\n", flush=True)
-    (settings.out / "throughput.md").write_text("\n".join(table(kept)) + "\n")
+    (settings.out / "throughput.md").write_text("\n".join(table(entries)) + "\n")
 
 
 def measure(settings: Throughput, backbone: str, precision: str) -> dict[str, Any]:
-    """Return the entry of one model in one precision."""
+    """Return the entry of a model and precision in throughput.json."""
     large = backbone.startswith("convnext")
     device = resolve_device(settings.device)
     config = TrialConfig(
@@ -96,27 +101,27 @@ def measure(settings: Throughput, backbone: str, precision: str) -> dict[str, An
     )
     steps = settings.steps if backbone == "simple_cnn" else max(2, settings.steps // 10)
     prepared = _prepared(steps * config.batch_size)
-    fit(config, prepared=_prepared(config.batch_size))  # Warms up allocator and kernels.
+    fit(config, prepared=_prepared(config.batch_size))  # Warm up allocator and kernels.
     bare = _bare_step(config)
     with_plain = settings.plain and backbone == "simple_cnn" and device.type == "cpu"
     forward, evaluation = _evaluations(config, prepared)
     seconds: dict[str, list[float]] = {}
 
-    def note(name: str, value: float) -> None:
+    def record(name: str, value: float) -> None:
         seconds.setdefault(name, []).append(value)
 
-    given = config, prepared, steps, settings.threads, with_plain
-    with elsewhere(start_untuned, *given) as other:
+    arguments = config, prepared, steps, settings.threads, with_plain
+    with subprocess_worker(create_untuned, *arguments) as worker:
         for _ in range(settings.rounds):
-            note("bare", timed(lambda: [bare() for _ in range(steps)], device))
-            note("untuned", other("untuned"))
+            record("bare", timed(lambda: [bare() for _ in range(steps)], device))
+            record("untuned", worker("untuned"))
             metrics = fit(config, prepared=prepared).metrics
-            note("training", steps * config.batch_size / metrics["images_per_second"])
-            note("epoch", metrics["seconds"])
+            record("training", steps * config.batch_size / metrics["images_per_second"])
+            record("epoch", metrics["seconds"])
             if with_plain:
-                note("plain", other("plain"))
-            note("forward", timed(forward, device))
-            note("evaluation", timed(evaluation, device))
+                record("plain", worker("plain"))
+            record("forward", timed(forward, device))
+            record("evaluation", timed(evaluation, device))
     times = {name: np.array(values) for name, values in seconds.items()}
     pairs = {
         "training_of_bare": ("bare", "training"),
@@ -154,7 +159,7 @@ def measure(settings: Throughput, backbone: str, precision: str) -> dict[str, An
 
 
 def _prepared(images: int) -> PreparedData:
-    """Return noise to train on, and a ninth of it to validate, as splits are cut."""
+    """Return random training images and a ninth as many validation images, as in real splits."""
     prepared = random_data(images, num_classes=10, side=28)
     count = max(16, images // 9)
     generator = np.random.default_rng(1)
@@ -164,7 +169,7 @@ def _prepared(images: int) -> PreparedData:
 
 
 def _bare_step(config: TrialConfig) -> Callable[[], None]:
-    """Return both passes and the optimiser's step of cross-entropy, on a batch that lies there."""
+    """Return a function that trains a tuned model once on one preprocessed batch."""
     bench = Bench.build(config, resolve_device(config.device))
     x_NCHW = bench.trainer.preprocess(bench.images)
     optimizer = torch.optim.AdamW(bench.trainer.model.parameters(), lr=1e-6, fused=True)
@@ -178,6 +183,8 @@ def _step(
     labels_N: Tensor,
     precision: str,
 ) -> Callable[[], None]:
+    """Return a function that takes one training step of cross-entropy."""
+
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with autocast(x_NCHW.device, precision):
@@ -188,36 +195,41 @@ def _step(
     return step
 
 
-def start_untuned(
+def create_untuned(
     config: TrialConfig, prepared: PreparedData, steps: int, threads: int, with_plain: bool
 ) -> dict[str, Callable[[], object]]:
-    """Return what runs beside: bare steps as PyTorch has them, in fp32, and the plain script."""
+    """Return the functions of the worker process by name; each returns its seconds.
+
+    "untuned" takes an epoch of bare steps in float32 with PyTorch's defaults. "plain", which exists
+    if `with_plain` is set, trains an epoch of the plain script.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(config.seed)
     data, device = prepared.dataset, resolve_device(config.device)
     stride = resolve_output_stride(config.backbone, config.resolution, data.channels)
 
-    def model() -> ExplainableModel:
-        made = create_model(config.backbone, data.num_classes, data.channels, stride)
-        return plain.plain_model(made).to(device)
+    def untuned_model() -> ExplainableModel:
+        model = create_model(config.backbone, data.num_classes, data.channels, stride)
+        return plain.plain_model(model).to(device)
 
-    bare = model()
+    bare = untuned_model()
     images, labels = to_device(data.train.take(np.arange(config.batch_size)), device)
     x_NCHW = Preprocess(config.resolution, data.mean, data.std)(images)
     step = _step(bare, torch.optim.AdamW(bare.parameters(), lr=1e-6), x_NCHW, labels, "fp32")
     step()
-    runs: dict[str, Callable[[], object]] = {
+    functions: dict[str, Callable[[], object]] = {
         "untuned": partial(timed, lambda: [step() for _ in range(steps)], device)
     }
     if with_plain:
-        epoch = _plain_epoch(model(), config, prepared, threads)
-        runs["plain"] = partial(timed, epoch, device)
-    return runs
+        epoch = _plain_epoch(untuned_model(), config, prepared, threads)
+        functions["plain"] = partial(timed, epoch, device)
+    return functions
 
 
 def _plain_epoch(
     model: ExplainableModel, config: TrialConfig, prepared: PreparedData, workers: int
 ) -> Callable[[], object]:
+    """Return a function that trains an epoch of the plain script; its loader is started."""
     data = prepared.dataset
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
@@ -225,7 +237,7 @@ def _plain_epoch(
         data.train, data.mean[0], data.std[0], config.batch_size, shuffle=True, workers=workers
     )
     loss = plain.loss_function(config, prepared.prototypes("train", config.resolution))
-    for _ in loader:  # Starts the workers.
+    for _ in loader:  # Start the workers.
         pass
     return lambda: plain.train_epoch(model, loader, optimizer, schedule, loss)
 
@@ -233,7 +245,7 @@ def _plain_epoch(
 def _evaluations(
     config: TrialConfig, prepared: PreparedData
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Return a forward pass over the training images, and their evaluation."""
+    """Return two functions: a forward pass over the training images, and their evaluation."""
     result = fit(config, lambda _: True, prepared=_prepared(config.batch_size))
     model, preprocess = result.model, result.preprocess
     device = resolve_device(config.device)
@@ -262,24 +274,24 @@ TARGETS = {
 
 
 def table(entries: list[dict[str, Any]]) -> list[str]:
-    """Return the lines of a Markdown table, a row for each model and precision."""
-    words = {
+    """Return the lines of a Markdown table, one row per model and precision."""
+    titles = {
         "training_of_bare": "training, of bare steps",
         "epoch_of_bare": "with evaluation, of bare steps",
         "over_untuned": "training, over bare steps in fp32 untuned",
         "over_plain": "training, over a plain script",
         "evaluation_over_forward": "evaluation, over a forward pass",
     }
-    heads = [f"{words[name]} ({wanted})" for name, wanted in TARGETS.items()]
+    header = [f"{titles[name]} ({target})" for name, target in TARGETS.items()]
     lines = [
-        "| model | precision | batch | images/s | " + " | ".join(heads) + " |",
+        "| model | precision | batch | images/s | " + " | ".join(header) + " |",
         "|---|---|---|---|" + "---|" * len(TARGETS),
     ]
     for entry in entries:
         cells = []
         for name in TARGETS:
-            found = entry["ratios"].get(name)
-            cells.append("{:.2f} ({:.2f} to {:.2f})".format(*found) if found else "")
+            ratio = entry["ratios"].get(name)
+            cells.append("{:.2f} ({:.2f} to {:.2f})".format(*ratio) if ratio else "")
         speed = entry["images_per_second"]["training"]
         lead = f"| {entry['backbone']} | {entry['precision']} | {entry['batch_size']} | {speed:.0f}"
         lines.append(f"{lead} | {' | '.join(cells)} |")

@@ -1,13 +1,13 @@
-"""How long SimpleCNN takes to an accuracy and an SSIM, beside a plain script.
+"""Measure SimpleCNN's time to a target accuracy and SSIM, and that of a plain training script.
 
 python -m studies.benchmarks.time_to_target --out results/speed
 
-Both train on full MNIST with the same objective, optimiser, learning rates and splits, to the same
-number of epochs, and are stopped at the first one after which the validation split has the accuracy
-and its class-level CAMs the SSIM. `batchcam.fit` computes as configured here; the plain script
-(`studies.baselines.plain`) reads images through torchvision's transforms and a DataLoader, and
-computes in float32, in a process of its own. Time is what training and evaluation take, start-up
-excluded.
+Trainer and plain script train on full MNIST with the same objective, optimiser, learning rates,
+splits and schedule. Each stops after the first epoch in which validation accuracy and class-level
+SSIM of the validation CAMs reach their targets. `batchcam.fit` uses the configuration given here.
+The plain script (`studies.baselines.plain`) loads images through torchvision's transforms and a
+DataLoader, and computes in float32 in a separate process. Times include training and evaluation,
+but not start-up.
 """
 
 import json
@@ -30,40 +30,40 @@ from batchcam.provenance import command_line, git_commit, package_versions
 from batchcam.training.evaluate import Evaluator
 from batchcam.training.fit import EpochReport, fit
 from studies.baselines import plain
-from studies.benchmarks.elsewhere import elsewhere
+from studies.benchmarks.subprocess_worker import subprocess_worker
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimeToTarget:
-    """Measure the time to an accuracy and an SSIM."""
+    """Measure the time to a target accuracy and SSIM."""
 
     out: Path
-    """Folder for time_to_target.json."""
+    """Output folder for time_to_target.json."""
     accuracy: float = 0.993
-    """Of the validation split."""
+    """Target accuracy on the validation split."""
     ssim: float = 0.95
-    """Class-level, between CAMs and prototypes of the validation split."""
+    """Target class-level SSIM between CAMs and prototypes of the validation split."""
     epochs: int = 4
-    """Of the one-cycle schedule."""
+    """Epochs of the one-cycle schedule, and the most to train."""
     precision: str = "bf16"
-    """Of the trainer's passes forwards."""
+    """Precision of the trainer's forward pass."""
     batch_size: int = 128
-    """Images in a batch, of both."""
+    """Images per batch, for trainer and plain script."""
     learning_rate: float = TrialConfig.learning_rate
-    """At the peak of the schedule, of both."""
+    """Peak learning rate, for trainer and plain script."""
     metric: str = "l1"
-    """Of BCPL."""
+    """Metric of BCPL."""
     lambda_batch: float = 0.1
     """Weight of BCPL."""
     plain: bool = True
-    """Whether to run the plain script too."""
+    """Measure the plain script too."""
     threads: int = 2
-    """Of PyTorch, and workers of the plain script's loader."""
+    """PyTorch threads, and workers of the plain script's data loader."""
     seed: int = 0
-    """Of both."""
+    """Seed of trainer and plain script."""
 
     def config(self) -> TrialConfig:
-        """Return the trainer's configuration."""
+        """Return the configuration of the trainer."""
         return TrialConfig(
             dataset="mnist",
             epochs=self.epochs,
@@ -77,18 +77,18 @@ class TimeToTarget:
         )
 
     def reached(self, accuracy: float, ssim: float) -> bool:
-        """Whether both targets are met."""
+        """Return whether both targets are reached."""
         return accuracy >= self.accuracy and ssim >= self.ssim
 
 
 def main(settings: TimeToTarget) -> None:
-    """Measure, and add what was measured to what is there."""
+    """Measure, and append the entry to time_to_target.json."""
     torch.set_num_threads(settings.threads)
     prepared = prepare(settings.config())
     entry: dict[str, Any] = {"trainer": by_trainer(settings, prepared)}
     if settings.plain:
-        with elsewhere(start_plain_script, settings, prepared) as other:
-            entry["plain"] = other("plain script")
+        with subprocess_worker(create_plain_script, settings, prepared) as worker:
+            entry["plain"] = worker("plain script")
         if entry["trainer"]["reached"] and entry["plain"]["reached"]:
             entry["ratio"] = round(entry["plain"]["seconds"] / entry["trainer"]["seconds"], 3)
     entry |= {
@@ -100,12 +100,12 @@ def main(settings: TimeToTarget) -> None:
     }
     settings.out.mkdir(parents=True, exist_ok=True)
     path = settings.out / "time_to_target.json"
-    kept = json.loads(path.read_text()) if path.exists() else []
-    path.write_text(json.dumps([*kept, entry], indent=1) + "\n")
+    previous = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps([*previous, entry], indent=1) + "\n")
 
 
 def by_trainer(settings: TimeToTarget, prepared: PreparedData) -> dict[str, Any]:
-    """Train with `batchcam.fit`; return the seconds, and what each epoch gave."""
+    """Train with `batchcam.fit`; return whether the targets were reached, seconds and metrics."""
     history: list[dict[str, float]] = []
 
     def on_epoch(report: EpochReport) -> bool:
@@ -118,18 +118,19 @@ def by_trainer(settings: TimeToTarget, prepared: PreparedData) -> dict[str, Any]
     return _outcome(settings, history)
 
 
-def start_plain_script(
+def create_plain_script(
     settings: TimeToTarget, prepared: PreparedData
 ) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Return the plain script's run, by name."""
+    """Return the function of the worker process, by name."""
     torch.set_num_threads(settings.threads)
     return {"plain script": partial(by_plain_script, settings, prepared)}
 
 
 def by_plain_script(settings: TimeToTarget, prepared: PreparedData) -> dict[str, Any]:
-    """Train with the plain script; return the same.
+    """Train with the plain script; return the same fields as :func:`by_trainer`.
 
-    The SSIM is computed by `batchcam.training.evaluate`, outside the time: a plain script has none.
+    The SSIM is computed by `batchcam.training.evaluate` and is not part of the measured time,
+    because a plain script does not compute it.
     """
     config, data = settings.config(), prepared.dataset
     torch.manual_seed(config.seed)
@@ -153,24 +154,25 @@ def by_plain_script(settings: TimeToTarget, prepared: PreparedData) -> dict[str,
     )
     loss = plain.loss_function(config, prepared.prototypes("train", config.resolution))
     evaluator = Evaluator(model, Preprocess(config.resolution, data.mean, data.std))
-    explained_split = prepared.split("validation", config.resolution)
+    validation_split = prepared.split("validation", config.resolution)
     history: list[dict[str, float]] = []
     for _ in range(config.epochs):
-        began = time.perf_counter()
+        started = time.perf_counter()
         plain.train_epoch(model, train, optimizer, schedule, loss)
         accuracy = plain.accuracy(model, validation)
-        seconds = time.perf_counter() - began
-        explained = evaluator.evaluate(explained_split)
+        seconds = time.perf_counter() - started
+        evaluation = evaluator.evaluate(validation_split)
         history.append(
-            {"val_accuracy": accuracy, "cam_ssim": explained.cam_ssim, "seconds": seconds}
+            {"val_accuracy": accuracy, "cam_ssim": evaluation.cam_ssim, "seconds": seconds}
         )
         print("plain script", history[-1], flush=True)
-        if settings.reached(accuracy, explained.cam_ssim):
+        if settings.reached(accuracy, evaluation.cam_ssim):
             break
     return _outcome(settings, history)
 
 
 def _outcome(settings: TimeToTarget, history: list[dict[str, float]]) -> dict[str, Any]:
+    """Return the entry of a run in time_to_target.json."""
     last = history[-1]
     return {
         "reached": settings.reached(last["val_accuracy"], last["cam_ssim"]),

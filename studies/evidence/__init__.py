@@ -1,1 +1,1 @@
-"""Whether the explanations are right: studies of many runs, each kept as a file of its own."""
+"""Studies of many recorded runs that evaluate whether the explanations are right."""

@@ -1,13 +1,13 @@
-"""Classes of several looks: does a prototype for each of them help?
+"""Compare one prototype per class with k-means prototypes on classes that have two modes.
 
 python -m studies.evidence.modes --out results/modes
 
-The paper expects its class means to fail where a class has several modes (Section 5). Here classes
-have two by construction: digits are merged in pairs, 0 with 1, 2 with 3 and so on, and models
-learn the five pairs. Mean prototypes then show two digits on top of each other; k-means, which is
-not told of the digits either, makes two prototypes for each pair. Both are judged by what neither
-was given: how much the CAM of an image resembles the mean of the images of its own digit, beyond
-that of the other digit of its pair.
+The paper expects class-mean prototypes to fail where a class has several modes (Section 5). This
+study builds such classes: digits are merged in pairs (0 with 1, 2 with 3, and so on) and models
+learn the five pairs. A class-mean prototype then superimposes two digits. k-means makes two
+prototypes per pair without access to the digit labels. Both are evaluated by a measure that uses
+the digit labels, which no model is trained on: the SSIM of an image's CAM to the mean image of its
+own digit, minus the SSIM to the mean image of the other digit of the pair.
 """
 
 from collections.abc import Mapping
@@ -48,23 +48,23 @@ METHODS: Mapping[str, dict[str, Any]] = {
 }
 _MERGED = 2
 _EXPLAINED = 2000
-"""Test images whose explanations are judged, the first ones."""
+"""The number of test images whose explanations are evaluated; the first ones are taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Modes:
-    """Train on merged classes with one prototype and with several."""
+    """Train on merged classes with one prototype per class and with several."""
 
     out: Path
-    """Folder for runs/, modes.md, modes.csv and modes.png."""
+    """Output folder for runs/, modes.md, modes.csv and modes.png."""
     dataset: str = "mnist"
-    """Whose classes are merged in pairs."""
+    """The data set whose classes are merged in pairs."""
     methods: tuple[str, ...] = tuple(METHODS)
-    """What to train; weights are fixed, not searched."""
+    """Methods to train; loss weights are fixed, not searched."""
     seeds: int = 3
-    """Of each method."""
+    """Number of seeds per method."""
     epochs: int = 2
-    """Of each run."""
+    """Epochs per run."""
     precision: str = "bf16"
     """fp32, bf16 or fp16."""
     device: str = "auto"
@@ -73,7 +73,7 @@ class Modes:
 
 
 def main(settings: Modes) -> None:
-    """Make the runs; write the table and the figure."""
+    """Train and evaluate the missing runs, then write the table and the figure."""
     settings.out.mkdir(parents=True, exist_ok=True)
     runs = {
         method: [
@@ -106,9 +106,9 @@ def main(settings: Modes) -> None:
 
 
 def merged(data: ImageData) -> ImageData:
-    """Return the data with classes merged in pairs, neighbour with neighbour."""
+    """Return the data with neighbouring classes merged in pairs: 0 with 1, 2 with 3, and so on."""
 
-    def pairs(split: Split) -> Split:
+    def merge_labels(split: Split) -> Split:
         return replace(split, labels=split.labels // _MERGED)
 
     names = tuple(
@@ -118,46 +118,50 @@ def merged(data: ImageData) -> ImageData:
     return replace(
         data,
         class_names=names,
-        train=pairs(data.train),
-        validation=pairs(data.validation),
-        test=pairs(data.test),
+        train=merge_labels(data.train),
+        validation=merge_labels(data.validation),
+        test=merge_labels(data.test),
     )
 
 
 def train_and_judge(run: Run, models: Path) -> dict[str, float]:
-    """Train a run; judge it and its explanations on the test split."""
+    """Train a run's model and return its metrics on the test split, explanations included."""
     config, prepared = run.config, load_prepared(run.config.dataset, run.config.prototype)
     result = train(run, prepared, state_of(run, models))
     device = next(result.model.parameters()).device
     images, labels = to_device(prepared.dataset.test, device)
-    seen = evaluate_test(result)
-    some, evaluator = slice(_EXPLAINED), Evaluator(result.model, result.preprocess)
-    _, maps = evaluator.explain(images[some], labels[some])
+    evaluation = evaluate_test(result)
+    explained, evaluator = slice(_EXPLAINED), Evaluator(result.model, result.preprocess)
+    _, maps = evaluator.explain(images[explained], labels[explained])
     digits, prototypes = _digits(config.dataset, config.resolution)
-    own = ssim(maps, prototypes[digits[some]])
-    other = ssim(maps, prototypes[_partner(digits[some])])
+    own = ssim(maps, prototypes[digits[explained]])
+    other = ssim(maps, prototypes[_partner(digits[explained])])
     return {
         "validation_accuracy": result.metrics["val_accuracy"],
-        "test_accuracy": seen.accuracy,
-        "test_cam_ssim": seen.cam_ssim,
+        "test_accuracy": evaluation.accuracy,
+        "test_cam_ssim": evaluation.cam_ssim,
         "cam_ssim_ceiling": result.metrics["cam_ssim_ceiling"],
         "own_digit_ssim": own.mean().item(),
         "own_less_other_digit_ssim": (own - other).mean().item(),
-        "diversity": diversity(maps, labels[some].cpu(), config.resolution),
+        "diversity": diversity(maps, labels[explained].cpu(), config.resolution),
         "seconds": sum(epoch["seconds"] for epoch in result.history),
     }
 
 
 @lru_cache(maxsize=2)
 def load_prepared(dataset: str, prototype: str) -> PreparedData:
-    """Return a data set of merged classes and its prototypes, loaded once in a process."""
+    """Return a data set of merged classes with its prototypes, cached per process."""
     config = TrialConfig(dataset=dataset, prototype=prototype, clusters=_MERGED)
     return with_prototypes(merged(load_data(config)), config)
 
 
 @lru_cache(maxsize=2)
 def _digits(dataset: str, resolution: int) -> tuple[Tensor, Tensor]:
-    """Return the test images' classes before they were merged, and the prototypes of these."""
+    """Return the test images' labels before merging, and the class means before merging.
+
+    Returns:
+        int64 `(N,)`, and `(C, resolution, resolution)` from the training images.
+    """
     data = load_data(TrialConfig(dataset=dataset))
     images, labels = to_device(data.train, torch.device("cpu"))
     prototypes = class_prototypes(images, labels, data.num_classes)
@@ -165,6 +169,7 @@ def _digits(dataset: str, resolution: int) -> tuple[Tensor, Tensor]:
 
 
 def _partner(digits: Tensor) -> Tensor:
+    """Return the other digit of each digit's pair."""
     return digits + 1 - 2 * (digits % _MERGED)
 
 
@@ -178,27 +183,27 @@ _COLUMNS = {
 }
 
 
-def write_tables(out: Path, made: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Write modes.md and modes.csv: means over seeds with 95 % intervals of Student's t."""
+def write_tables(out: Path, contents: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Write modes.md, means over seeds with Student's t 95 % intervals, and modes.csv, each run."""
     lines = [
         [runs[0]["study"], method, str(len(runs)), *intervals(_COLUMNS, runs)]
-        for method, runs in made.items()
+        for method, runs in contents.items()
     ]
     header = ["data set", "method", "seeds", *titles(_COLUMNS)]
     (out / "modes.md").write_text(markdown(header, lines), encoding="utf-8")
     rows = [
         [run["study"], method, run["seed"], *values(_COLUMNS, run)]
-        for method, runs in made.items()
+        for method, runs in contents.items()
         for run in runs
     ]
     write_csv(out / "modes.csv", [["study", "method", "seed", *_COLUMNS], *rows])
 
 
 def draw(out: Path, runs: list[Run]) -> None:
-    """Draw the prototypes of classes and of clusters, and each method's CAMs of single images."""
+    """Draw modes.png: one test image per digit, its prototypes, and its CAM by each method."""
     data = load_prepared(runs[0].config.dataset, "mean").dataset
     digits, _ = _digits(runs[0].config.dataset, runs[0].config.resolution)
-    # The first test image of each digit; those of a merged class stand beside each other.
+    # One image per digit, so that the two digits of a merged class are in neighbouring columns.
     chosen = torch.stack(
         [(digits == digit).int().argmax() for digit in range(int(digits.max()) + 1)]
     )
@@ -208,10 +213,10 @@ def draw(out: Path, runs: list[Run]) -> None:
     for run in runs:
         config, prepared = run.config, load_prepared(run.config.dataset, run.config.prototype)
         result = train(run, prepared, state_of(run, out))
-        groups = prepared.prototype_index("test")[chosen]
         if config.lambda_batch:
-            wanted = prepared.prototypes("test", config.resolution)[groups]
-            rows.append((f"{config.prototype}\nprototype", wanted, None))
+            index = prepared.prototype_index("test")[chosen]
+            prototypes = prepared.prototypes("test", config.resolution)[index]
+            rows.append((f"{config.prototype}\nprototype", prototypes, None))
         evaluator = Evaluator(result.model.cpu(), result.preprocess)
         _, maps = evaluator.explain(images, labels)
         rows.append((run.method.replace(", ", "\n"), maps, None))
@@ -220,7 +225,7 @@ def draw(out: Path, runs: list[Run]) -> None:
 
 
 if __name__ == "__main__":
-    # By its own name: other processes do not find what is in this one's __main__.
+    # Imported by name: worker processes cannot unpickle functions defined in __main__.
     from studies.evidence import modes
 
     run_command(modes.main, modes.Modes)

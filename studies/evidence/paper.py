@@ -1,16 +1,16 @@
-"""The paper's tables, made again: seven losses, three architectures, two data sets.
+"""Reproduce the paper's tables: seven losses, three architectures, two data sets.
 
 python -m studies.evidence.paper --out results/paper                         # Table 1, SimpleCNN
 python -m studies.evidence.paper --out results/paper --backbones resnet18 convnextv2_tiny
 python -m studies.evidence.paper --out results/paper --resolution 112 --backbones resnet18
     --output-strides 32 16 8 --conditions cross-entropy "BCPL, L1"           # Table 2
 
-For each architecture and data set the learning rate is chosen first, for cross-entropy, by the
-validation split; then λ of each loss, by the same, in shorter runs. The test split is read by the
-final runs alone, whose explanations are then judged by measures that no loss has seen. Runs that
-are there are not made again: stopped at any time, the same command goes on, and fills every cell
-that is still empty. Other resolutions take over what was chosen at 28×28, as the paper retrains
-its best.
+For each architecture and data set, the learning rate is chosen first, with cross-entropy, by
+validation accuracy. λ of each loss is chosen next, by the same criterion; both use shorter runs.
+Only final runs read the test split. Their explanations are evaluated by measures that no training
+loss optimises. Runs that have a file are not repeated: after an interruption the same command
+resumes and fills the empty cells. Other resolutions use the learning rate and λ chosen at 28×28,
+as the paper retrains its best configurations.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +46,7 @@ from studies.evidence.workers import Workers
 
 BASELINE = "cross-entropy"
 LAMBDAS: Mapping[str, tuple[float, ...]] = {
-    # Per image the loss is a mean; per class it is a sum over the classes of a batch.
+    # Prototype Loss is a mean over images; BCPL is a sum over the classes of a batch.
     "lambda_proto": (0.1, 1.0, 10.0),
     "lambda_batch": (0.03, 0.1, 0.3),
 }
@@ -57,13 +57,13 @@ CONDITIONS: Mapping[str, tuple[dict[str, Any], ...]] = {BASELINE: ({},)} | {
     for name, weight in (("Prototype Loss", "lambda_proto"), ("BCPL", "lambda_batch"))
     for metric in ("l1", "l2", "ssim")
 }
-"""What is compared: fields of TrialConfig, a choice of them for each λ that is tried."""
+"""The compared losses: for each candidate λ, the fields of TrialConfig that define it."""
 
 LEARNING_RATES = (1e-3, 3e-3, 6e-3)
 EPOCHS: Mapping[str, int] = {"simple_cnn": 5, "resnet18": 5, "convnextv2_tiny": 3}
 SELECTION_EPOCHS = 2
 _RESOLUTION = 28
-"""At which learning rate and λ are chosen."""
+"""The resolution at which learning rate and λ are chosen."""
 PUBLISHED: Mapping[tuple[str, int, str, str], float] = {
     # The paper's Tables 1 and 2: the best condition of each architecture, in percent.
     ("convnextv2_tiny", 28, "mnist", "BCPL, L1"): 99.72,
@@ -80,45 +80,45 @@ PUBLISHED: Mapping[tuple[str, int, str, str], float] = {
     ("resnet18", 112, "fashion_mnist", "BCPL, L1"): 94.99,
 }
 _EXPLAINED = 300
-"""Test images whose explanations are judged, the first ones."""
+"""The number of test images whose explanations are evaluated; the first ones are taken."""
 _IMPUTED = 60
-"""Those of them that go through ROAD."""
+"""The number of these images on which ROAD is computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
-    """Fill a table."""
+    """Train the missing runs of a table of the paper and write the tables."""
 
     out: Path
-    """Folder for runs/, models/, and the tables accuracy_28.md, explanations_28.md, runs_28.csv."""
+    """Output folder: runs/, models/, accuracy_28.md, explanations_28.md, runs_28.csv."""
     backbones: tuple[str, ...] = ("simple_cnn",)
-    """Of simple_cnn, resnet18, convnextv2_tiny; or any that timm has."""
+    """Architectures: simple_cnn, resnet18, convnextv2_tiny, or any timm model."""
     datasets: tuple[str, ...] = ("mnist", "fashion_mnist")
-    """Rows of the table."""
+    """Data sets, rows of the table."""
     conditions: tuple[str, ...] = tuple(CONDITIONS)
-    """Losses. The first of them is what the others are compared with."""
+    """Losses. The others are compared with the first one."""
     resolution: int = _RESOLUTION
-    """Of the final runs; what is chosen is chosen at 28."""
+    """Resolution of the final runs; learning rate and λ are always chosen at 28."""
     output_strides: tuple[int | None, ...] = (None,)
-    """Of the final runs, rows of the table; None: the one chosen for the resolution."""
+    """Output strides of the final runs, rows of the table; None: the resolution's default."""
     seeds: int = 5
-    """Of the final runs; learning rate and λ are chosen with seed 0."""
+    """Number of seeds of the final runs; learning rate and λ are chosen with seed 0."""
     epochs: int | None = None
-    """Of the final runs; None: 5, ConvNeXt-V2-Tiny's 3."""
+    """Epochs of the final runs; None: 5, but 3 for ConvNeXt-V2-Tiny."""
     selection_epochs: int = SELECTION_EPOCHS
-    """Of the runs by which learning rate and λ are chosen."""
+    """Epochs of the runs that choose learning rate and λ."""
     precision: str = "bf16"
     """fp32, bf16 or fp16."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: Workers = field(default_factory=Workers)
     table_only: bool = False
-    """Train nothing; write the tables of what is there."""
+    """Train nothing; write the tables from the runs that have a file."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of the table: an architecture and its input, a data set, a loss."""
+    """A cell of the table: architecture, data set, loss, resolution and output stride."""
 
     backbone: str
     dataset: str
@@ -128,24 +128,24 @@ class Cell:
 
     @property
     def selection(self) -> str:
-        """The study by which its learning rate and λ are chosen."""
+        """Name of the study whose runs choose learning rate and λ."""
         return f"{self.dataset}_{self.backbone}"
 
     @property
     def study(self) -> str:
-        """What its final runs are compared within."""
+        """Name of the study whose final runs are compared with each other."""
         size = "" if self.resolution == _RESOLUTION else f"_{self.resolution}"
         return self.selection + size + (f"_{self.output_stride}" if self.output_stride else "")
 
 
 def main(settings: Paper) -> None:
-    """Choose the settings, make the final runs, and write the tables."""
+    """Choose learning rate and λ, execute the final runs, and write the tables."""
     settings.out.mkdir(parents=True, exist_ok=True)
     cells = cells_of(settings)
     chosen = choose(settings, cells)
     final = {cell: final_runs(settings, cell, run) for cell, run in chosen.items()}
-    # Seed by seed: stopped halfway, all cells have as many.
-    _made(settings, [runs[seed] for seed in range(settings.seeds) for runs in final.values()])
+    # Seed by seed, so that after an interruption all cells have about the same number of runs.
+    _complete(settings, [runs[seed] for seed in range(settings.seeds) for runs in final.values()])
     rows = {cell: (chosen[cell], finished(settings.out, runs)) for cell, runs in final.items()}
     write_tables(settings.out, cells, rows)
 
@@ -161,7 +161,7 @@ def cells_of(settings: Paper) -> list[Cell]:
 
 
 def final_runs(settings: Paper, cell: Cell, chosen: Run) -> list[Run]:
-    """Return the runs that a cell of the table is made of, one for each seed."""
+    """Return the final runs of a cell, one per seed, with the chosen run's learning rate and λ."""
     config = replace(
         chosen.config,
         epochs=settings.epochs or EPOCHS.get(cell.backbone, 5),
@@ -175,18 +175,22 @@ def final_runs(settings: Paper, cell: Cell, chosen: Run) -> list[Run]:
 
 
 def choose(settings: Paper, cells: Sequence[Cell]) -> dict[Cell, Run]:
-    """Return the chosen run of each cell; cells whose candidates are not all made are left out."""
+    """Return the chosen run of each cell, by validation accuracy.
+
+    Executes the missing candidates, unless `table_only` is set. A cell with a candidate that has
+    no file is left out.
+    """
     rates: dict[str, float] = {}
     candidates = {
         cell.selection: [_candidate(settings, cell, BASELINE, {}, rate) for rate in LEARNING_RATES]
         for cell in cells
     }
-    _made(settings, [run for runs in candidates.values() for run in runs])
+    _complete(settings, [run for runs in candidates.values() for run in runs])
     for study, runs in candidates.items():
         best = _best(settings.out, runs)
         if best is not None:
             rates[study] = best.config.learning_rate
-    tried = {
+    weighted = {
         cell: [
             _candidate(settings, cell, cell.condition, fields, rates[cell.selection])
             for fields in CONDITIONS[cell.condition]
@@ -194,8 +198,8 @@ def choose(settings: Paper, cells: Sequence[Cell]) -> dict[Cell, Run]:
         for cell in cells
         if cell.selection in rates
     }
-    _made(settings, [run for runs in tried.values() if len(runs) > 1 for run in runs])
-    chosen = {cell: _best(settings.out, runs) for cell, runs in tried.items()}
+    _complete(settings, [run for runs in weighted.values() if len(runs) > 1 for run in runs])
+    chosen = {cell: _best(settings.out, runs) for cell, runs in weighted.items()}
     return {cell: run for cell, run in chosen.items() if run is not None}
 
 
@@ -220,24 +224,28 @@ def _candidate(
 
 
 def _best(out: Path, runs: list[Run]) -> Run | None:
-    """Return the run of the highest validation accuracy; None where one is not made."""
+    """Return the run with the highest validation accuracy; None if a run has no file.
+
+    A single run is returned without reading its file.
+    """
     if len(runs) == 1:
         return runs[0]
-    made = finished(out, runs)
-    if len(made) < len(runs):
+    contents = finished(out, runs)
+    if len(contents) < len(runs):
         return None
-    scores = [content["metrics"]["validation_accuracy"] for content in made]
+    scores = [content["metrics"]["validation_accuracy"] for content in contents]
     return runs[scores.index(max(scores))]
 
 
-def _made(settings: Paper, runs: list[Run]) -> None:
+def _complete(settings: Paper, runs: list[Run]) -> None:
+    """Execute the runs that have no file yet, unless only tables are requested."""
     if not settings.table_only:
         judge = partial(train_and_judge, models=settings.out)
         complete(settings.out, runs, judge, settings.workers)
 
 
 def train_and_judge(run: Run, models: Path) -> dict[str, float]:
-    """Train a run and judge it, on the test split too if it is a final one."""
+    """Train a run's model and return its metrics, those of the test split only for final runs."""
     prepared = load_prepared(run.config.dataset)
     result = train(run, prepared, state_of(run, models))
     metrics = {
@@ -246,46 +254,45 @@ def train_and_judge(run: Run, models: Path) -> dict[str, float]:
         "cam_ssim_ceiling": result.metrics["cam_ssim_ceiling"],
         "seconds": sum(epoch["seconds"] for epoch in result.history),
     }
-    return metrics | (_tested(result) if run.stage == "final" else {})
+    return metrics | (_test_metrics(result) if run.stage == "final" else {})
 
 
-def _tested(result: TrialResult) -> dict[str, float]:
-    """Return what the test split says of a model and of its explanations."""
+def _test_metrics(result: TrialResult) -> dict[str, float]:
+    """Return accuracy and explanation measures on the test split."""
     data, config = result.prepared.dataset, result.config
     images, _ = to_device(data.test, torch.device("cpu"))
     prototypes = result.prepared.prototypes("test", config.resolution)
-    seen = evaluate_test(result)
-    model, some = result.model.cpu(), images[:_EXPLAINED]
-    found = measures.explain(model, some, result.preprocess)
-    foreground = some.amax(dim=1) > 0
+    evaluation = evaluate_test(result)
+    model, images = result.model.cpu(), images[:_EXPLAINED]
+    explained = measures.explain(model, images, result.preprocess)
+    cams, predicted = explained.cams, explained.predicted
+    foreground = images.amax(dim=1) > 0
     with torch.random.fork_rng():
         torch.manual_seed(config.seed + 1)
         stride = resolve_output_stride(
             config.backbone, config.resolution, data.channels, config.output_stride
         )
         fresh = create_model(config.backbone, data.num_classes, data.channels, stride)
-    random = measures.randomisation(
-        model, fresh, some, result.preprocess, found.cams, found.predicted
-    )
-    imputed = measures.road(
-        model, some[:_IMPUTED], result.preprocess, found.cams[:_IMPUTED], found.predicted[:_IMPUTED]
+    random = measures.randomisation(model, fresh, images, result.preprocess, cams, predicted)
+    road = measures.road(
+        model, images[:_IMPUTED], result.preprocess, cams[:_IMPUTED], predicted[:_IMPUTED]
     )
 
     def concentration(mass: torch.Tensor) -> float:
         return measures.concentration(mass, foreground).nanmean().item()
 
-    gap = measures.prototype_gap(found.cams, found.predicted, prototypes)
+    gap = measures.prototype_gap(cams, predicted, prototypes)
     return {
-        "test_accuracy": seen.accuracy,
-        "test_cam_ssim": seen.cam_ssim,
-        "test_cam_ssim_sample": seen.cam_ssim_sample,
+        "test_accuracy": evaluation.accuracy,
+        "test_cam_ssim": evaluation.cam_ssim,
+        "test_cam_ssim_sample": evaluation.cam_ssim_sample,
         "prototype_gap": gap.nanmean().item(),
-        "diversity": measures.diversity(found.cams, found.predicted, config.resolution),
-        "cam_nil": (found.cams.amax(dim=(1, 2)) == 0).float().mean().item(),
-        "cam_concentration": concentration(found.cams),
-        "attribution_concentration": concentration(found.evidence),
-        "integrated_gradients_concentration": concentration(found.integrated),
-        "road": imputed.mean().item(),
+        "diversity": measures.diversity(cams, predicted, config.resolution),
+        "cam_nil": (cams.amax(dim=(1, 2)) == 0).float().mean().item(),
+        "cam_concentration": concentration(cams),
+        "attribution_concentration": concentration(explained.evidence),
+        "integrated_gradients_concentration": concentration(explained.integrated),
+        "road": road.mean().item(),
         "cam_ssim_random_head": random.head,
         "cam_ssim_random_weights": random.everything,
     }
@@ -318,7 +325,14 @@ _RUN_COLUMNS = (
 
 
 def write_tables(out: Path, cells: Sequence[Cell], rows: Rows) -> None:
-    """Write the tables of a resolution, and its runs.csv; cells without runs stay empty."""
+    """Write accuracy_R.md, explanations_R.md and runs_R.csv of resolution R.
+
+    Args:
+        out: output folder.
+        cells: all cells of the tables, of one resolution, in the order of the rows.
+        rows: the chosen run and the contents of the final runs' files, for cells that have them;
+            other cells stay empty.
+    """
     size = cells[0].resolution
     header = ["architecture", "data set", "loss", "λ", "seeds", "test accuracy, %"]
     header += ["− first row, points", "p", "p (Holm)", "paper, %"]
@@ -327,17 +341,18 @@ def write_tables(out: Path, cells: Sequence[Cell], rows: Rows) -> None:
     )
     lines = []
     for cell in cells:
-        _, made = rows.get(cell, (None, []))
-        lead = [_model(cell), cell.dataset, cell.condition, str(len(made))]
-        lines.append([*lead, *intervals(_EXPLANATIONS, made)])
+        _, contents = rows.get(cell, (None, []))
+        lead = [_model(cell), cell.dataset, cell.condition, str(len(contents))]
+        lines.append([*lead, *intervals(_EXPLANATIONS, contents)])
     header = ["architecture", "data set", "loss", "seeds", *titles(_EXPLANATIONS)]
     (out / f"explanations_{size}.md").write_text(markdown(header, lines), encoding="utf-8")
     names = ["validation_accuracy", "test_accuracy", *_EXPLANATIONS]
     table: list[list[object]] = [[*_RUN_COLUMNS, *names]]
-    for cell, (run, made) in rows.items():
+    for cell, (run, contents) in rows.items():
         rate = f"{run.config.learning_rate:g}"
         lead = [cell.backbone, str(cell.output_stride or ""), cell.dataset, cell.condition]
-        table += [[*lead, _weight(run), rate, each["seed"], *values(names, each)] for each in made]
+        lead += [_weight(run), rate]
+        table += [[*lead, content["seed"], *values(names, content)] for content in contents]
     write_csv(out / f"runs_{size}.csv", table)
 
 
@@ -346,28 +361,31 @@ def _accuracy_rows(cells: Sequence[Cell], rows: Rows) -> Iterator[list[str]]:
     for study in dict.fromkeys(cell.study for cell in cells):
         block = [cell for cell in cells if cell.study == study]
         accuracies = {
-            cell: {each["seed"]: each["metrics"]["test_accuracy"] for each in rows[cell][1]}
+            cell: {
+                content["seed"]: content["metrics"]["test_accuracy"] for content in rows[cell][1]
+            }
             for cell in block
             if cell in rows
         }
-        base = accuracies.get(block[0], {})
-        compared: dict[Cell, Paired] = {}
+        baseline = accuracies.get(block[0], {})
+        comparisons: dict[Cell, Paired] = {}
         for cell in block[1:]:
-            found = paired(accuracies.get(cell, {}), base)
-            if found is not None:
-                compared[cell] = found
-        adjusted = dict(zip(compared, holm([each.p for each in compared.values()]), strict=True))
+            comparison = paired(accuracies.get(cell, {}), baseline)
+            if comparison is not None:
+                comparisons[cell] = comparison
+        p_values = [comparison.p for comparison in comparisons.values()]
+        adjusted = dict(zip(comparisons, holm(p_values), strict=True))
         for cell in block:
             published = PUBLISHED.get((cell.backbone, size, cell.dataset, cell.condition))
-            own = accuracies.get(cell, {})
-            difference = compared.get(cell)
+            by_seed = accuracies.get(cell, {})
+            difference = comparisons.get(cell)
             yield [
                 _model(cell),
                 cell.dataset,
                 cell.condition,
                 _weight(rows[cell][0]) if cell in rows else "",
-                str(len(own)),
-                interval(list(own.values()), 100),
+                str(len(by_seed)),
+                interval(list(by_seed.values()), 100),
                 *(
                     [difference.points, f"{difference.p:.2g}", f"{adjusted[cell]:.2g}"]
                     if difference
@@ -388,7 +406,7 @@ def _weight(run: Run) -> str:
 
 
 if __name__ == "__main__":
-    # By its own name: other processes do not find what is in this one's __main__.
+    # Imported by name: worker processes cannot unpickle functions defined in __main__.
     from studies.evidence import paper
 
     run_command(paper.main, paper.Paper)

@@ -1,6 +1,6 @@
-"""Runs that are made once: a file for each, so that a study goes on where it stopped.
+"""Runs of a study, each recorded in a JSON file, so that an interrupted study can be resumed.
 
-A run's file appears when the run has ended, whole or not at all. What is there is not made again.
+A run's file is written atomically when the run ends. A run that has a file is not repeated.
 """
 
 import hashlib
@@ -19,26 +19,26 @@ from studies.evidence.workers import Workers
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A configuration to train, and what it stands for in a study."""
+    """A configuration to train, with its study, method and stage."""
 
     study: str
-    """A set of runs that are compared with each other, as "decoy_mnist"."""
+    """Name of the set of runs that are compared with each other, for example "decoy_mnist"."""
     method: str
-    """What people call the method."""
+    """The method's name in tables and figures."""
     stage: str
-    """"settings" and "selection": by which learning rate and λ are chosen, on validation images.
-    "final": the test is read."""
+    """"settings" and "selection" choose learning rate and λ on the validation split; "final" runs
+    are evaluated on the test split."""
     config: TrialConfig
     beyond: Mapping[str, float] = field(default_factory=dict)
-    """What else it was trained with: weights of other methods' losses, changes to the data."""
+    """Training options outside `TrialConfig`: weights of other methods' losses, changed data."""
 
     def path(self, root: Path) -> Path:
-        """Return the run's file under a folder of results."""
+        """Return the path of the run's file under the results folder `root`."""
         config = self.config
-        own = [config.lambda_proto, config.lambda_batch, config.lambda_energy]
+        lambdas = [config.lambda_proto, config.lambda_batch, config.lambda_energy]
         if config.lambda_exchange:
-            own.append(config.lambda_exchange)
-        weights = "-".join(f"{value:g}" for value in (*own, *self.beyond.values()))
+            lambdas.append(config.lambda_exchange)
+        weights = "-".join(f"{value:g}" for value in (*lambdas, *self.beyond.values()))
         method = re.sub(r"[^a-z0-9]+", "-", self.method.lower()).strip("-")
         return root / "runs" / self.study / self.stage / f"{method}_{weights}_{config.seed}.json"
 
@@ -49,21 +49,21 @@ def complete(
     measure: Callable[[Run], Mapping[str, Any]],
     workers: Workers | None = None,
 ) -> list[dict[str, Any]]:
-    """Make the runs that have no file yet, and return what the files of all of them hold.
+    """Execute the runs that have no file yet, and return the contents of the files of all runs.
 
     Args:
-        root: a folder of results.
-        runs: in the order in which they are begun.
-        measure: trains and judges a run; its numbers become `metrics` of the run's file.
-        workers: where runs are made; None: here.
+        root: results folder.
+        runs: executed in this order.
+        measure: trains and evaluates a run; its result becomes `metrics` in the run's file.
+        workers: where runs are executed; None means in this process.
 
     Raises:
-        ConfigError: a file holds another configuration than its run's, which is to be made anew.
+        ConfigError: a file was made with a configuration other than its run's.
     """
     workers = workers or Workers()
     missing = [run for run in runs if not run.path(root).is_file()]
-    finished(root, runs)  # Refuses those of other settings, before hours are spent.
-    # The commit before the runs: another may be checked out while they last.
+    finished(root, runs)  # Raises on files of another configuration before hours are spent.
+    # Read the commit before the runs: another one may be checked out while they execute.
     origin = {
         "git_commit": git_commit(),
         "versions": package_versions(),
@@ -92,10 +92,10 @@ def complete(
 
 
 def finished(root: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return what the files hold of those runs that are made.
+    """Return the contents of the files of those runs that have one.
 
     Raises:
-        ConfigError: as :func:`complete`.
+        ConfigError: a file was made with a configuration other than its run's.
     """
     return [_read(run, root) for run in runs if run.path(root).is_file()]
 
@@ -103,23 +103,23 @@ def finished(root: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _read(run: Run, root: Path) -> dict[str, Any]:
     path = run.path(root)
     content: dict[str, Any] = json.loads(path.read_text())
-    # A field that is newer than the file had its default then.
-    made = _recorded(TrialConfig.from_dict(content["config"]))
-    for name, wanted in _recorded(run.config).items():
-        if made[name] != wanted:
+    # Fields that were added after the file was written get their default.
+    recorded = _recorded(TrialConfig.from_dict(content["config"]))
+    for name, requested in _recorded(run.config).items():
+        if recorded[name] != requested:
             raise ConfigError(
-                f"{path} was made with {name}={made[name]!r}, not {wanted!r}; "
-                "remove it, or ask for the same settings."
+                f"{path} was made with {name}={recorded[name]!r}, not {requested!r}; "
+                "remove it to repeat the run, or request the same settings."
             )
     return content
 
 
 def state_of(run: Run, root: Path) -> Path:
-    """Return where a run's trained model is kept, so that it is trained once.
+    """Return the path of a run's training state under the results folder `root`.
 
-    A run for choosing λ and the final one of the same seed are one training. Not for sharing: what
-    a run found is in its file, and without its model it is trained again, to the same bit on the
-    same kind of machine.
+    Runs that differ only in stage, study or method share one training, and so one state. States
+    are not published: a run's metrics are in its file, and a missing state is reproduced by
+    training again, bit for bit on the same kind of machine.
     """
     trained = {**_recorded(run.config), **run.beyond}
     digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()
@@ -161,7 +161,7 @@ so that files and digests of earlier runs stay valid."""
 
 
 def _recorded(config: TrialConfig) -> dict[str, Any]:
-    """Return the fields that a result depends on; the folder of the data is none of them."""
+    """Return the fields that a result depends on: all but the data's location."""
     default = TrialConfig()
     return {
         name: value

@@ -1,4 +1,4 @@
-"""Tables of runs: means over seeds, their intervals, paired comparisons."""
+"""Statistics and tables of runs: means over seeds, confidence intervals, paired comparisons."""
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,16 @@ from scipy import stats
 
 
 def interval(values: Sequence[float], scale: float = 1.0, digits: int = 2) -> str:
-    """Return the mean with its 95 % interval of Student's t, where there are several values."""
+    """Format the mean of `values` with the margin of its Student's t 95 % interval.
+
+    Args:
+        values: a metric of several runs.
+        scale: multiplies mean and margin.
+        digits: decimals.
+
+    Returns:
+        "mean ± margin"; the value alone if there is one; "" if there is none.
+    """
     if not values:
         return ""
     centre = f"{scale * mean(values):.{digits}f}"
@@ -20,21 +29,21 @@ def interval(values: Sequence[float], scale: float = 1.0, digits: int = 2) -> st
 
 @dataclass(frozen=True)
 class Column:
-    """How a table shows a metric of runs."""
+    """The title and number format of a metric in a table."""
 
     title: str
     digits: int = 2
-    """Behind the point."""
+    """Decimals."""
     scale: float = 1.0
-    """By what the metric is multiplied: 100 for one in percent."""
+    """Factor applied to the metric: 100 shows a share in percent."""
 
 
 Columns = Mapping[str, Column]
-"""By the name of the metric."""
+"""Columns of a table by the name of their metric."""
 
 
 def intervals(columns: Columns, runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what runs of several seeds have in each column; see :func:`interval`."""
+    """Return one cell per column: the mean over the runs with its margin, see :func:`interval`."""
     return [
         interval([run["metrics"][name] for run in runs], column.scale, column.digits)
         for name, column in columns.items()
@@ -42,26 +51,26 @@ def intervals(columns: Columns, runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def titles(columns: Columns) -> list[str]:
-    """Return the header of the columns."""
+    """Return the titles of the columns."""
     return [column.title for column in columns.values()]
 
 
 def values(names: Iterable[str], run: Mapping[str, Any]) -> list[str]:
-    """Return a run's metrics as they are."""
+    """Return a run's metrics, unscaled, with 6 decimals."""
     return [f"{run['metrics'][name]:.6f}" for name in names]
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    """Write rows, the header first."""
+    """Write `rows`, whose first one is the header, as CSV."""
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 @dataclass(frozen=True)
 class Paired:
-    """How runs differ from others with the same seeds: a mean, its 95 % margin, a p-value.
+    """Mean difference of paired runs, the margin of its 95 % interval, and a p-value.
 
-    The p-value is that of a paired t-test, two-sided.
+    The p-value is from a two-sided paired t-test.
     """
 
     difference: float
@@ -70,12 +79,20 @@ class Paired:
 
     @property
     def points(self) -> str:
-        """The difference of two shares with its margin, in percentage points."""
+        """The difference and its margin in percentage points, for values in [0, 1]."""
         return f"{100 * self.difference:+.2f} ± {100 * self.margin:.2f}"
 
 
 def paired(values: Mapping[int, float], others: Mapping[int, float]) -> Paired | None:
-    """Compare runs, by seed, with others of the same seeds; None where fewer than 2 are in both."""
+    """Return the paired comparison `values - others` over the seeds that both have.
+
+    Args:
+        values: a metric by seed.
+        others: the same metric of the baseline, by seed.
+
+    Returns:
+        None if fewer than 2 seeds are in both.
+    """
     differences = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
     if len(differences) < 2:
         return None
@@ -87,7 +104,7 @@ def paired(values: Mapping[int, float], others: Mapping[int, float]) -> Paired |
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values of several tests, adjusted for there being several (Holm 1979)."""
+    """Return the p-values adjusted for multiple testing by Holm's method (1979), in their order."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     adjusted = [0.0] * len(p_values)
     highest = 0.0
@@ -98,7 +115,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown; columns after the first three are aligned to the right."""
+    """Return a Markdown table; the columns after the first three are right-aligned."""
     rule = [" --- " if column < 3 else " --: " for column in range(len(header))]
     lines = [header, *rows]
     text = ["| " + " | ".join(line) + " |" for line in lines]
@@ -106,5 +123,6 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _margin(values: Sequence[float]) -> float:
+    """Return half the width of the Student's t 95 % interval of the mean."""
     quantile = float(stats.t.ppf(0.975, len(values) - 1))
     return quantile * stdev(values) / float(len(values) ** 0.5)

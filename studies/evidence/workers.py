@@ -1,4 +1,4 @@
-"""Where runs are made: in this process, in several on this machine, or on a Ray cluster."""
+"""Executes runs in this process, in several processes on this machine, or on a Ray cluster."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,24 +15,24 @@ Outcome = TypeVar("Outcome")
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """How runs are shared out."""
+    """Where runs are executed, and with which resources."""
 
     threads: int = 2
-    """Of PyTorch in each run, and the CPUs that it asks a cluster for."""
+    """PyTorch threads per run, and the CPUs that each run reserves on a cluster."""
     at_once: int = 1
-    """Runs at a time on this machine; more than one are processes of their own."""
+    """Concurrent runs on this machine; each is a separate process if there is more than one."""
     address: str | None = None
-    """Of a Ray cluster, which makes as many runs at a time as it has room for."""
+    """Address of a Ray cluster, which executes as many runs at a time as its resources allow."""
     gpus: float = 0.0
-    """Of each run, on a cluster; runs with a fraction share one."""
+    """GPUs per run on a cluster; a fraction lets several runs share one GPU."""
 
     def map(
         self, function: Callable[[Task], Outcome], tasks: Sequence[Task]
     ) -> Iterator[tuple[int, Outcome]]:
-        """Call a function for each task; yield the task's number and what came of it, as it ends.
+        """Call `function` on each task; yield `(index of the task, result)` in order of completion.
 
-        A task whose process or node is lost begins again elsewhere. An error in a task is raised
-        here, when those that ended before it have been yielded.
+        Ray retries a task whose process or node is lost. An exception of a task is raised here,
+        after the results of tasks that ended before it are yielded.
         """
         if self.address is None and self.at_once == 1:
             torch.set_num_threads(self.threads)
@@ -55,5 +55,6 @@ class Workers:
 
 
 def _call(function: Callable[[Task], Outcome], task: Task, threads: int) -> Outcome:
+    """Call `function` on `task` with the given number of PyTorch threads."""
     torch.set_num_threads(threads)
     return function(task)

@@ -98,8 +98,8 @@ def test_study_runs_on_the_cluster_that_is_named(cluster: LocalCluster, tmp_path
     [
         (["--workers", "-1"], "error: workers=-1 must be 0 or more"),
         (["--head-cpus", "-1"], "error: head_cpus=-1 must be 0 or more"),
-        (["--workers", "0"], "error: no node would have a CPU; raise --workers or --head-cpus"),
-        (["--cpus-per-worker", "0"], "error: no node would have a CPU"),
+        (["--workers", "0"], "error: the cluster has no CPU; raise --workers or --head-cpus"),
+        (["--cpus-per-worker", "0"], "error: the cluster has no CPU"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(words: list[str], message: str) -> None:
@@ -137,11 +137,11 @@ def test_command_keeps_a_cluster_until_it_is_ended(
             stderr=file,
         )
     try:
-        while "Ctrl-C ends them" not in log.read_text():
+        while "Press Ctrl-C to stop them" not in log.read_text():
             assert process.poll() is None, log.read_text()
             time.sleep(0.2)
         told = log.read_text()
-        assert "2 nodes are up" in told
+        assert "2 nodes are running" in told
         assert f"RAY_API_SERVER_ADDRESS=http://127.0.0.1:{port} ray job submit" in told
         found = re.search(r"RAY_ADDRESS=([\d.]+):(\d+) python", told)
         assert found

@@ -184,4 +184,4 @@ def test_a_job_that_is_not_there_cannot_be_joined(slurm: Slurm, tmp_path: Path) 
     log = tmp_path / "log"
     job = _submit(slurm, "join.sh", log, 1, "4711")
     assert slurm.ended(job, log) == "FAILED"
-    assert "job 4711 runs no study of yours" in log.read_text()
+    assert "job 4711 is not one of your running studies" in log.read_text()

@@ -1,1 +1,1 @@
-"""The report of a study: one HTML file that says what was asked, tried and found."""
+"""The report of a study: one HTML file with its question, configurations and results."""

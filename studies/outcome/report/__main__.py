@@ -1,4 +1,4 @@
-"""Write the report of a study anew.
+"""Write the report of a study.
 
 python -m studies.outcome.report results/mine
 """
@@ -14,14 +14,14 @@ from studies.outcome.report.page import write
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write report.html beside a study: one file, which needs no network."""
+    """Write report.html into a study's folder: one self-contained file, which needs no network."""
 
     folder: tyro.conf.Positional[Path]
-    """Of the study, as results/mine."""
+    """The study's folder, for example results/mine."""
 
 
 def main(settings: Report) -> None:
-    """Write the report, and say where."""
+    """Write the report and print its path."""
     print(write(settings.folder))
 
 

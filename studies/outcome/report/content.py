@@ -1,7 +1,7 @@
-"""What a report says of a study, read from the study's folder.
+"""Reads the content of a report from a study's folder.
 
-The ledger and study.json are enough; what the folder does not hold, such as the pictures of trials
-whose checkpoints are gone, is left out.
+Only the ledger and study.json are required. Optional content that is missing is left out, such as
+the pictures of trials whose checkpoints were deleted.
 """
 
 import base64
@@ -27,23 +27,23 @@ from studies.space import SEARCHED
 from studies.trial import run_name
 
 _THUMBNAIL = 28
-"""Pixels per side of a class in a trial's picture."""
+"""Side of a class in a trial's thumbnail, in pixels."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """A study as its report shows it.
+    """The content of a study's report.
 
     Attributes:
-        settings: by which it was started.
-        settings_file: study.json as it is.
-        records: its trials, in the order of their proposals.
-        front: those of the Pareto front.
-        rows: what charts and table show of each trial that reported; see :func:`trial_row`.
-        curves: a row for each epoch of each trial.
-        chosen: metrics.json of each bundle, by its name.
-        configs: config.yaml of each bundle, by its name.
-        pictures: by the id of a trial, its class prototypes above its class CAMs.
+        settings: the study's settings.
+        settings_file: text of study.json.
+        records: all trials, in the order of their proposals.
+        front: the trials of the Pareto front.
+        rows: one row of :func:`trial_row` per trial with a report, for charts and table.
+        curves: one row per epoch of each trial.
+        chosen: metrics.json of each bundle, by bundle name.
+        configs: config.yaml of each bundle, by bundle name.
+        pictures: by trial id, an image with the class prototypes above the class CAMs.
     """
 
     settings: StudySettings
@@ -58,40 +58,48 @@ class Content:
 
     @property
     def class_names(self) -> list[str]:
-        """The names of the classes, as a bundle has them; none without a bundle."""
+        """The class names, read from a bundle; empty if there is no bundle."""
         for metrics in self.chosen.values():
             return list(metrics["cam_ssim_per_class"])
         return []
 
 
 def read(folder: Path) -> Content:
-    """Read what a study's folder holds.
+    """Read the content of a report from a study's folder.
 
     Raises:
-        ConfigError: it holds no study, or one that has reported nothing.
+        ConfigError: the folder is not a study's, no trial has reported, or a bundle is damaged.
     """
     path = folder / SETTINGS_FILE
     if not path.is_file():
-        raise ConfigError(f"{folder} holds no study; there is no {SETTINGS_FILE} in it.")
+        raise ConfigError(
+            f"{folder} holds no study: it contains no {SETTINGS_FILE}; name a study's folder."
+        )
     settings = replace(load_settings(path), out=folder.resolve().parent)
     ledger = Ledger(folder / LEDGER)
     records = collect(ledger, settings.base_config(), settings.checkpoints)
     front = pareto_front(records, settings.objectives)
     if not front:
-        raise ConfigError(f"no trial of {folder} has reported yet; there is nothing to show.")
+        raise ConfigError(
+            f"no trial of {folder} has reported yet, so there is nothing to show; "
+            "write the report after the first epoch of a trial."
+        )
     try:
         bundles = read_bundles(folder / "best")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"a bundle in {folder / 'best'} is damaged: {error}; write it again by --resume."
+            f"a bundle in {folder / 'best'} is damaged: {error}; write it again with --resume."
         ) from error
     chosen = {name: metrics for name, (_, metrics) in bundles.items()}
-    pictures = {record.trial_id: _picture(record.checkpoints) for record in records}
-    for metrics in chosen.values():  # A run that confirmed a trial is none of the records.
-        confirmed = str(metrics["trial_id"])
-        if confirmed not in pictures:
-            pictures[confirmed] = _picture(f"{settings.checkpoints}/{confirmed}")
-    found = {name: picture for name, picture in pictures.items() if picture is not None}
+    folders = {record.trial_id: record.checkpoints for record in records}
+    for metrics in chosen.values():  # Confirmation runs are bundled but are not in the records.
+        trial_id = str(metrics["trial_id"])
+        folders.setdefault(trial_id, f"{settings.checkpoints}/{trial_id}")
+    pictures = {
+        trial_id: picture
+        for trial_id, checkpoints in folders.items()
+        if (picture := _picture(checkpoints)) is not None
+    }
     on_front = {record.trial_id for record in front}
     return Content(
         settings=settings,
@@ -103,7 +111,7 @@ def read(folder: Path) -> Content:
                 record,
                 number,
                 record.trial_id in on_front,
-                _thumbnail(found.get(record.trial_id)),
+                _thumbnail(pictures.get(record.trial_id)),
                 sum(report["seconds"] for report in trial.reports),
             )
             for number, (record, trial) in enumerate(zip(records, ledger.trials, strict=True))
@@ -122,16 +130,23 @@ def read(folder: Path) -> Content:
         ],
         chosen=chosen,
         configs={name: config for name, (config, _) in bundles.items()},
-        pictures=found,
+        pictures=pictures,
     )
 
 
 def trial_row(
     record: TrialRecord, number: int, on_front: bool, picture: str | None, seconds: float
 ) -> dict[str, Any]:
-    """Return what is shown of a trial, by column.
+    """Return a trial's row of the report's data, by column.
 
-    Those by which readers filter are words; `seconds` are of training and evaluation, in all.
+    Columns that have a filter hold strings.
+
+    Args:
+        record: the trial.
+        number: its index in the order of proposals.
+        on_front: whether it is on the Pareto front.
+        picture: its thumbnail as a data URI.
+        seconds: total time of training and evaluation.
     """
     config, metrics = record.config, record.metrics
     return {
@@ -156,9 +171,10 @@ def trial_row(
 
 
 def searched_values(config: TrialConfig) -> dict[str, Any]:
-    """Return what the search decides of a configuration; `metric` is "none" where nothing uses it.
+    """Return the fields of a configuration that a search may vary; see `studies.space.SEARCHED`.
 
-    A field that the search did not decide has the same value in all trials.
+    `metric` is "none" if no loss term uses it. A field that the search did not vary has the same
+    value in all trials.
     """
     values = {name: getattr(config, name) for name, _ in SEARCHED}
     for name in ("resolution", "output_stride"):
@@ -166,8 +182,8 @@ def searched_values(config: TrialConfig) -> dict[str, Any]:
     return values | {"metric": config.metric if compares_cams(config) else "none"}
 
 
-def halves(picture: PIL.Image.Image) -> tuple[PIL.Image.Image, PIL.Image.Image]:
-    """Return the prototypes and the CAMs of a trial's picture."""
+def split_picture(picture: PIL.Image.Image) -> tuple[PIL.Image.Image, PIL.Image.Image]:
+    """Return the upper half (class prototypes) and the lower half (class CAMs) of a picture."""
     width, height = picture.size
     return (
         picture.crop((0, 0, width, height // 2)),
@@ -176,13 +192,14 @@ def halves(picture: PIL.Image.Image) -> tuple[PIL.Image.Image, PIL.Image.Image]:
 
 
 def data_uri(picture: PIL.Image.Image) -> str:
-    """Return a picture as an address that holds it, in at most 256 colours."""
+    """Return a picture as a data URI of a PNG image with at most 256 colours."""
     content = io.BytesIO()
     picture.convert("RGB").quantize(256).save(content, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
 
 def _thumbnail(picture: PIL.Image.Image | None) -> str | None:
+    """Return a reduced picture as a data URI."""
     if picture is None:
         return None
     side = picture.height // 2
@@ -191,7 +208,7 @@ def _thumbnail(picture: PIL.Image.Image | None) -> str | None:
 
 
 def _picture(checkpoints: str) -> PIL.Image.Image | None:
-    """Return a trial's picture, or None if there is none."""
+    """Return the picture in a trial's checkpoint folder, or None if there is none."""
     with TemporaryDirectory() as scratch:
         copy = Path(scratch) / PICTURE
         try:

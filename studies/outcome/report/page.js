@@ -19,15 +19,16 @@ const views = await Promise.all(
 const form = document.getElementById("filters");
 const rows = [...document.querySelectorAll("#rows tbody tr")];
 
+// Apply the filters to all charts and to the table of trials.
 function show() {
-  const wanted = [...form.querySelectorAll("select")].map((select) => [select.name, select.value]);
+  const filters = [...form.querySelectorAll("select")].map((select) => [select.name, select.value]);
   for (const view of views) {
     const signals = view.getState({ signals: () => true, data: () => false }).signals;
-    for (const [name, value] of wanted) if (name in signals) view.signal(name, value);
+    for (const [name, value] of filters) if (name in signals) view.signal(name, value);
     view.run();
   }
   for (const row of rows)
-    row.hidden = wanted.some(
+    row.hidden = filters.some(
       ([name, value]) => value !== "all" && row.dataset[name.replace("filter_", "")] !== value,
     );
   const shown = rows.filter((row) => !row.hidden).length;
@@ -37,26 +38,26 @@ function show() {
 if (form) {
   form.addEventListener("change", show);
   form.addEventListener("reset", () => setTimeout(show));
-  show(); // A browser may remember what was chosen before the page was loaded again.
+  show(); // Browsers may restore the selected filters when the page is reloaded.
 }
 
 const theme = document.getElementById("theme");
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
-function name() {
-  const chosen = document.documentElement.dataset.theme ?? (dark.matches ? "dark" : "light");
-  theme.setAttribute("aria-pressed", String(chosen === "dark"));
-  return chosen;
+function updateThemeButton() {
+  const current = document.documentElement.dataset.theme ?? (dark.matches ? "dark" : "light");
+  theme.setAttribute("aria-pressed", String(current === "dark"));
+  return current;
 }
 
 theme.addEventListener("click", () => {
-  document.documentElement.dataset.theme = name() === "dark" ? "light" : "dark";
-  name();
+  document.documentElement.dataset.theme = updateThemeButton() === "dark" ? "light" : "dark";
+  updateThemeButton();
 });
-dark.addEventListener("change", name);
-name();
+dark.addEventListener("change", updateThemeButton);
+updateThemeButton();
 
 addEventListener("beforeprint", () => {
-  for (const each of document.querySelectorAll("details")) each.open = true;
+  for (const details of document.querySelectorAll("details")) details.open = true;
 });
 document.documentElement.dataset.drawn = String(views.length);

@@ -1,4 +1,4 @@
-"""The page of a report: its words and tables, put around the charts into one file."""
+"""Renders a report as one HTML file: texts, tables and charts."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +13,8 @@ from markupsafe import Markup
 from scipy.stats import binomtest
 
 from batchcam.losses import TERMS
-from studies.outcome.report.charts import FILTERS, all_charts, distinct, filter_options
-from studies.outcome.report.content import Content, data_uri, halves, read, searched_values
+from studies.outcome.report.charts import FILTERS, all_charts, distinct_bundles, filter_options
+from studies.outcome.report.content import Content, data_uri, read, searched_values, split_picture
 from studies.outcome.report.importance import MIN_TRIALS, Importance, importance
 from studies.space import SWITCHED
 from studies.trial import run_name
@@ -24,14 +24,14 @@ REPORT = "report.html"
 _TITLES = {"val_accuracy": "validation accuracy", "cam_ssim": "SSIM of class CAMs"}
 _CONFUSIONS = 8
 _MAX_CLASSES = 20
-"""Columns of the gallery; the first classes are shown."""
+"""The largest number of classes in the gallery; the first ones are shown."""
 
 
 def write(folder: Path) -> Path:
-    """Write the report of the study in a folder, and return its path.
+    """Write the report of the study in `folder`, and return the report's path.
 
     Raises:
-        ConfigError: the folder holds no study, or one that has reported nothing.
+        ConfigError: the folder is not a study's, no trial has reported, or a bundle is damaged.
     """
     path = folder / REPORT
     path.write_text(render(read(folder)), encoding="utf-8")
@@ -39,7 +39,7 @@ def write(folder: Path) -> Path:
 
 
 def render(content: Content) -> str:
-    """Return the report as HTML that needs nothing else, not even a network."""
+    """Return the report as self-contained HTML, which loads nothing from a network."""
     importances = {name: _importance(content, name) for name in _TITLES}
     charts = all_charts(content, importances)
     records, settings = content.records, content.settings
@@ -48,14 +48,14 @@ def render(content: Content) -> str:
         "question": "Question",
         "best": "Best",
         "front": "Accuracy and explanation",
-        "what": "Importance",
-        "tried": "Tried",
+        "importance": "Importance",
+        "configurations": "Configurations",
         "learning": "Curves",
         "cams": "CAMs",
         "errors": "Misclassified",
         "cost": "Cost",
         "trials": "All trials",
-        "made": "How it was made",
+        "reproduce": "Reproduce",
     }
     gallery, confusions = _gallery(content), _confusions(content)
     if not gallery:
@@ -94,9 +94,9 @@ def render(content: Content) -> str:
             if not record.usable
         ],
         importances=[
-            {"title": _TITLES[name], "chart": f"importance-{name}", "caption": _explained(found)}
-            for name, found in importances.items()
-            if found is not None
+            {"title": _TITLES[name], "chart": f"importance-{name}", "caption": _caption(result)}
+            for name, result in importances.items()
+            if result is not None
         ],
         importance_minimum=MIN_TRIALS,
         stopping=_stopping(content),
@@ -113,41 +113,45 @@ def render(content: Content) -> str:
     )
 
 
-def measured(metrics: Mapping[str, Any], name: str) -> float:
-    """Return a metric of a bundle: the mean over fresh seeds where it was confirmed."""
+def reported_value(metrics: Mapping[str, Any], name: str) -> float:
+    """Return a metric of a bundle: the mean over the fresh seeds if the bundle was confirmed."""
     confirmed = metrics.get("confirmed")
     return float(metrics[name] if confirmed is None else confirmed[name]["mean"])
 
 
 def findings(content: Content) -> list[str]:
-    """Return what the study found, in sentences; nothing without bundles."""
+    """Return the study's main results as sentences."""
     chosen = content.chosen
     if "knee" not in chosen:
         return ["The study has exported no bundles yet."]
     knee = chosen["knee"]
     text = [
-        f"Between accuracy and explanation, {run_name(content.configs['knee'])} is the best "
-        f"compromise: {measured(knee, 'val_accuracy'):.2%} of the validation images, SSIM "
-        f"{measured(knee, 'cam_ssim'):.3f} of {knee['cam_ssim_ceiling']:.3f} that its grid can "
-        "reach."
+        "The best compromise between accuracy and explanation is "
+        f"{run_name(content.configs['knee'])}. It classifies "
+        f"{reported_value(knee, 'val_accuracy'):.2%} of the validation images correctly and "
+        f"reaches SSIM {reported_value(knee, 'cam_ssim'):.3f} of {knee['cam_ssim_ceiling']:.3f}, "
+        "the highest value that its CAM grid allows."
     ]
     baseline = chosen.get("baseline")
     if baseline is None:
-        text.append("No trial without explanation came to the end: there is no baseline.")
+        text.append("There is no baseline: no trial with cross-entropy alone was completed.")
     elif baseline["trial_id"] == knee["trial_id"]:
-        text.append("It is the baseline itself: explanation in the loss has brought nothing here.")
-    else:
-        accuracy = measured(baseline, "val_accuracy")
-        gained = 100 * (measured(knee, "val_accuracy") - accuracy)
         text.append(
-            f"The baseline, {run_name(content.configs['baseline'])}, has "
-            f"{accuracy:.2%} and SSIM {measured(baseline, 'cam_ssim'):.3f}: the compromise "
-            f"is {abs(gained):.2f} points {'more' if gained >= 0 else 'less'} accurate."
+            "It is also the baseline: explanation terms in the loss brought no improvement here."
+        )
+    else:
+        accuracy = reported_value(baseline, "val_accuracy")
+        gained = 100 * (reported_value(knee, "val_accuracy") - accuracy)
+        text.append(
+            f"The baseline, {run_name(content.configs['baseline'])}, reaches {accuracy:.2%} and "
+            f"SSIM {reported_value(baseline, 'cam_ssim'):.3f}: the compromise is "
+            f"{abs(gained):.2f} points {'more' if gained >= 0 else 'less'} accurate."
         )
     if "confirmed" not in knee:
         text.append(
-            "Each of these is one run, chosen among many by the numbers shown: they flatter it. "
-            "The option “confirm” trains the best again with fresh seeds."
+            "Each of these is one run, selected among many by the numbers shown, which are "
+            "therefore optimistic. The option “confirm” trains the best configurations again with "
+            "fresh seeds."
         )
     return text
 
@@ -159,14 +163,17 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def _bundles(content: Content) -> list[dict[str, str]]:
+    """Return the rows of the table of bundles."""
     rows = []
     for name, metrics in content.chosen.items():
         accuracy, ssim = f"{metrics['val_accuracy']:.4f}", f"{metrics['cam_ssim']:.3f}"
         if "confirmed" in metrics:
-            of = metrics["confirmed"]
             accuracy, ssim = (
-                f"{of[key]['mean']:.{digits}f} ± {of[key]['high'] - of[key]['mean']:.{digits}f}"
-                for key, digits in (("val_accuracy", 4), ("cam_ssim", 3))
+                f"{interval['mean']:.{digits}f} ± {interval['high'] - interval['mean']:.{digits}f}"
+                for interval, digits in (
+                    (metrics["confirmed"]["val_accuracy"], 4),
+                    (metrics["confirmed"]["cam_ssim"], 3),
+                )
             )
         elif "val_images_per_class" in metrics:
             count = sum(metrics["val_images_per_class"].values())
@@ -191,13 +198,14 @@ def _interval_note(content: Content) -> str:
     if confirmed:
         seeds = ", ".join(map(str, confirmed[0]["seeds"]))
         return (
-            f"Means over fresh runs with the seeds {seeds}, ± the 95 % confidence interval of the "
-            "mean (Student's t). The test split was read once for each bundle, after the choice."
+            f"Means over fresh runs with the seeds {seeds}, ± half the width of the 95 % "
+            "confidence interval of the mean (Student's t). The test split was read once per "
+            "bundle, after the selection."
         )
     return (
-        "In parentheses the 95 % confidence interval for that many validation images (Wilson); it "
-        "knows nothing of what another seed would give. The test split was read once for each "
-        "bundle, after the choice."
+        "Parentheses show the 95 % confidence interval for the number of validation images "
+        "(Wilson). It does not include the variation between seeds. The test split was read once "
+        "per bundle, after the selection."
     )
 
 
@@ -207,7 +215,7 @@ def _space(content: Content) -> list[tuple[str, str]]:
         "backbones": "backbone",
         "resolutions": "resolution, pixels",
         "metrics": "metric",
-        "output_strides": "output stride, where there are several",
+        "output_strides": "output stride, if several are feasible",
     }
     rows = [(label, ", ".join(map(str, getattr(space, name)))) for name, label in names.items()]
     for name, label, off in (
@@ -226,20 +234,22 @@ def _space(content: Content) -> list[tuple[str, str]]:
 
 
 def _importance(content: Content, name: str) -> Importance | None:
-    # SSIM is no number where a model's features were none.
-    usable = [each for each in content.records if math.isfinite(each.metrics.get(name, math.nan))]
+    # SSIM is NaN if a model's features were not finite.
+    usable = [
+        record for record in content.records if math.isfinite(record.metrics.get(name, math.nan))
+    ]
     points = [searched_values(record.config) for record in usable]
     values = [record.metrics[name] for record in usable]
     return importance(points, values, content.settings.seed)
 
 
-def _explained(found: Importance) -> str:
-    if found.explained <= 0:
+def _caption(result: Importance) -> str:
+    if result.explained <= 0:
         return (
-            f"The forest predicts unseen trials no better than their mean (R² {found.explained:.2f}"
-            "): this ranking says nothing."
+            "The forest predicts held-out trials no better than their mean "
+            f"(R² {result.explained:.2f}): this ranking has no meaning."
         )
-    return f"The forest explains {found.explained:.0%} of the variance of trials it has not seen."
+    return f"The forest explains {result.explained:.0%} of the variance of held-out trials."
 
 
 def _stopping(content: Content) -> str:
@@ -247,7 +257,7 @@ def _stopping(content: Content) -> str:
     budget = content.settings.max_epochs * len(content.records)
     spent = sum(int(record.metrics.get("epoch", 0)) for record in content.records)
     return (
-        f"{stopped} of {len(content.records)} trials were stopped early (triangles): {spent} of "
+        f"{stopped} of {len(content.records)} trials were stopped early (triangles); {spent} of "
         f"{budget} epochs were trained."
     )
 
@@ -258,31 +268,35 @@ def _cost(content: Content) -> list[tuple[str, str]]:
     rows = [
         ("trials", str(len(content.records))),
         ("epochs", str(epochs)),
-        ("training and evaluation, the trials' times added", _duration(seconds)),
+        ("training and evaluation, total over trials", _duration(seconds)),
     ]
     knee = content.chosen.get("knee")
     if knee is not None:
         rows += [
             ("parameters of the compromise", f"{knee['parameters']:,}"),
-            ("its training", f"{_duration(knee['seconds'])} on {knee['device']}"),
+            (
+                "training time of the compromise",
+                f"{_duration(knee['seconds'])} on {knee['device']}",
+            ),
         ]
     return rows
 
 
 def _gallery(content: Content) -> list[dict[str, Any]]:
+    """Return the rows of the gallery: the prototypes, then the class CAMs of each bundle."""
     names = content.class_names[:_MAX_CLASSES]
     rows: list[dict[str, Any]] = []
-    for bundle, metrics in distinct(content.chosen):
+    for bundle, metrics in distinct_bundles(content.chosen):
         picture = content.pictures.get(str(metrics["trial_id"]))
         if picture is None:
             continue
-        prototypes, cams = halves(picture)
+        prototypes, cams = split_picture(picture)
         total = len(content.class_names)
         if not rows:
             cells = _cells(prototypes, names, total, [""] * len(names))
             rows.append({"name": "prototype", "cells": cells})
-        of, ceiling = metrics["cam_ssim_per_class"], metrics["cam_ssim_ceiling_per_class"]
-        notes = [f"{of[name]:.2f} / {ceiling[name]:.2f}" for name in names]
+        ssim, ceiling = metrics["cam_ssim_per_class"], metrics["cam_ssim_ceiling_per_class"]
+        notes = [f"{ssim[name]:.2f} / {ceiling[name]:.2f}" for name in names]
         rows.append({"name": bundle, "cells": _cells(cams, names, total, notes)})
     return rows
 
@@ -290,38 +304,43 @@ def _gallery(content: Content) -> list[dict[str, Any]]:
 def _cells(
     strip: Any, names: Sequence[str], total: int, notes: Sequence[str]
 ) -> list[dict[str, str]]:
+    """Cut a strip of `total` square pictures, one per class; return the cells of the first ones."""
     side = strip.width // total
     return [
         {
             "class_name": name,
-            "picture": data_uri(strip.crop((side * place, 0, side * (place + 1), strip.height))),
+            "picture": data_uri(strip.crop((side * column, 0, side * (column + 1), strip.height))),
             "note": note,
         }
-        for place, (name, note) in enumerate(zip(names, notes, strict=True))
+        for column, (name, note) in enumerate(zip(names, notes, strict=True))
     ]
 
 
 def _confusions(content: Content) -> dict[str, Any] | None:
-    bundles = [(name, m) for name, m in distinct(content.chosen) if "val_errors" in m]
+    """Return the most frequent confusions with a count per bundle; None if none is recorded."""
+    bundles = [(name, m) for name, m in distinct_bundles(content.chosen) if "val_errors" in m]
     if not bundles:
         return None
     counts: dict[tuple[str, str], list[int]] = {}
-    for place, (_, metrics) in enumerate(bundles):
-        for name, taken in metrics["val_errors"].items():
-            for other, count in taken.items():
-                counts.setdefault((name, other), [0] * len(bundles))[place] = count
+    for column, (_, metrics) in enumerate(bundles):
+        for name, predicted in metrics["val_errors"].items():
+            for other, count in predicted.items():
+                counts.setdefault((name, other), [0] * len(bundles))[column] = count
     most = sorted(counts.items(), key=lambda item: -sum(item[1]))[:_CONFUSIONS]
-    rows = [{"pair": f"{name} taken for {other}", "counts": of} for (name, other), of in most]
+    rows = [
+        {"pair": f"{name} classified as {other}", "counts": by_bundle}
+        for (name, other), by_bundle in most
+    ]
     return {"bundles": [name for name, _ in bundles], "rows": rows}
 
 
 def _provenance(content: Content) -> str:
-    said = [f"Seed {content.settings.seed}"]
+    parts = [f"Seed {content.settings.seed}"]
     for metrics in list(content.chosen.values())[:1]:
-        said.append(f"data set SHA-256 {metrics['dataset_sha256'][:16]}…")
-        said.append(f"commit {metrics['git_commit'] or 'unknown'}")
-        said += [f"{name} {number}" for name, number in metrics["versions"].items()]
-    return "; ".join(said) + "."
+        parts.append(f"data set SHA-256 {metrics['dataset_sha256'][:16]}…")
+        parts.append(f"commit {metrics['git_commit'] or 'unknown'}")
+        parts += [f"{name} {number}" for name, number in metrics["versions"].items()]
+    return "; ".join(parts) + "."
 
 
 def _duration(seconds: float) -> str:
@@ -331,26 +350,27 @@ def _duration(seconds: float) -> str:
 
 
 def _join(names: Sequence[str]) -> str:
-    words = [_TITLES.get(name, name.replace("_", " ")) for name in names]
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    titles = [_TITLES.get(name, name.replace("_", " ")) for name in names]
+    return " and ".join([", ".join(titles[:-1]), titles[-1]] if len(titles) > 1 else titles)
 
 
 def _without_nan(value: Any) -> Any:
-    """Return JSON's value with null for what JSON has no number for."""
+    """Return a JSON value in which None replaces NaN and infinities, which JSON cannot express."""
     if isinstance(value, Mapping):
-        return {key: _without_nan(each) for key, each in value.items()}
+        return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_without_nan(each) for each in value]
+        return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _raw(name: str) -> Markup:
+    """Return a file of this package as text that the template does not escape."""
     return Markup(files("studies.outcome.report").joinpath(name).read_text(encoding="utf-8"))
 
 
 @cache
 def _vega() -> Markup:
-    """Return Vega, Vega-Lite and Vega-Embed as one script, which ends in no element of HTML."""
-    # Its stub asks for a snippet, without which it bundles what puts Vega-Embed into the window.
+    """Return Vega, Vega-Lite and Vega-Embed as one script, with `</script` escaped."""
+    # The stub requires a snippet. Without one the bundle exports Vega-Embed to `window`.
     bundle: Callable[[], str] = vl_convert.javascript_bundle  # type: ignore[assignment]
     return Markup(bundle().replace("</script", "<\\/script"))

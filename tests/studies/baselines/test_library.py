@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from batchcam.models import SimpleCNN
-from studies.baselines.tapped import Tapped
+from studies.baselines.hookable_model import HookableModel
 
 library = pytest.importorskip(
     "studies.baselines.library", reason="the extra `benchmarks` is not installed"
@@ -17,11 +17,11 @@ library = pytest.importorskip(
 
 def test_a_step_is_one_of_cross_entropy_with_cams_beside_it() -> None:
     torch.manual_seed(0)
-    tapped = Tapped(SimpleCNN())
-    plain = copy.deepcopy(tapped)
+    model = HookableModel(SimpleCNN())
+    plain = copy.deepcopy(model)
     x, labels = torch.rand(4, 1, 28, 28), torch.tensor([0, 1, 2, 2])
     loss, maps = library.training_step(
-        tapped, torch.optim.SGD(tapped.parameters(), lr=0.1), x, labels
+        model, torch.optim.SGD(model.parameters(), lr=0.1), x, labels
     )
 
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
@@ -29,10 +29,10 @@ def test_a_step_is_one_of_cross_entropy_with_cams_beside_it() -> None:
     torch.autograd.backward(expected)
     optimizer.step()
     torch.testing.assert_close(loss, expected.detach())
-    for theirs, ours in zip(tapped.state_dict().values(), plain.state_dict().values(), strict=True):
+    for theirs, ours in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(theirs, ours)
-    assert tapped.training
-    assert not tapped.tap._forward_hooks
+    assert model.training
+    assert not model.hook_point._forward_hooks
 
     # Pictures to look at: NumPy, without a graph.
     assert isinstance(maps, np.ndarray)

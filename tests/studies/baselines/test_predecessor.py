@@ -6,6 +6,7 @@ from torch import Tensor
 
 from batchcam.cam import grad_cam
 from batchcam.models import SimpleCNN
+from studies.baselines.hookable_model import HookableModel
 from studies.baselines.predecessor import (
     Hooks,
     Reach,
@@ -13,15 +14,14 @@ from studies.baselines.predecessor import (
     sequential_grad_cam,
     training_step,
 )
-from studies.baselines.tapped import Tapped
 
 REACHES: tuple[Reach, ...] = ("features", "model")
 
 
 @pytest.fixture
-def tapped() -> Tapped:
+def model() -> HookableModel:
     torch.manual_seed(0)
-    return Tapped(SimpleCNN())
+    return HookableModel(SimpleCNN())
 
 
 @pytest.fixture
@@ -53,22 +53,24 @@ def test_contrastive_loss_refuses_what_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("reach", REACHES)
-def test_its_cams_are_ours(tapped: Tapped, batch: tuple[Tensor, Tensor], reach: Reach) -> None:
+def test_its_cams_are_ours(
+    model: HookableModel, batch: tuple[Tensor, Tensor], reach: Reach
+) -> None:
     x, labels = batch
-    with Hooks(tapped) as hooks:
-        logits = tapped(x)
+    with Hooks(model) as hooks:
+        logits = model(x)
         maps = sequential_grad_cam(logits, labels, hooks, reach)
     assert maps[0].requires_grad
-    assert not tapped.tap._forward_hooks
+    assert not model.hook_point._forward_hooks
     torch.testing.assert_close(torch.stack(maps), grad_cam(logits, hooks.features_NKHW, labels))
 
 
-def test_its_loss_reaches_the_weights(tapped: Tapped, batch: tuple[Tensor, Tensor]) -> None:
+def test_its_loss_reaches_the_weights(model: HookableModel, batch: tuple[Tensor, Tensor]) -> None:
     x, labels = batch
-    convolution = next(tapped.model.parameters())
-    classifier = list(tapped.model.parameters())[-2]
-    with Hooks(tapped) as hooks:
-        logits = tapped(x)
+    convolution = next(model.model.parameters())
+    classifier = list(model.model.parameters())[-2]
+    with Hooks(model) as hooks:
+        logits = model(x)
         to_features = torch.stack(sequential_grad_cam(logits, labels, hooks, "features")).sum()
         ours = grad_cam(logits, hooks.features_NKHW, labels).sum()
         through_model = torch.stack(sequential_grad_cam(logits, labels, hooks, "model")).sum()
@@ -87,11 +89,13 @@ def test_its_loss_reaches_the_weights(tapped: Tapped, batch: tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize("reach", REACHES)
-def test_a_step_lowers_the_loss(tapped: Tapped, batch: tuple[Tensor, Tensor], reach: Reach) -> None:
+def test_a_step_lowers_the_loss(
+    model: HookableModel, batch: tuple[Tensor, Tensor], reach: Reach
+) -> None:
     x, labels = batch
-    optimizer = torch.optim.SGD(tapped.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     losses = [
-        training_step(tapped, optimizer, x, x[:, 0], labels, reach=reach).item() for _ in range(4)
+        training_step(model, optimizer, x, x[:, 0], labels, reach=reach).item() for _ in range(4)
     ]
     assert losses[-1] < losses[0]
     # Cross-entropy of some 2.3, and a tenth of D² / 2: of 28 x 28 pixels, D² is some hundreds.
@@ -99,19 +103,19 @@ def test_a_step_lowers_the_loss(tapped: Tapped, batch: tuple[Tensor, Tensor], re
 
 
 def test_what_backward_passes_left_in_the_weights_is_not_trained_on(
-    tapped: Tapped, batch: tuple[Tensor, Tensor]
+    model: HookableModel, batch: tuple[Tensor, Tensor]
 ) -> None:
     x, labels = batch
-    before = [parameter.clone() for parameter in tapped.parameters()]
-    optimizer = torch.optim.SGD(tapped.parameters(), lr=1.0)
-    training_step(tapped, optimizer, x, x[:, 0], labels, weight=0.0, reach="model")
-    after = [parameter.clone() for parameter in tapped.parameters()]
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    training_step(model, optimizer, x, x[:, 0], labels, weight=0.0, reach="model")
+    after = [parameter.clone() for parameter in model.parameters()]
     with torch.no_grad():
-        for parameter, value in zip(tapped.parameters(), before, strict=True):
+        for parameter, value in zip(model.parameters(), before, strict=True):
             parameter.copy_(value)
-    loss = torch.nn.functional.cross_entropy(tapped(x), labels)
+    loss = torch.nn.functional.cross_entropy(model(x), labels)
     optimizer.zero_grad()
     torch.autograd.backward(loss)
     optimizer.step()
-    for plain, theirs in zip(tapped.parameters(), after, strict=True):
+    for plain, theirs in zip(model.parameters(), after, strict=True):
         torch.testing.assert_close(theirs, plain)

@@ -11,13 +11,14 @@ from batchcam.config import TrialConfig
 from batchcam.errors import ConfigError
 from studies.benchmarks.early_stopping import (
     OBJECTIVES,
+    Comparison,
     Curve,
     Method,
-    Race,
     Rules,
     agreement,
     agreements,
     asha,
+    compare,
     draw,
     epochs_to_reach,
     foresight,
@@ -25,13 +26,12 @@ from studies.benchmarks.early_stopping import (
     orders,
     outcome,
     pareto_asha,
-    race,
     random_search,
     ray_asha,
     read_curves,
     references,
     simulate,
-    syne_tune_mended,
+    syne_tune_corrected,
     syne_tune_moasha,
 )
 from studies.benchmarks.record_curves import COLUMNS, Recording, configurations, record, subset
@@ -102,7 +102,7 @@ def test_a_subset_has_every_class_in_proportion() -> None:
     assert counts.min() >= 19
     assert counts.max() <= 21
     assert abs(len(prepared.dataset.validation) - 100) <= 5
-    with pytest.raises(ConfigError, match="99999 images are not a part of"):
+    with pytest.raises(ConfigError, match="cannot take a subset of 99999 images from"):
         subset(TrialConfig(dataset="digits"), 99999, 100, seed=0)
 
 
@@ -134,7 +134,7 @@ def test_a_level_is_reached_when_it_is_kept() -> None:
 
 
 def test_outcomes_are_shares_and_never_is_none(tmp_path: Path) -> None:
-    races = [Race(np.array([0.5, 0.995]), 4), Race(np.array([0.5, 0.5]), 4)]
+    races = [Comparison(np.array([0.5, 0.995]), 4), Comparison(np.array([0.5, 0.5]), 4)]
     assert outcome(races) == {
         "spent": [0.5, 0.5, 0.5],
         "reached": [0.5, 0.5, 0.995],
@@ -151,7 +151,7 @@ def test_random_search_reaches_itself_at_the_end(curves: dict[int, Curve]) -> No
     for reference in references(curves).values():
         for order in orders(list(curves), 2):
             reports = simulate(curves, order, random_search(Rules(16)))
-            found = race(curves, order, reports, reference, rivals=len(curves))
+            found = compare(curves, order, reports, reference, baseline_trials=len(curves))
             assert len(found.trace) == found.budget == 16 * len(curves)
             assert found.share_to_reach(1.0) <= 1
 
@@ -183,7 +183,7 @@ def test_syne_tune_looks_at_when_the_worst_trial_came(mended: bool) -> None:
     pytest.importorskip("syne_tune", reason="the extra `benchmarks` is not installed")
 
     def last_decision(qualities: Sequence[float]) -> bool:
-        judge = (syne_tune_mended if mended else syne_tune_moasha)(Rules(16))
+        judge = (syne_tune_corrected if mended else syne_tune_moasha)(Rules(16))
         return [judge(n, 1, (quality, quality)) for n, quality in enumerate(qualities)][-1]
 
     # The best of all comes right after the worst; the last but one comes long after the worst.
@@ -194,7 +194,7 @@ def test_syne_tune_looks_at_when_the_worst_trial_came(mended: bool) -> None:
 def test_mended_syne_tune_agrees_more_often(curves: dict[int, Curve]) -> None:
     pytest.importorskip("syne_tune", reason="the extra `benchmarks` is not installed")
     same = {}
-    for other in (syne_tune_moasha, syne_tune_mended):
+    for other in (syne_tune_moasha, syne_tune_corrected):
         found = agreements(
             [
                 agreement(curves, order, Rules(16), pareto_asha, other)
@@ -203,7 +203,7 @@ def test_mended_syne_tune_agrees_more_often(curves: dict[int, Curve]) -> None:
         )
         same[other] = found["same"] / found["decisions"]
     assert same[syne_tune_moasha] < 0.7
-    assert same[syne_tune_mended] > 0.8
+    assert same[syne_tune_corrected] > 0.8
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def raced(
     races = []
     for order in orders(list(curves), 20):
         reports = simulate(curves, order, method(Rules(16, min_epochs)))
-        races.append(race(curves, order, reports, reference, rivals=len(curves)))
+        races.append(compare(curves, order, reports, reference, baseline_trials=len(curves)))
     return outcome(races)
 
 

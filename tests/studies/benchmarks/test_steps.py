@@ -20,7 +20,7 @@ from studies.benchmarks.batches import (
     peak_bytes,
     random_data,
 )
-from studies.benchmarks.pairs import Seconds, median_ratio, race
+from studies.benchmarks.pairs import Seconds, median_ratio, time_interleaved
 from studies.benchmarks.steps import BCPL, Condition, Steps, conditions, draw, main, table, target
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def test_rivals_take_turns() -> None:
     def rival(name: str) -> Callable[[], None]:
         return lambda: ran.append(name)
 
-    seconds = race(
+    seconds = time_interleaved(
         {name: rival(name) for name in "abc"}, seconds=0, min_rounds=20, warm_up=2, seed=1
     )
     assert len(ran) == 3 * 22
@@ -44,14 +44,14 @@ def test_rivals_take_turns() -> None:
 
 
 def test_a_race_lasts_as_long_as_it_may_and_measures_what_it_should() -> None:
-    seconds = race(
+    seconds = time_interleaved(
         {"sleep": lambda: time.sleep(0.01), "nothing": lambda: None}, seconds=0.2, min_rounds=2
     )
     assert 2 < len(seconds["wall"]["sleep"]) <= 20
     assert np.median(seconds["wall"]["sleep"]) >= 0.01
     assert np.median(seconds["cpu"]["sleep"]) < 0.005
     with pytest.raises(ValueError, match="min_rounds=0 must be 1 or more"):
-        race({"nothing": lambda: None}, seconds=1, min_rounds=0)
+        time_interleaved({"nothing": lambda: None}, seconds=1, min_rounds=0)
 
 
 def test_a_ratio_is_the_median_of_pairs() -> None:
@@ -61,7 +61,7 @@ def test_a_ratio_is_the_median_of_pairs() -> None:
     assert 1.1 <= found.low <= found.median <= found.high <= 9.0
     same = median_ratio(base, base)
     assert same.as_list() == [1, 1, 1]
-    with pytest.raises(ValueError, match="expected pairs"):
+    with pytest.raises(ValueError, match="expected two 1-D arrays of the same length"):
         median_ratio(base[:2], base)
 
 

@@ -88,7 +88,7 @@ def test_the_learning_rate_is_chosen_before_lambda_and_both_by_validation(tmp_pa
 
     assert choose(replace(settings, table_only=True), [cell]) == {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("studies.evidence.paper._made", lambda _, runs: made(runs))
+        patch.setattr("studies.evidence.paper._complete", lambda _, runs: made(runs))
         chosen = choose(settings, [cell])[cell]
     assert (chosen.config.learning_rate, chosen.config.lambda_batch) == (6e-3, 0.1)
     assert chosen.config.metric == "ssim"

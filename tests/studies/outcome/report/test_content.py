@@ -8,8 +8,13 @@ import pytest
 
 from batchcam.config import TrialConfig
 from batchcam.errors import ConfigError
-from studies.outcome.report.charts import all_charts, distinct, filter_options, parallel_rows
-from studies.outcome.report.content import halves, read, searched_values
+from studies.outcome.report.charts import (
+    all_charts,
+    distinct_bundles,
+    filter_options,
+    parallel_rows,
+)
+from studies.outcome.report.content import read, searched_values, split_picture
 from studies.outcome.report.page import findings, render, wilson
 
 MakeStudy = Any
@@ -73,7 +78,7 @@ def test_values_of_a_term_that_is_off_say_so() -> None:
 def test_a_picture_has_prototypes_above_cams() -> None:
     picture = PIL.Image.new("RGB", (30, 20), "white")
     picture.paste((0, 0, 0), (0, 10, 30, 20))
-    above, below = halves(picture)
+    above, below = split_picture(picture)
     assert above.size == below.size == (30, 10)
     assert above.getcolors() == [(300, (255, 255, 255))]
     assert below.getcolors() == [(300, (0, 0, 0))]
@@ -117,8 +122,8 @@ def test_filters_are_of_what_differs(make_study: MakeStudy) -> None:
 
 
 def test_bundles_of_one_trial_are_shown_once_the_baseline_first(make_study: MakeStudy) -> None:
-    content = read(make_study())
-    assert [name for name, _ in distinct(content.chosen)] == ["baseline", "accuracy", "ssim, knee"]
+    bundles = distinct_bundles(read(make_study()).chosen)
+    assert [name for name, _ in bundles] == ["baseline", "accuracy", "ssim, knee"]
 
 
 def test_findings_name_the_compromise_and_what_it_costs(make_study: MakeStudy) -> None:

@@ -164,7 +164,7 @@ def test_a_study_of_few_trials_and_no_bundle_has_a_report(open_page: Open, make_
     drawn = page.locator("[data-chart]").evaluate_all("all => all.map(each => each.dataset.chart)")
     assert set(drawn) == {"pareto", "parallel", "curve-accuracy", "curve-ssim", "throughput"}
     assert "exported no bundles" in page.locator("#best").inner_text()
-    assert "Too few trials" in page.locator("#what").inner_text()
+    assert "Too few trials" in page.locator("#importance").inner_text()
 
 
 def test_it_is_written_by_a_command(make_study: Any, tmp_path: Path) -> None:
