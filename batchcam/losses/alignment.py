@@ -107,7 +107,7 @@ class _Alignment(torch.autograd.Function):
     def backward(ctx: Any, loss: Tensor) -> tuple[Tensor, None, None, None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "the alignment of maps can be differentiated once only, not with create_graph=True; "
+                "the alignment of maps can be differentiated once, not with create_graph=True; "
                 "for a second derivative, compare the maps of batchcam.cam.render by a distance of "
                 "batchcam.similarity."
             )
