@@ -8,7 +8,8 @@ import tyro
 
 from batchcam.errors import ConfigError
 from studies.engine.optuna_storage import STORAGE_VARIABLE
-from studies.settings import OBJECTIVES, SETTINGS_FILE, StudySettings
+from studies.objectives import OBJECTIVES
+from studies.settings import SETTINGS_FILE, StudySettings
 from studies.space import SearchSpace
 from studies.study import main
 

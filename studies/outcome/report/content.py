@@ -76,7 +76,7 @@ def read(folder: Path) -> Content:
     settings = replace(load_settings(path), out=folder.resolve().parent)
     ledger = Ledger(folder / LEDGER)
     records = collect(ledger, settings.base_config(), settings.checkpoints)
-    front = pareto_front(records, settings.objectives)
+    front = pareto_front(records, settings.objective_records)
     if not front:
         raise ConfigError(f"no trial of {folder} has reported yet; there is nothing to show.")
     try:
