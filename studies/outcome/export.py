@@ -20,7 +20,7 @@ import numpy.typing as npt
 from batchcam.config import TrialConfig
 from batchcam.data.prepared import PreparedData
 from batchcam.errors import BatchCamError
-from batchcam.export.bundle import save_bundle
+from batchcam.export.bundle import read_metrics, save_bundle
 from batchcam.export.model_card import loss_terms
 from batchcam.training.fit import restore
 from studies.engine.checkpoints import Checkpoints
@@ -192,13 +192,14 @@ def read_bundles(folder: Path) -> dict[str, tuple[TrialConfig, dict[str, Any]]]:
 
     Raises:
         ConfigError: a config.yaml cannot be used.
+        BundleError: a metrics.json is damaged.
+        FormatError: a newer version wrote the bundle.
         OSError: a file is missing.
-        ValueError: a metrics.json is not JSON.
     """
     return {
         name: (
             TrialConfig.from_yaml(folder / name / "config.yaml"),
-            json.loads((folder / name / "metrics.json").read_text(encoding="utf-8")),
+            read_metrics(folder / name),
         )
         for name in BUNDLES
         if (folder / name).is_dir()

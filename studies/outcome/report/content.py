@@ -15,7 +15,7 @@ from typing import Any
 import PIL.Image
 
 from batchcam.config import TrialConfig
-from batchcam.errors import ConfigError
+from batchcam.errors import ConfigError, FormatError
 from batchcam.export.model_card import loss_terms
 from batchcam.losses import compares_cams
 from studies.engine.checkpoints import PICTURE
@@ -81,6 +81,8 @@ def read(folder: Path) -> Content:
         raise ConfigError(f"no trial of {folder} has reported yet; there is nothing to show.")
     try:
         bundles = read_bundles(folder / "best")
+    except FormatError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"a bundle in {folder / 'best'} is damaged: {error}; write it again by --resume."
