@@ -5,6 +5,7 @@ All derive from :class:`BatchCamError`, so that a command line can print them wi
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class BatchCamError(ValueError):
@@ -29,6 +30,29 @@ class BundleError(BatchCamError):
 
 class DivergedError(BatchCamError):
     """Training produced a loss that is not finite."""
+
+
+class FormatError(BatchCamError):
+    """A file was written by a newer version of this project."""
+
+
+def check_format(path: Path, found: object, known: int) -> None:
+    """Refuse a file whose format is newer than the newest one that this version reads.
+
+    Args:
+        path: the file, for the message.
+        found: the `format` that the file names; None in files that are older than such numbers.
+        known: the newest format that the calling reader knows.
+
+    Raises:
+        FormatError: `found` is no integer from 1 to `known`.
+    """
+    if found is None or (isinstance(found, int) and 1 <= found <= known):
+        return
+    raise FormatError(
+        f"{path} has the format {found!r}, but this version of batchcam reads formats up to "
+        f"{known}; upgrade batchcam to the version that wrote the file, or a later one."
+    )
 
 
 def suggest_names(name: str, known: Iterable[str], limit: int = 3) -> str:

@@ -11,12 +11,14 @@ from typing import Annotated, Any
 import tyro
 
 from batchcam.config import TrialConfig
-from batchcam.errors import ConfigError, suggest_names
+from batchcam.errors import ConfigError, FormatError, check_format, suggest_names
 from studies.engine.optuna_storage import STORAGE_VARIABLE, storage_kind
+from studies.engine.protocol import Objective
+from studies.objectives import ACCURACY, OBJECTIVES, SIMILARITY, objectives_of
 from studies.space import SearchSpace
 
-OBJECTIVES = ("val_accuracy", "cam_ssim", "images_per_second")
-"""Metrics that a study can maximise; the first one given also decides early stopping."""
+FORMAT = 1
+"""The newest format of study.json that this version reads, and the one that it writes."""
 
 SETTINGS_FILE = "study.json"
 """Where, in the study's folder, its settings are kept for `--resume`."""
@@ -73,8 +75,8 @@ class StudySettings:
     """Epochs of a trial that is not stopped early."""
     min_epochs: int = 3
     """Epochs before a trial may be stopped early."""
-    objectives: tuple[str, ...] = OBJECTIVES[:2]
-    """What to maximise; more than one gives a Pareto front."""
+    objectives: tuple[str, ...] = (ACCURACY.name, SIMILARITY.name)
+    """What to maximise, the first one leads early stopping; more than one gives a Pareto front."""
     space: Annotated[SearchSpace, tyro.conf.arg(name="")] = field(default_factory=SearchSpace)
 
     batch_size: int = TrialConfig.batch_size
@@ -165,6 +167,11 @@ class StudySettings:
         )
 
     @property
+    def objective_records(self) -> tuple[Objective, ...]:
+        """The objectives, with their titles, directions and formats."""
+        return objectives_of(self.objectives)
+
+    @property
     def goes_on(self) -> bool:
         """Whether this is to go on with a study that exists."""
         return self.resume or self.extend > 0
@@ -188,7 +195,7 @@ class StudySettings:
 
     def save(self) -> None:
         """Keep these settings in the study's folder."""
-        content = asdict(self) | {
+        content = {"format": FORMAT, **asdict(self)} | {
             "out": str(self.out),
             "warm_start": [str(path.resolve()) for path in self.warm_start],
         }
@@ -262,9 +269,16 @@ _DEFAULTS = StudySettings()
 
 
 def load_settings(path: Path) -> StudySettings:
-    """Read what :meth:`StudySettings.save` wrote; JSON has lists where settings have tuples."""
+    """Read what :meth:`StudySettings.save` wrote.
 
-    def tuples(values: dict[str, Any]) -> dict[str, Any]:
+    Raises:
+        ConfigError: the file does not hold a study's settings.
+        FormatError: the file has a newer format.
+    """
+
+    def tuples(
+        values: dict[str, Any],
+    ) -> dict[str, Any]:  # JSON has lists where settings have tuples.
         return {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in values.items()
@@ -272,11 +286,14 @@ def load_settings(path: Path) -> StudySettings:
 
     try:
         content = tuples(json.loads(path.read_text(encoding="utf-8")))
+        check_format(path, content.pop("format", None), FORMAT)
         space = SearchSpace(**tuples(content.pop("space")))
         paths = {
             "out": Path(content["out"]),
             "warm_start": tuple(map(Path, content["warm_start"])),
         }
         return StudySettings(**content | paths | {"space": space})
+    except FormatError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} does not hold a study's settings: {error}") from error

@@ -23,6 +23,7 @@ from studies.engine.storage import check_storage, copy_file, is_file
 from studies.monitoring import wandb_workspace as dashboard
 from studies.monitoring.console import console
 from studies.monitoring.optuna_dashboard import attach_picture
+from studies.monitoring.progress import on_terminal, print_engine_warnings
 from studies.monitoring.wandb_runs import Tracking, choose_mode
 from studies.outcome import export, summary
 from studies.outcome.confirm import Confirmed, best_of_front, confirm
@@ -58,6 +59,7 @@ def run_study(settings: StudySettings) -> Path:
         BatchCamError: the settings, the data or the folder cannot be used, or no trial succeeded.
         StorageLostError: what must be written could not be, for a long time.
     """
+    print_engine_warnings()
     settings_file = settings.folder / SETTINGS_FILE
     copy = settings.copy_of(settings_file)
     if settings.goes_on:
@@ -115,23 +117,27 @@ def run_study(settings: StudySettings) -> Path:
             search,
             settings.folder,
             trainable,
-            resources,
+            resources.request,
+            lambda: slots(resources),
+            progress=on_terminal(search),
             copy=memory,
             on_trial_end=partial(attach_picture, settings=settings),
         )
         records, front = _write_tables(settings, ledger)
-        chosen = export.choose(records, front, settings.objectives)
+        chosen = export.choose(records, front, settings.objective_records)
         confirmed: list[Confirmed] = []
         if settings.confirm:
-            best = best_of_front(front, chosen, settings.objectives, settings.confirm)
+            best = best_of_front(front, chosen, settings.objective_records, settings.confirm)
             console.print(f"Confirming {len(best)} of them with {settings.seeds} seeds each")
             confirmed = confirm(settings, best, trainable, resources)
             means = [each.as_record for each in confirmed]
-            chosen = export.choose(means, means, settings.objectives)
+            chosen = export.choose(means, means, settings.objective_records)
         metrics = export.export_bundles(
             settings.folder / "best", chosen, prepared, settings.study or ""
         )
-        outcome = summary.Outcome(records, front, confirmed, chosen, metrics)
+        outcome = summary.Outcome(
+            settings.objective_records, records, front, confirmed, chosen, metrics
+        )
         summary.write_readme(
             settings.folder / "README.md", settings, outcome, prepared.dataset.sha256
         )
@@ -193,7 +199,7 @@ def _search(settings: StudySettings, strides: Strides) -> Search:
         key=settings.key,
         space=partial(suggest, space=settings.space, strides=strides),
         first_points=[*first_points(settings.space), *warm],
-        objectives=settings.objectives,
+        objectives=settings.objective_records,
         min_epochs=settings.min_epochs,
         max_epochs=settings.max_epochs,
         num_trials=settings.num_trials,
@@ -209,7 +215,7 @@ def _write_tables(
     folder = settings.folder
     records = export.collect(ledger, settings.base_config(), settings.checkpoints)
     export.write_trials(folder / "trials.csv", records)
-    front = export.pareto_front(records, settings.objectives)
+    front = export.pareto_front(records, settings.objective_records)
     if not front:
         reasons = {record.error for record in records if record.error} or {"none was reported"}
         raise export.StudyError(
@@ -217,5 +223,5 @@ def _write_tables(
             f"See {folder / 'trials.csv'} and {folder / ERRORS}; mend the cause and --resume, "
             "or start another study."
         )
-    export.write_pareto(folder / "pareto.json", front, settings.objectives)
+    export.write_pareto(folder / "pareto.json", front, settings.objective_records)
     return records, front

@@ -4,22 +4,28 @@ A trial keeps its own checkpoints, under the id that it has in the study rather 
 it. So it goes on from them however it was cut: by Ray, with its node, or with the driver.
 """
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from ray import tune
 
 from batchcam.config import TrialConfig
 from batchcam.data.prepared import PreparedData
 from batchcam.export.model_card import loss_name, loss_terms
 from batchcam.figures import tile
 from batchcam.losses import TERMS, compares_cams
-from batchcam.training.fit import EpochReport, Metrics, fit, load_state
+from batchcam.training.fit import EpochReport, fit, load_state
 from studies.engine.checkpoints import Checkpoints
-from studies.engine.retry import StorageLostError, retry
+from studies.engine.protocol import (
+    RESOURCE_MULTIPLIER,
+    RESUMES_AT,
+    TRIAL_ID,
+    report_again,
+    report_out_of_memory,
+)
+from studies.engine.protocol import report as report_metrics
+from studies.engine.retry import retry_in_trial
 from studies.monitoring.wandb_runs import Tracking, track
 from studies.planning.resources import TrialResources
 
@@ -34,16 +40,7 @@ METRICS = (
     "loss",
     *(f"loss_{name}" for name in TERMS),
 )
-"""The metrics of a trial, as `batchcam.training.fit.EpochReport` names them."""
-
-RESOURCE_MULTIPLIER = "share"
-"""In a trial's parameters: how many times the usual resources it has."""
-RESUMES_AT = "resumes_at"
-"""In a trial's parameters: the last epoch that the ledger has a report of."""
-OUT_OF_MEMORY = "out_of_memory"
-"""A trial that reports this is started again with twice the resources."""
-
-T = TypeVar("T")
+"""The metrics of a trial in the order of trials.csv, named as `EpochReport.metrics` names them."""
 
 _FIELDS = {field.name for field in fields(TrialConfig)}
 
@@ -92,28 +89,28 @@ def run_trial(params: dict[str, Any], *, settings: TrialSettings, prepared: Prep
     """
     torch.set_num_threads(settings.resources.enlarged(params[RESOURCE_MULTIPLIER]).threads)
     config = trial_config(settings.base, params)
-    folder = f"{settings.checkpoints}/{params['trial_id']}"
-    checkpoints = waiting_for(folder, lambda: Checkpoints(folder))
+    folder = f"{settings.checkpoints}/{params[TRIAL_ID]}"
+    checkpoints = retry_in_trial(lambda: Checkpoints(folder), folder)
     last = params[RESUMES_AT]
     with (
         ExitStack() as stack,
         track(
             settings.tracking,
-            params["trial_id"],
+            params[TRIAL_ID],
             run_name(config),
             config.as_dict(),
             run_tags(config),
         ) as run,
     ):
-        state = waiting_for(folder, lambda: stack.enter_context(checkpoints.newest()))
+        state = retry_in_trial(lambda: stack.enter_context(checkpoints.newest()), folder)
 
         def on_epoch(report: EpochReport) -> None:
             nonlocal last
-            waiting_for(folder, lambda: checkpoints.save(report.epoch, report.save_state))
+            retry_in_trial(lambda: checkpoints.save(report.epoch, report.save_state), folder)
             picture = tile(report.evaluation.maps_PRR, report.prototypes_PRR)
-            waiting_for(folder, lambda: checkpoints.save_picture(picture))
+            retry_in_trial(lambda: checkpoints.save_picture(picture), folder)
             run.log(report, picture)
-            tune.report(dict(report.metrics))
+            report_metrics(report.metrics)
             last = report.epoch
 
         if state is not None:
@@ -123,24 +120,4 @@ def run_trial(params: dict[str, Any], *, settings: TrialSettings, prepared: Prep
         try:
             fit(config, on_epoch, prepared=prepared, state=state)
         except (torch.OutOfMemoryError, MemoryError):
-            tune.report({"epoch": last, OUT_OF_MEMORY: True})
-
-
-def waiting_for(storage: str, action: Callable[[], T]) -> T:
-    """Return what `action` returns, waiting for the storage where it is gone for a while.
-
-    Raises:
-        OSError: it did not come back.
-    """
-    try:
-        return retry(action, storage)
-    except StorageLostError as error:  # The trial fails, not the process that it runs in.
-        raise OSError(str(error)) from error
-
-
-def report_again(history: list[Metrics], last: int) -> int:
-    """Report the epochs of a checkpoint that came after `last`; return the last one of all."""
-    for metrics in history:
-        if metrics["epoch"] > last:
-            tune.report(dict(metrics))
-    return max([last, *(int(metrics["epoch"]) for metrics in history)])
+            report_out_of_memory(last)

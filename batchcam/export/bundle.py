@@ -31,7 +31,7 @@ from batchcam.config import TrialConfig
 from batchcam.data.prepared import PreparedSplit
 from batchcam.data.preprocessing import Preprocess
 from batchcam.devices import resolve_device
-from batchcam.errors import BundleError
+from batchcam.errors import BundleError, check_format
 from batchcam.export.model_card import model_card, title
 from batchcam.export.timm_format import CONFIG_FILE, load_weights, own_weights, write_config
 from batchcam.models import ExplainableModel, TimmCNN, create_model, resolve_output_stride
@@ -42,6 +42,8 @@ from batchcam.training.fit import TrialResult
 
 PROTOTYPES = "prototypes.safetensors"
 FILES = ("config.yaml", "model.safetensors", "metrics.json", "cams.png", "README.md", PROTOTYPES)
+FORMAT = 1
+"""The newest format of a bundle that this version reads, and the one that it writes."""
 _MODEL_KEY = "batchcam"
 """Key of the weights' metadata under which the model is described, as JSON."""
 _NAMES_KEY = "names"
@@ -221,7 +223,11 @@ def save_bundle(
     """
     check_writable(directory)
     directory = directory.resolve()  # "." has no name and cannot be renamed to.
-    metrics = _describe(result, command or command_line()) | dict(extra_metrics or {})
+    metrics = {
+        "format": FORMAT,
+        **_describe(result, command or command_line()),
+        **(extra_metrics or {}),
+    }
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         extra_terms = {spec.name: weight for spec, weight in result.extra_terms}
@@ -273,6 +279,7 @@ def load(directory: str | Path) -> LoadedModel:
 
     Raises:
         BundleError: a file is missing, damaged, or does not fit the others.
+        FormatError: a newer version wrote the bundle.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -280,11 +287,8 @@ def load(directory: str | Path) -> LoadedModel:
     missing = [name for name in FILES[:3] if not (directory / name).is_file()]
     if missing:
         raise BundleError(f"{directory} is no bundle: it lacks {', '.join(missing)}.")
+    metrics = read_metrics(directory)
     config = TrialConfig.from_yaml(directory / "config.yaml", ignore_extra_terms=True)
-    try:
-        metrics = json.loads((directory / "metrics.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BundleError(f"{directory / 'metrics.json'} is not JSON: {error}.") from error
     weights_path = directory / "model.safetensors"
     try:
         with safe_open(weights_path, framework="pt") as file:
@@ -313,6 +317,25 @@ def load(directory: str | Path) -> LoadedModel:
             f"{weights_path} does not hold the weights of the {config.backbone} that config.yaml "
             f"describes: {str(error).splitlines()[0]}."
         ) from error
+
+
+def read_metrics(directory: Path) -> dict[str, Any]:
+    """Return the metrics.json of a bundle, of which nothing else is read.
+
+    Raises:
+        BundleError: it is not a JSON object.
+        FormatError: a newer version wrote the bundle.
+        OSError: it cannot be read.
+    """
+    path = directory / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(metrics, dict):
+        raise BundleError(f"{path} is not a JSON object; copy it from a backup.")
+    check_format(path, metrics.get("format"), FORMAT)
+    return metrics
 
 
 def _load_prototypes(path: Path, resolution: int) -> tuple[tuple[str, ...], Tensor] | None:

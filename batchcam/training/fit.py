@@ -19,7 +19,7 @@ from batchcam.config import EXTRA_TERMS, TrialConfig
 from batchcam.data.prepared import PreparedData, prepare
 from batchcam.data.preprocessing import Preprocess, batches
 from batchcam.devices import keep_freed_memory, resolve_device
-from batchcam.errors import ConfigError, DivergedError
+from batchcam.errors import ConfigError, DivergedError, check_format
 from batchcam.losses import ExtraTerms, TermContext, build_terms, used_terms
 from batchcam.models import (
     ExplainableModel,
@@ -32,6 +32,9 @@ from batchcam.training.evaluate import Evaluation, Evaluator
 from batchcam.training.step import TrainingStep
 
 Metrics = dict[str, float]
+
+STATE_FORMAT = 1
+"""The newest format of a saved state that this version reads, and the one that it writes."""
 
 
 @dataclass(frozen=True)
@@ -314,6 +317,7 @@ class Trainer:
     def save_state(self, path: Path) -> None:
         """Write everything that the next epoch depends on; readable without unpickling code."""
         state = {
+            "format": STATE_FORMAT,
             "config": self.config.as_dict(),
             EXTRA_TERMS: self._extra_weights(),
             "epoch": self.epoch,
@@ -365,6 +369,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: the file is missing, damaged, or not a saved state.
+        FormatError: a newer version wrote the file.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -375,4 +380,5 @@ def load_state(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict) or "optimizer" not in state:
         raise ConfigError(f"{path} is no saved state of a run; start anew without it.")
+    check_format(path, state.get("format"), STATE_FORMAT)
     return state

@@ -28,9 +28,11 @@ from batchcam.provenance import command_line, git_commit, package_versions
 from batchcam.training.fit import fit
 from studies.engine.ledger import Ledger
 from studies.engine.run import Search, run_search
+from studies.monitoring.progress import on_terminal
 from studies.monitoring.wandb_runs import Tracking
+from studies.objectives import ACCURACY, SIMILARITY
 from studies.planning.ray_cluster import WORKER_ENVIRONMENT
-from studies.planning.resources import TrialResources
+from studies.planning.resources import TrialResources, slots
 from studies.trial import TrialSettings, run_trial
 
 
@@ -111,14 +113,21 @@ def by_engine(
             name="busy",
             key=f"busy{base.epochs}",
             space=space,
-            objectives=("val_accuracy", "cam_ssim"),
+            objectives=(ACCURACY, SIMILARITY),
             min_epochs=base.epochs,
             max_epochs=base.epochs,
             num_trials=settings.trials,
             seed=settings.seed,
         )
         started = time.perf_counter()
-        ledger = run_search(search, folder, trainable, resources)
+        ledger = run_search(
+            search,
+            folder,
+            trainable,
+            resources.request,
+            lambda: slots(resources),
+            progress=on_terminal(search),
+        )
         return ledger, time.perf_counter() - started
 
 

@@ -19,15 +19,16 @@ from typing import Any
 import optuna
 import ray
 import tyro
-from ray import tune
 
-from batchcam.training.fit import Metrics
 from studies.engine.checkpoints import Checkpoints
 from studies.engine.ledger import Ledger
+from studies.engine.protocol import RESUMES_AT, Metrics, report, report_again
+from studies.engine.retry import retry_in_trial
 from studies.engine.run import Search, run_search
+from studies.monitoring.progress import on_terminal
+from studies.objectives import ACCURACY, SIMILARITY
 from studies.planning.ray_cluster import WORKER_ENVIRONMENT
-from studies.planning.resources import TrialResources
-from studies.trial import RESUMES_AT, report_again, waiting_for
+from studies.planning.resources import TrialResources, slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class DummyStudy:
             key="dummy",
             space=space,
             first_points=[{"x": 0.5, "y": 0.5}],
-            objectives=("val_accuracy", "cam_ssim"),
+            objectives=(ACCURACY, SIMILARITY),
             min_epochs=self.min_epochs,
             max_epochs=self.epochs,
             num_trials=self.trials,
@@ -105,8 +106,8 @@ def run_dummy(params: dict[str, Any], *, checkpoints: str, epochs: int, seconds:
         time.sleep(seconds)
         history.append(curve(params["x"], params["y"], epoch))
         write = partial(Path.write_text, data=json.dumps(history))
-        waiting_for(saved.folder, partial(saved.save, epoch, write))
-        tune.report(dict(history[-1]))
+        retry_in_trial(partial(saved.save, epoch, write), saved.folder)
+        report(history[-1])
 
 
 def main(study: DummyStudy) -> Ledger:
@@ -119,7 +120,15 @@ def main(study: DummyStudy) -> Ledger:
     ray.init(log_to_driver=False, runtime_env={"env_vars": WORKER_ENVIRONMENT}, **options)
     resources = TrialResources(study.cpus, 0, study.cpus)
     try:
-        return run_search(study.search(), study.out, study.trainable(), resources)
+        search = study.search()
+        return run_search(
+            search,
+            study.out,
+            study.trainable(),
+            resources.request,
+            lambda: slots(resources),
+            progress=on_terminal(search),
+        )
     finally:
         ray.shutdown()
 

@@ -29,8 +29,10 @@ from ray.tune.experiment import Trial
 
 from batchcam.provenance import command_line, git_commit, package_versions
 from studies.benchmarks.dummy import DummyStudy, curve
+from studies.engine.protocol import REPORTED
 from studies.engine.run import run_search
-from studies.planning.resources import TrialResources
+from studies.monitoring.progress import on_terminal
+from studies.planning.resources import TrialResources, slots
 
 _WINDOW = 100
 
@@ -165,8 +167,10 @@ class SimulatedActors:
         self._epoch[actor] += 1
         epoch = self._epoch[actor]
         params = self._params[actor]
+        metrics = curve(params["x"], params["y"], epoch)
         return {
-            **curve(params["x"], params["y"], epoch),
+            **metrics,
+            REPORTED: list(metrics),
             "training_iteration": epoch,
             "time_this_iter_s": 1.0,
             "time_total_s": float(epoch),
@@ -226,7 +230,16 @@ def main(settings: Scale) -> None:
             patch("ray.tune.execution.tune_controller.RayActorManager", lambda **_: actors),
         ):
             resources = TrialResources(1 / settings.at_a_time, 0, 1)
-            run_search(study.search(), Path(scratch), study.trainable(), resources, [meter])
+            search = study.search()
+            run_search(
+                search,
+                Path(scratch),
+                study.trainable(),
+                resources.request,
+                lambda: slots(resources),
+                callbacks=[meter],
+                progress=on_terminal(search),
+            )
     finally:
         ray.shutdown()
 

@@ -1,7 +1,7 @@
-"""The saved states of one trial, and its picture, in a folder that all nodes share or in a store.
+"""The saved states of one trial, and its picture, in a shared folder or an object store.
 
-A state is whole or not there: it is written under another name first, and its name carries its
-digest. A damaged one is passed over, and the one before it taken: that is why two are kept.
+A state is complete or absent: it is written under a temporary name first, and its final name
+carries its digest. A damaged state is skipped in favour of the one before, so two are kept.
 """
 
 import hashlib
@@ -13,27 +13,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import PIL.Image
 import pyarrow.fs
 
-from batchcam.figures import Image
 from studies.engine.storage import copy_file, open_storage
 
 log = logging.getLogger(__name__)
 
 _KEPT = 2
 PICTURE = "cams.png"
-"""Class prototypes above class CAMs."""
+"""Name of the picture's file."""
 _NAME = re.compile(r"epoch_(\d{6})\.([0-9a-f]{16})\.pt")
 
 
 class Checkpoints:
-    """The states of a trial.
+    """The saved states of a trial.
 
     Args:
         folder: a path, or a URI such as `s3://bucket/study/trial`.
 
-    Every method raises OSError where the storage cannot be used.
+    Every method raises OSError if the storage cannot be used.
     """
 
     def __init__(self, folder: str) -> None:
@@ -41,7 +42,12 @@ class Checkpoints:
         self._fs, self._root = open_storage(folder)
 
     def save(self, epoch: int, write: Callable[[Path], object]) -> None:
-        """Keep what `write` writes to the path it is given, and drop all but the newest two."""
+        """Save the state that `write` writes to a given path, and delete all but the newest two.
+
+        Args:
+            epoch: the number of finished epochs.
+            write: writes the state to the path that it is called with.
+        """
         with tempfile.TemporaryDirectory() as scratch:
             source = Path(scratch) / "state.pt"
             write(source)
@@ -52,14 +58,14 @@ class Checkpoints:
                 str(source), partial, destination_filesystem=self._fs, use_threads=False
             )
             self._fs.move(partial, f"{self._root}/{name}")
-        # Another state of this epoch was damaged, or it would not have been trained again.
+        # An earlier state of this epoch must be damaged: otherwise it would have been resumed from.
         others = [old for _, old in self._names() if old != name]
         again = [old for old in others if old.startswith(f"epoch_{epoch:06d}.")]
         for old in [*again, *[old for old in others if old not in again][_KEPT - 1 :]]:
             self._fs.delete_file(f"{self._root}/{old}")
 
-    def save_picture(self, image: Image) -> None:
-        """Keep a picture of what the trial's model sees, in the place of the one before."""
+    def save_picture(self, image: npt.NDArray[np.uint8]) -> None:
+        """Save an RGB picture of the trial, `(height, width, 3)`, replacing the previous one."""
         with tempfile.TemporaryDirectory() as scratch:
             source = Path(scratch) / PICTURE
             PIL.Image.fromarray(image).save(source)
@@ -67,7 +73,7 @@ class Checkpoints:
 
     @contextmanager
     def newest(self) -> Iterator[Path | None]:
-        """Give the newest state that is whole, as a local file, or None if there is none."""
+        """Yield the newest undamaged state as a local file, or None if there is none."""
         with tempfile.TemporaryDirectory() as scratch:
             yield self._fetch(Path(scratch) / "state.pt")
 
@@ -80,11 +86,11 @@ class Checkpoints:
                 shutil.copyfileobj(source, file)
             if _digest(target) == digest:
                 return target
-            log.warning("%s/%s is damaged; going back to the one before it", self._root, name)
+            log.warning("%s/%s is damaged; using the state before it", self._root, name)
         return None
 
     def _names(self) -> list[tuple[str, str]]:
-        """Return (digest, file name) of each state, the newest first."""
+        """Return (digest, file name) of each state, newest first."""
         selector = pyarrow.fs.FileSelector(self._root, allow_not_found=True)
         found = [_NAME.fullmatch(info.base_name) for info in self._fs.get_file_info(selector)]
         matches = sorted((match for match in found if match), key=lambda match: -int(match[1]))

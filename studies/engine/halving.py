@@ -1,8 +1,8 @@
 """Asynchronous successive halving on several objectives: the algorithm, without Ray.
 
 Schmucker et al. 2021, "Multi-objective Asynchronous Successive Halving", in its stopping form: a
-trial is judged as it reaches a rung, by those that came there before it, and goes on or ends.
-Resources are epochs; every objective is maximised.
+trial is judged when it reaches a rung, against the trials that reached it before, and continues or
+ends. Resources are epochs. Every objective is maximised; the caller negates those to be minimised.
 """
 
 import math
@@ -20,19 +20,20 @@ Vector = tuple[float, ...]
 
 
 class ParetoHalving:
-    """Decides after each epoch whether a trial goes on.
+    """Decides after each epoch whether a trial continues.
 
-    Rungs are at `min_epochs * reduction_factor**k`, below `max_epochs`. At a rung, a trial goes on
-    if it is among the best `1 / reduction_factor` of all that came there, itself included. Trials
-    are ordered by :func:`has_place`; with one objective this is the order of ASHA (Li et al. 2020).
-    Places are rounded up, where the papers round them down: they come back to a trial that was left
-    behind, while one that was stopped is lost. The first one to arrive thus goes on.
+    Rungs are at `min_epochs * reduction_factor**k`, below `max_epochs`. At a rung, a trial
+    continues if it is among the best `1 / reduction_factor` of all trials that reached the rung,
+    itself included. Trials are ordered by :func:`has_place`; with one objective this is the order
+    of ASHA (Li et al. 2020). The number of places is rounded up, where the papers round it down:
+    they can promote a paused trial later, while a stopped trial is lost. The first trial at a rung
+    thus continues.
 
-    Bracket `s` leaves out the first `s` rungs. A trial's bracket is a function of `seed` and its
-    number alone; the chance of a bracket with `r` rungs is proportional to `exp(r)`.
+    Bracket `s` omits the first `s` rungs. A trial's bracket depends on `seed` and its number only;
+    the chance of a bracket with `r` rungs is proportional to `exp(r)`.
 
     Raises:
-        ConfigError: a value that cannot work, or more brackets than rungs.
+        ConfigError: a value is too small, or there are more brackets than rungs.
     """
 
     def __init__(
@@ -80,31 +81,32 @@ class ParetoHalving:
 
     @property
     def rungs(self) -> list[dict[int, list[Vector]]]:
-        """What is recorded: for each bracket, by the epoch of a rung, its vectors, sorted."""
+        """For each bracket, by the epoch of a rung, the recorded vectors, sorted."""
         return [
             {epoch: sorted(recorded.elements()) for epoch, recorded in rungs.items()}
             for rungs in self._brackets
         ]
 
     def judge(self, number: int, epoch: int, values: Sequence[float]) -> bool:
-        """Return whether a trial goes on after an epoch.
+        """Return whether a trial continues after an epoch.
 
-        The answer to the same trial and epoch is always the first one given, and a trial that was
-        stopped stays so. At `max_epochs` a trial has ended by itself: True, and nothing is
-        recorded. A trial that reports first beyond several rungs is judged at the last of them.
+        The answer for the same trial and epoch is always the first one given, and a stopped trial
+        stays stopped. At `max_epochs` a trial ends by itself: the answer is True, and nothing is
+        recorded. A trial whose first report is beyond several rungs is judged at the last of them.
 
         Args:
-            number: of the trial, from 0.
+            number: the trial's number, from 0.
             epoch: epochs that the trial has finished, from 1.
-            values: its objectives. One that is not finite stops it, and is not recorded.
+            values: its objectives, all maximised. A value that is not finite stops the trial, and
+                the vector is not recorded.
         """
         key = (number, epoch)
         if key not in self._decisions:
-            going_on = number not in self._stopped and self._judge(
+            continues = number not in self._stopped and self._judge(
                 number, epoch, tuple(float(value) for value in values)
             )
-            self._decisions[key] = going_on
-            if not going_on:
+            self._decisions[key] = continues
+            if not continues:
                 self._stopped.add(number)
         return self._decisions[key]
 
@@ -125,18 +127,18 @@ class ParetoHalving:
 
 
 def has_place(recorded: Counter[Vector], vector: Vector, places: int) -> bool:
-    """Return whether fewer than `places` trials come before `vector`.
+    """Return whether fewer than `places` trials rank before `vector`.
 
-    Trials come in the order of their non-dominated fronts. Inside a front they come by spread: the
-    best in the first objective, then always the one that is farthest from all before it, each
-    objective in units of its range in the front. Equal trials share the place of the first.
+    Trials rank by their non-dominated fronts. Within a front they rank by spread: first the best in
+    the first objective, then repeatedly the trial farthest from all ranked ones, each objective in
+    units of its range in the front. Equal trials share the rank of the first.
 
     Args:
-        recorded: how many trials have each vector; `vector` is one of them.
-        vector: the trial in question.
-        places: how many trials may come; at least 1.
+        recorded: the number of trials with each vector; `vector` is one of them.
+        vector: the objectives of the trial to rank.
+        places: the number of trials that may continue; at least 1.
     """
-    # Sorted, so that ties are broken by values and not by who came first.
+    # Sorted, so that ties are broken by values and not by the order of arrival.
     vectors = sorted(recorded, reverse=True)
     counts = np.array([recorded[each] for each in vectors])
     points = np.array(vectors)
@@ -157,12 +159,12 @@ def _spread(
     """Return the indices of a front's first points by spread, until they fill `places`.
 
     Args:
-        points: `(N, objectives)`, the first one to start with.
+        points: `(N, objectives)`; the first one is taken first.
         counts: `(N,)`, the trials at each point.
-        places: how many trials may come; at most the sum of `counts`.
+        places: the number of trials to take; at most the sum of `counts`.
     """
     span = np.ptp(points, axis=0)
-    # A row per objective: the distances to a point are then sums of rows.
+    # One row per objective: distances to a point are then sums of rows.
     scaled = (points / np.where(span > 0, span, 1)).T.copy()
     chosen = [0]
     nearest = np.full(len(points), np.inf)

@@ -1,8 +1,11 @@
-"""What happened in a study, in the order in which it happened: a line of JSON for each event.
+"""The ledger of a study: its events, in the order in which they happened, one line of JSON each.
 
-The ledger is what a study knows about its trials. It is written before anything is made of an
-event, survives whatever kills the driver, and is all that resuming, the scheduler's rungs and the
-export need. Optuna's storage holds what was proposed; the checkpoints hold the weights.
+An event is written before anything acts on it, so the ledger survives whatever kills the driver.
+Resuming, the scheduler's rungs and the export need nothing else. Optuna's storage holds the
+proposals; the checkpoints hold the weights.
+
+The first line that a version writes to an empty file carries the key `format`. Files without it are
+of format 1.
 """
 
 import json
@@ -12,26 +15,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from batchcam.errors import ConfigError
-from batchcam.training.fit import Metrics
+from batchcam.errors import ConfigError, check_format
+from studies.engine.protocol import EPOCH, NUMBER, Metrics
 from studies.engine.retry import retry
 
 LEDGER = "ledger.jsonl"
+"""Name of the ledger's file in the study's folder."""
+FORMAT = 1
+"""The newest format of the file that this version reads, and the one that it writes."""
 
 State = Literal["completed", "stopped", "failed"]
 
 
 @dataclass
 class TrialHistory:
-    """A trial as the ledger knows it.
+    """The events of one trial.
 
     Attributes:
-        number: Optuna's, counted from 0 in the order of the proposals.
-        params: what the search decided, and `trial_id`.
+        number: the trial's number in Optuna's study, from 0 in the order of the proposals.
+        params: the parameters that the search proposed, `trial_id` and `number`.
         reports: the metrics of each epoch, in order.
-        state: how it ended; None while it has not.
-        error: the last line of what made it fail.
-        resource_multiplier: how many times the usual resources it asks for.
+        state: how the trial ended; None before its end.
+        error: the last line of the error of a failed trial.
+        resource_multiplier: how many times the usual resources the trial asks for.
     """
 
     number: int
@@ -44,18 +50,19 @@ class TrialHistory:
     @property
     def epoch(self) -> int:
         """The last epoch that was reported; 0 before the first."""
-        return int(self.reports[-1]["epoch"]) if self.reports else 0
+        return int(self.reports[-1][EPOCH]) if self.reports else 0
 
 
 class Ledger:
     """The events of a study; opening one that exists reads it.
 
-    Each event is on the disk, whole, before the method that records it returns. A line that a crash
-    cut short is dropped when the ledger is opened.
+    A method that records an event returns when the whole line is on the disk. A last line that a
+    crash truncated is dropped when the ledger is opened.
 
     Raises:
         ConfigError: the file is damaged before its last line.
-        StorageLostError: it could not be written for a long time.
+        FormatError: the file has a newer format.
+        StorageLostError: the file could not be written for a long time.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,12 +75,12 @@ class Ledger:
 
     @property
     def trials(self) -> list[TrialHistory]:
-        """All trials, in the order in which they were proposed."""
+        """All trials, in the order of their proposals."""
         return [self._trials[number] for number in sorted(self._trials)]
 
     @property
     def reports(self) -> Iterator[tuple[int, Metrics]]:
-        """Every report as (trial's number, metrics), in the order of arrival."""
+        """Every report as (number of the trial, metrics), in the order of arrival."""
         return iter(self._order)
 
     def get(self, number: int) -> TrialHistory | None:
@@ -81,30 +88,32 @@ class Ledger:
         return self._trials.get(number)
 
     def propose(self, params: dict[str, Any]) -> None:
-        """Record what a trial is to be; once, however often it is started."""
-        if params["number"] not in self._trials:
-            self._record({"event": "proposed", "number": params["number"], "params": params})
+        """Record the parameters of a trial; only once, however often the trial is started."""
+        if params[NUMBER] not in self._trials:
+            self._record({"event": "proposed", "number": params[NUMBER], "params": params})
 
     def report(self, number: int, metrics: Metrics) -> bool:
-        """Record the metrics of an epoch; return False, recording nothing, if they are there.
+        """Record the metrics of an epoch; return False, recording nothing, if they are known.
 
-        A trial that starts again repeats the report of its checkpoint.
+        A trial that starts again reports the epoch of its checkpoint again.
         """
-        if metrics["epoch"] <= self._trials[number].epoch:
+        if metrics[EPOCH] <= self._trials[number].epoch:
             return False
         self._record({"event": "report", "number": number, "metrics": metrics})
         return True
 
     def end(self, number: int, state: State, error: str | None = None) -> None:
-        """Record how a trial ended; once."""
+        """Record how a trial ended; only the first time."""
         if self._trials[number].state is None:
             self._record({"event": "ended", "number": number, "state": state, "error": error})
 
     def enlarge(self, number: int, share: int) -> None:
-        """Record that a trial starts again with `share` times the usual resources."""
+        """Record that a trial is to start again with `share` times the usual resources."""
         self._record({"event": "enlarged", "number": number, "share": share})
 
     def _record(self, event: dict[str, Any]) -> None:
+        if not self._size:
+            event = {"format": FORMAT, **event}
         line = (json.dumps(event, separators=(",", ":")) + "\n").encode()
         retry(lambda: self._append(line), str(self._path))
         self._size += len(line)
@@ -112,7 +121,7 @@ class Ledger:
 
     def _append(self, line: bytes) -> None:
         with self._path.open("ab") as file:
-            file.truncate(self._size)  # What an earlier try may have left.
+            file.truncate(self._size)  # Drop what an earlier try may have left.
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
@@ -136,10 +145,19 @@ class Ledger:
         whole = content[: content.rfind(b"\n") + 1]
         for count, line in enumerate(whole.splitlines(), start=1):
             try:
-                self._apply(json.loads(line))
+                event = json.loads(line)
+                newest = event.get("format")
+            except (AttributeError, ValueError) as error:
+                raise self._damaged(count, error) from error
+            check_format(self._path, newest, FORMAT)
+            try:
+                self._apply(event)
             except (KeyError, TypeError, ValueError) as error:
-                raise ConfigError(
-                    f"line {count} of {self._path} is no event of a study ({error!r}); restore the "
-                    "file from a backup, or start another study."
-                ) from error
+                raise self._damaged(count, error) from error
         self._size = len(whole)
+
+    def _damaged(self, line: int, error: Exception) -> ConfigError:
+        return ConfigError(
+            f"line {line} of {self._path} is no event of a study ({error!r}); restore the file "
+            "from a backup, or start another study."
+        )

@@ -1,4 +1,4 @@
-"""What Ray says of its trials, written to the ledger as it happens."""
+"""A callback of Ray Tune that records the events of trials in the ledger."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,21 +9,36 @@ from ray.tune.experiment import Trial
 
 from studies.engine.ledger import Ledger
 from studies.engine.optuna_searcher import how_ended
-from studies.trial import METRICS, OUT_OF_MEMORY, RESOURCE_MULTIPLIER, RESUMES_AT
+from studies.engine.protocol import (
+    EPOCH,
+    NUMBER,
+    OUT_OF_MEMORY,
+    RESOURCE_MULTIPLIER,
+    RESUMES_AT,
+    TRIAL_ID,
+    Objective,
+    reported_metrics,
+)
 
 ERRORS = "errors"
-"""Where, in the study's folder, the errors of failed trials are."""
+"""Name of the folder, in the study's folder, for the errors of failed trials."""
 
 
 class LedgerCallback(tune.Callback):
-    """Keeps the ledger of a study.
+    """Records the events of trials in the ledger of a study.
 
-    Ray calls the scheduler before it, so that a report is judged, then recorded, then acted upon: a
-    crash in between loses nothing that replaying the ledger does not bring back.
+    Ray calls the scheduler before its callbacks, so a report is judged first, then recorded, then
+    acted upon. Replaying the ledger restores whatever a crash in between loses.
+
+    Args:
+        ledger: the study's ledger.
+        folder: the study's folder, in which `ERRORS` is made.
+        objectives: the study's objectives.
+        max_epochs: epochs of a trial that is not stopped early.
     """
 
     def __init__(
-        self, ledger: Ledger, folder: Path, objectives: Sequence[str], max_epochs: int
+        self, ledger: Ledger, folder: Path, objectives: Sequence[Objective], max_epochs: int
     ) -> None:
         self._ledger = ledger
         self._folder = folder
@@ -31,31 +46,34 @@ class LedgerCallback(tune.Callback):
         self._max_epochs = max_epochs
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out everything: Ray pickles its callbacks, and the ledger is a file already."""
+        """Return nothing: Ray pickles its callbacks, and the ledger is a file already."""
         return {}
 
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Record what the trial is to be."""
+        """Record the trial's parameters."""
         del iteration, trials, info
         self._propose(trial)
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        """Record an epoch."""
+        """Record the metrics of an epoch.
+
+        Raises:
+            ValueError: the trainable did not report through `studies.engine.protocol.report`.
+        """
         del iteration, trials, info
-        if not result.get(OUT_OF_MEMORY):
-            metrics = {name: result[name] for name in METRICS if name in result}
-            self._ledger.report(trial.config["number"], metrics)
+        if EPOCH in result and not result.get(OUT_OF_MEMORY):
+            self._ledger.report(trial.config[NUMBER], reported_metrics(result))
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         """Record that a trial ran to its end, or was stopped."""
         del iteration, trials, info
-        number, last = trial.config["number"], trial.last_result
+        number, last = trial.config[NUMBER], trial.last_result
         if not last.get(OUT_OF_MEMORY):
             ended = how_ended(last, self._objectives, self._max_epochs, error=False)
             error = None if ended != "failed" else "an objective was not reported as a number"
@@ -68,20 +86,20 @@ class LedgerCallback(tune.Callback):
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Record that a trial failed for good, and keep its error."""
+        """Record that a trial failed for good, and save its error."""
         del iteration, trials, info
-        self._propose(trial)  # One whose process did not come up was never started.
+        self._propose(trial)  # A trial whose process did not come up was never started.
         text = Path(trial.error_file).read_text() if trial.error_file else "unknown error\n"
         folder = self._folder / ERRORS
         folder.mkdir(exist_ok=True)
-        (folder / f"{trial.config['trial_id']}.txt").write_text(text, encoding="utf-8")
+        (folder / f"{trial.config[TRIAL_ID]}.txt").write_text(text, encoding="utf-8")
         lines = text.strip().splitlines()
-        self._ledger.end(trial.config["number"], "failed", lines[-1] if lines else "unknown error")
+        self._ledger.end(trial.config[NUMBER], "failed", lines[-1] if lines else "unknown error")
 
     def _propose(self, trial: Trial) -> None:
-        decided = {
+        proposed = {
             name: value
             for name, value in trial.config.items()
             if name not in (RESOURCE_MULTIPLIER, RESUMES_AT)
         }
-        self._ledger.propose(decided)
+        self._ledger.propose(proposed)

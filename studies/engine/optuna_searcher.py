@@ -6,7 +6,6 @@ what is true: COMPLETE ran to its last epoch, PRUNED was stopped early, FAIL fai
 RUNNING is running or is to go on when the study is resumed.
 """
 
-import math
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +19,8 @@ from ray.tune.search import Searcher
 
 from studies.engine.ledger import State
 from studies.engine.optuna_storage import STORAGE_ERRORS
+from studies.engine.protocol import EPOCH, NUMBER, OUT_OF_MEMORY, Objective, has_objectives
 from studies.engine.retry import retry
-from studies.trial import OUT_OF_MEMORY
 
 Space = Callable[[optuna.Trial], dict[str, Any]]
 
@@ -51,10 +50,10 @@ class OptunaSearcher(Searcher):
     which TPE ranks by.
 
     Args:
-        study: all its objectives are maximised.
+        study: its directions are those of the objectives.
         storage: what the study is kept in.
         space: draws the parameters of a trial, and returns its configuration.
-        objectives: names of the metrics, in the order of the study's directions.
+        objectives: in the order of the study's directions.
         max_epochs: epochs of a trial that is not stopped early.
         num_trials: how many to propose in all, those of earlier runs included, but not what was
             proposed again after it failed.
@@ -72,7 +71,7 @@ class OptunaSearcher(Searcher):
         storage: BaseStorage,
         space: Space,
         *,
-        objectives: Sequence[str],
+        objectives: Sequence[Objective],
         max_epochs: int,
         num_trials: int,
         max_concurrent_trials: Callable[[], int] = lambda: sys.maxsize,
@@ -115,7 +114,7 @@ class OptunaSearcher(Searcher):
         self._live[trial_id] = trial.number
         self._asked.add(trial.number)
         params = retry(lambda: self._space(trial), _WHAT, STORAGE_ERRORS)
-        return {**params, "number": trial.number}
+        return {**params, NUMBER: trial.number}
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """Record the first objective of an epoch as an intermediate value."""
@@ -149,10 +148,10 @@ class OptunaSearcher(Searcher):
             several = len(self._objectives) > 1
             values = None
             if ended == "completed":
-                values = [float(metrics[name]) for name in self._objectives]
+                values = [float(metrics[each.name]) for each in self._objectives]
             # What an earlier try or process has set stays.
             elif several and ended == "stopped" and EPOCHS_MISSING not in trial.constraints:
-                trial.set_constraint(EPOCHS_MISSING, self._max_epochs - metrics["epoch"])
+                trial.set_constraint(EPOCHS_MISSING, self._max_epochs - metrics[EPOCH])
             self._study.tell(trial, values, state=_IN_OPTUNA[ended], skip_if_finished=True)
 
         if not self.is_told(number):
@@ -163,12 +162,12 @@ class OptunaSearcher(Searcher):
         return ended
 
     def _report(self, number: int, metrics: Mapping[str, Any]) -> None:
-        value = metrics.get(self._objectives[0])
-        if value is None or "epoch" not in metrics or metrics.get(OUT_OF_MEMORY):
+        value = metrics.get(self._objectives[0].name)
+        if value is None or EPOCH not in metrics or metrics.get(OUT_OF_MEMORY):
             return
         retry(
             lambda: self._storage.set_trial_intermediate_value(
-                self._optuna_id(number), int(metrics["epoch"]), float(value)
+                self._optuna_id(number), int(metrics[EPOCH]), float(value)
             ),
             _WHAT,
             STORAGE_ERRORS,
@@ -243,10 +242,9 @@ def enqueue(study: optuna.Study, points: Sequence[Mapping[str, Any]]) -> None:
 
 
 def how_ended(
-    metrics: Mapping[str, Any], objectives: Sequence[str], max_epochs: int, error: bool
+    metrics: Mapping[str, Any], objectives: Sequence[Objective], max_epochs: int, error: bool
 ) -> State:
-    """Return how a trial ended that has these last metrics; without all objectives it failed."""
-    values = [metrics.get(name, math.nan) for name in objectives]
-    if error or "epoch" not in metrics or not all(math.isfinite(value) for value in values):
+    """Return how a trial with these last metrics ended; one without all objectives failed."""
+    if error or EPOCH not in metrics or not has_objectives(metrics, objectives):
         return "failed"
-    return "completed" if metrics["epoch"] >= max_epochs else "stopped"
+    return "completed" if metrics[EPOCH] >= max_epochs else "stopped"

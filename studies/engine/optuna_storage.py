@@ -6,6 +6,7 @@ environment only, and is written nowhere.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from optuna.storages.journal._file import get_lock_file
 from sqlalchemy.engine import make_url
 
 from batchcam.errors import ConfigError
+from studies.engine.protocol import Direction
 from studies.engine.retry import retry
 
 JOURNAL = "optuna.journal"
@@ -51,9 +53,12 @@ def storage_kind() -> str:
 
 
 def open_optuna_study(
-    folder: Path, study_name: str, num_objectives: int, sampler: optuna.samplers.BaseSampler
+    folder: Path,
+    study_name: str,
+    directions: Sequence[Direction],
+    sampler: optuna.samplers.BaseSampler,
 ) -> tuple[optuna.Study, BaseStorage]:
-    """Open Optuna's study of this name, all of whose objectives are maximised, or make it.
+    """Open Optuna's study of this name, or create it with these directions of its objectives.
 
     Returns the study and the storage that it is kept in.
 
@@ -69,7 +74,7 @@ def open_optuna_study(
             study_name=study_name,
             storage=storage,
             sampler=sampler,
-            directions=["maximize"] * num_objectives,
+            directions=list(directions),
             load_if_exists=True,
         )
         return study, storage

@@ -1,8 +1,8 @@
-"""A study's memory beside its checkpoints, in the storage that outlives the driver's machine.
+"""A replica of a study's ledger and journal in storage that outlives the driver's machine.
 
-Object stores cannot append. What was added to the ledger and to Optuna's journal since last time is
-put there as one more object, both parts of one moment, so that neither knows what the other does
-not. Every so often an object holds everything, and those before it go.
+Object stores cannot append to an object. Each snapshot is one more object, which holds what was
+added to both files since the last snapshot, so that both are of the same moment. Every `_PARTS`
+snapshots, one holds both files whole, and the older ones are deleted.
 """
 
 import json
@@ -25,31 +25,32 @@ from studies.engine.storage import cannot_keep, open_storage
 FILES = (LEDGER, JOURNAL)
 
 _REPORTS_SECONDS = 5.0
-"""How old the copy may be while there are reports only; checkpoints hold these too."""
+"""How old the replica may be while there are reports only; checkpoints hold these too."""
 
 _PARTS = 100
-"""Objects until one is written that holds everything."""
+"""Snapshots until one is written that holds both files whole."""
 
 Part = dict[str, tuple[int, str]]
-"""For each file, from which byte on, and the text."""
+"""For each file, the offset in bytes, and the text from there on."""
 
 _NAME = re.compile(r"(\d{8})\.(whole|part)\.json")
 
 
 class Replica(tune.Callback):
-    """Keeps the copy of a study's memory up to date; making one brings either side to the other.
+    """Keeps the replica up to date; on construction, restores local files that are behind it.
 
-    Where the driver's folder has lost the files, or is behind, as on a new machine, they come from
-    the copy. The copy is up to date whenever a trial starts or ends, and a few seconds behind in
-    between: the epochs that it lacks are in the trials' checkpoints, and reported again from there.
+    Local files are missing or behind on a new machine, for example. The replica is up to date
+    whenever a trial starts or ends, and at most a few seconds behind in between: the epochs that
+    it lacks are in the trials' checkpoints, and are reported again from there.
 
     Args:
-        folder: the study's, on the driver's machine.
-        place: where the copy is, a folder or a URI.
+        folder: the study's folder on the driver's machine.
+        place: the folder or URI of the replica.
 
     Raises:
-        ConfigError: the two have gone apart, the copy is damaged, or `place` cannot be read.
-        StorageLostError: by any method; `place` could not be written for a long time.
+        ConfigError: local study and replica have diverged, the replica is damaged, or `place`
+            cannot be read.
+        StorageLostError: raised by any method if `place` could not be written for a long time.
     """
 
     def __init__(self, folder: Path, place: str) -> None:
@@ -62,11 +63,11 @@ class Replica(tune.Callback):
         self._restore()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out everything: Ray pickles its callbacks, and this one has keys."""
+        """Return nothing: Ray pickles its callbacks, and this one holds keys of object stores."""
         return {}
 
     def flush(self) -> None:
-        """Copy what was added since last time; return once it is there."""
+        """Copy what was added since the last snapshot; return once it is stored."""
         whole = self._written % _PARTS == 0
         if whole:
             self._sizes = dict.fromkeys(FILES, 0)
@@ -86,14 +87,14 @@ class Replica(tune.Callback):
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Copy what was proposed, before there is a checkpoint of it."""
+        """Copy a proposal before there is a checkpoint of its trial."""
         del iteration, trials, trial, info
         self.flush()
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        """Copy the reports of some seconds."""
+        """Copy the reports of the last seconds."""
         del iteration, trials, trial, result, info
         if time.monotonic() >= self._due:
             self.flush()
@@ -101,19 +102,19 @@ class Replica(tune.Callback):
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Copy that a trial ended."""
+        """Copy the end of a trial."""
         del iteration, trials, trial, info
         self.flush()
 
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Copy that a trial failed."""
+        """Copy the failure of a trial."""
         del iteration, trials, trial, info
         self.flush()
 
     def _whole_lines(self, name: str, begin: int = 0) -> bytes:
-        """Return what a file holds from a byte on, without a line that is not at its end yet."""
+        """Return a file's content from an offset on, without an unfinished last line."""
         path = self._folder / name
         if not path.exists():
             return b""
@@ -139,7 +140,7 @@ class Replica(tune.Callback):
         return sorted(name for name in names if _NAME.fullmatch(name))
 
     def _restore(self) -> None:
-        """Bring the files up to the copy, where they are behind it."""
+        """Restore the local files where they are behind the replica."""
         try:
             names = self._names()
             parts = [self._read(name) for name in names]
@@ -148,21 +149,21 @@ class Replica(tune.Callback):
         if not names:
             return
         self._written = int(names[-1][:8]) + 1
-        # What comes next holds everything, for the files may be ahead of the copy.
+        # The next snapshot holds both files whole, since they may be ahead of the replica.
         self._written += -self._written % _PARTS
-        copies = {name: _joined(self._place, name, names, parts) for name in FILES}
-        mine = {name: self._whole_lines(name) for name in FILES}
-        if all(copies[name].startswith(mine[name]) for name in FILES):
+        replicas = {name: _joined(self._place, name, names, parts) for name in FILES}
+        local = {name: self._whole_lines(name) for name in FILES}
+        if all(replicas[name].startswith(local[name]) for name in FILES):
             self._folder.mkdir(parents=True, exist_ok=True)
             for name in FILES:
-                if copies[name] != mine[name]:
+                if replicas[name] != local[name]:
                     partial = self._folder / f"{name}.partial"
-                    partial.write_bytes(copies[name])
+                    partial.write_bytes(replicas[name])
                     partial.replace(self._folder / name)
-        elif not all(mine[name].startswith(copies[name]) for name in FILES):
+        elif not all(local[name].startswith(replicas[name]) for name in FILES):
             raise ConfigError(
-                f"the study in {self._folder} and its copy in {self._place} have gone apart: two "
-                "drivers went on with it. Move the one away that is not to be gone on with."
+                f"the study in {self._folder} and its replica in {self._place} have diverged: two "
+                "drivers resumed it. Delete the one you do not want."
             )
 
     def _read(self, name: str) -> Part:
@@ -179,7 +180,7 @@ class Replica(tune.Callback):
 
 
 def _joined(place: str, file: str, names: Sequence[str], parts: Sequence[Part]) -> bytes:
-    """Return a file's content from its parts."""
+    """Return a file's content, joined from the snapshots."""
     content = b""
     for name, part in zip(names, parts, strict=True):
         if ".whole." in name:
@@ -187,8 +188,8 @@ def _joined(place: str, file: str, names: Sequence[str], parts: Sequence[Part]) 
         begin, text = part[file]
         if begin != len(content):
             raise ConfigError(
-                f"{name} in {place} does not follow on what is before it: an object was deleted; "
-                "restore it from a backup, or start another study."
+                f"{name} in {place} does not continue the snapshot before it: an object was "
+                "deleted; restore it from a backup, or start another study."
             )
         content += text.encode()
     return content

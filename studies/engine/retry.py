@@ -1,10 +1,14 @@
-"""Storage that is gone for a while: wait for it, and say so; give up with what to do."""
+"""Retry an action on storage that does not answer, until it answers or for so long.
 
+Both ends of a wait are logged as warnings. A program that has not set up logging prints them.
+"""
+
+import logging
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from studies.monitoring.console import console
+log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 120.0
 """How long a study waits for its storage before it stops, to be resumed."""
@@ -16,10 +20,10 @@ T = TypeVar("T")
 
 
 class StorageLostError(BaseException):
-    """What a study must write could not be written in `PATIENCE_SECONDS`.
+    """Storage that a study needs could not be used for `PATIENCE_SECONDS`.
 
-    No Exception, for Ray takes those that arise while it ends a trial for failures of the trial,
-    and would go on without a ledger.
+    Not an Exception: Ray takes an Exception that is raised while it ends a trial for a failure of
+    the trial, and would continue without a ledger.
     """
 
 
@@ -29,21 +33,21 @@ def retry(
     errors: tuple[type[Exception], ...] = (OSError,),
     patience: float | None = None,
 ) -> T:
-    """Return what `action` returns, trying again while it raises one of `errors`.
+    """Return what `action` returns, repeating it while it raises one of `errors`.
 
     Args:
         action: must be safe to repeat after it failed halfway.
-        what: names the storage, in the words of "… cannot be used".
-        errors: those that may pass.
+        what: the name of the storage in messages.
+        errors: the errors that may pass.
         patience: seconds until it gives up; by default `PATIENCE_SECONDS`.
 
     Raises:
-        StorageLostError: it did not come back in time.
+        StorageLostError: the errors lasted longer than `patience`.
     """
     began = time.monotonic()
     patience = PATIENCE_SECONDS if patience is None else patience
     wait = _FIRST_WAIT_SECONDS
-    told = False
+    waited = False
     while True:
         try:
             result = action()
@@ -51,15 +55,28 @@ def retry(
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if time.monotonic() - began >= patience:
                 raise StorageLostError(
-                    f"{what} cannot be used for {patience:.0f} s: {reason}. Mend it and --resume: "
-                    "nothing that was recorded is lost."
+                    f"{what} cannot be used for {patience:.0f} s: {reason}. Fix the cause and "
+                    "--resume: nothing that was recorded is lost."
                 ) from error
-            if not told:
-                console.print(f"{what} cannot be used ({reason}); waiting for it")
-                told = True
+            if not waited:
+                log.warning("%s cannot be used (%s); waiting for it", what, reason)
+                waited = True
             time.sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
         else:
-            if told:
-                console.print(f"{what} is back after {time.monotonic() - began:.0f} s")
+            if waited:
+                log.warning("%s is back after %.0f s", what, time.monotonic() - began)
             return result
+
+
+def retry_in_trial(action: Callable[[], T], what: str) -> T:
+    """Return what `action` returns, as :func:`retry`, in a process that runs a trial.
+
+    Raises:
+        OSError: the storage could not be used for `PATIENCE_SECONDS`. The trial fails, and its
+            process can run the next one.
+    """
+    try:
+        return retry(action, what)
+    except StorageLostError as error:
+        raise OSError(str(error)) from error

@@ -1,8 +1,7 @@
-"""Trials from proposal to end, on a Ray cluster that is there: what a study does, and no more.
+"""Run a search: propose, schedule, record and end trials on a Ray cluster that is connected.
 
-What is trained is not its affair: any function that reports `epoch` and the objectives, and keeps
-its own checkpoints under the `trial_id` it is given, can be searched over. So the same engine runs
-real studies, and the trials without a model that its tests and benchmarks are made of.
+The engine does not know what is trained. It searches over any trainable that keeps to
+:mod:`studies.engine.protocol` and saves its own checkpoints under its `trial_id`.
 """
 
 import logging
@@ -10,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,33 +17,44 @@ from typing import Any
 import optuna
 from ray import tune
 
+from batchcam.errors import ConfigError
 from studies.engine.ledger import LEDGER, Ledger
 from studies.engine.ledger_callback import LedgerCallback
 from studies.engine.optuna_searcher import OptunaSearcher, Space, enqueue
 from studies.engine.optuna_storage import open_optuna_study
+from studies.engine.protocol import (
+    RESOURCE_MULTIPLIER,
+    RESUMES_AT,
+    TRIAL_ID,
+    Objective,
+    ResourceRequest,
+)
 from studies.engine.recovery import recover
 from studies.engine.replica import Replica
 from studies.engine.sampler import ReproducibleTPE
 from studies.engine.scheduler import ParetoASHA
-from studies.monitoring.console import TrialLines, console
-from studies.monitoring.status_table import StatusTable, shown
-from studies.planning.resources import TrialResources, slots
-from studies.trial import RESOURCE_MULTIPLIER, RESUMES_AT
 
 Trainable = Callable[[dict[str, Any]], None]
+
+Progress = Callable[[Ledger, int], AbstractContextManager[Sequence[tune.Callback]]]
+"""Shows the progress of a search, from its ledger and the number of its trials in all.
+
+The context lasts while trials run. It yields callbacks of Ray Tune, which learn of each event after
+the event is recorded.
+"""
 
 _DRIVER_ENVIRONMENT = {
     # Seconds between two savings of Ray's own state, from which nothing is ever restored.
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
-    # Ray's newer output cannot be silenced; `studies.monitoring.console` says what there is to say.
+    # Ray's newer output cannot be silenced; the caller's `progress` prints what there is to say.
     "RAY_AIR_NEW_OUTPUT": "0",
-    # Trials whose processes may start at the same time: as many as the bridge gives. Ray's default
-    # of one would start slot after slot, and never the second where trials are short.
+    # The number of trials whose processes may start at the same time: the searcher limits it. With
+    # Ray's default of one, trials start one after the other; where they are short, one runs alone.
     "TUNE_MAX_PENDING_TRIALS_PG": "100000",
     # The ledger has the results; Ray would write each of them three times more.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    # Its handler would end the search as if it were done, and advise to restore from its state.
+    # Ray's handler would end the search as if it were complete, and advise to restore its state.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 
@@ -58,83 +68,110 @@ _KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What is searched, and how.
+    """The definition of a search.
 
     Attributes:
-        name: of Optuna's study.
-        key: what the trials' ids begin with, as no other study's do.
+        name: name of Optuna's study.
+        key: prefix of the trials' ids; no other search that shares their storage may have it.
         space: draws a trial's parameters and returns its configuration.
         first_points: parameters to try before any others.
-        objectives: metrics to maximise.
+        objectives: at least one; the first one leads early stopping.
         min_epochs: epochs before a trial may be stopped early.
-        max_epochs: epochs of a trial that is not.
-        num_trials: configurations to try in all.
-        max_failures: how often a trial that fails goes on from its last checkpoint.
-        seed: of the sampler and the scheduler.
+        max_epochs: epochs of a trial that is not stopped early.
+        num_trials: the number of configurations to try in all.
+        max_failures: how often a trial that fails continues from its last checkpoint.
+        seed: seed of the sampler and the scheduler.
+
+    Raises:
+        ConfigError: there is no objective, or two have one name.
     """
 
     name: str
     key: str
     space: Space
     first_points: Sequence[Mapping[str, Any]] = ()
-    objectives: tuple[str, ...]
+    objectives: tuple[Objective, ...]
     min_epochs: int
     max_epochs: int
     num_trials: int
     max_failures: int = 2
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        names = [each.name for each in self.objectives]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"objectives={names} must be one or more, each of another name.")
+
 
 def run_search(
     search: Search,
     folder: Path,
     trainable: Trainable,
-    resources: TrialResources,
+    request: ResourceRequest,
+    max_concurrent_trials: Callable[[], int],
+    *,
     callbacks: Sequence[tune.Callback] = (),
+    progress: Progress = lambda _ledger, _num_trials: nullcontext(()),
     copy: str | None = None,
     on_trial_end: Callable[[optuna.Trial], None] = lambda _: None,
 ) -> Ledger:
-    """Run a search to its end, going on with what `folder` holds of it; return its ledger.
+    """Run a search to its end, resuming it if `folder` holds a part of it; return its ledger.
 
     Args:
-        search: what is searched, and how.
-        folder: where its memory is kept.
-        trainable: what runs for each trial.
-        resources: what a trial asks for.
-        callbacks: hear of each event after it is recorded.
-        copy: a folder or URI for a copy of the memory, from which `folder` is made where it is
-            lost; see :class:`studies.engine.replica.Replica`.
-        on_trial_end: called with each of Optuna's trials before its end is told.
+        search: the definition of the search.
+        folder: the folder, which exists, for the ledger and Optuna's journal.
+        trainable: runs one trial in a process of Ray; see :mod:`studies.engine.protocol`.
+        request: returns the resources that a trial asks for.
+        max_concurrent_trials: returns how many trials fit the cluster at present. One more is
+            proposed, so that it starts as soon as another ends. A trial proposed earlier would be
+            proposed with less knowledge.
+        callbacks: callbacks of Ray Tune, which learn of each event after the event is recorded.
+        progress: shows the progress; by default nothing is shown.
+        copy: a folder or URI for a replica of ledger and journal, from which missing ones are
+            restored; see :class:`studies.engine.replica.Replica`.
+        on_trial_end: called with each of Optuna's trials before Optuna learns its end.
 
     Raises:
-        ConfigError: the ledger is damaged, or the storage's address is wrong.
+        ConfigError: the ledger is damaged, the storage's address is wrong, or Optuna's study has
+            other directions than the objectives.
+        FormatError: the ledger has a newer format.
         StorageLostError: the ledger or Optuna's storage could not be written for a long time.
     """
-    # It misses the files that Ray was told not to write.
+    # It warns of the files that Ray was told not to write.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     replicas = [] if copy is None else [Replica(folder, copy)]
     ledger = Ledger(folder / LEDGER)
+    directions = [each.direction for each in search.objectives]
     study, storage = open_optuna_study(
-        folder, search.name, len(search.objectives), ReproducibleTPE(search.seed)
+        folder, search.name, directions, ReproducibleTPE(search.seed)
     )
+    stored = [each.name.lower() for each in study.directions]
+    if stored != directions:
+        raise ConfigError(
+            f"Optuna's study {search.name!r} has the directions {stored}, not {directions}; resume "
+            "it with its own objectives, or give the search another name."
+        )
     enqueue(study, search.first_points)
 
     def configure(trial: optuna.Trial) -> dict[str, Any]:
         history = ledger.get(trial.number)
         return {
             **search.space(trial),
-            "trial_id": trial_id(search.key, trial.number),
+            TRIAL_ID: trial_id(search.key, trial.number),
             RESOURCE_MULTIPLIER: history.resource_multiplier if history else 1,
             RESUMES_AT: history.epoch if history else 0,
         }
 
     def enlarge(number: int) -> int | None:
-        history = ledger.get(number)  # Not by its place: a later trial may have started first.
-        share = 2 * (history.resource_multiplier if history else 1)
-        if resources.enlarged(share) == resources.enlarged(share // 2):
+        history = ledger.get(number)  # Not by its index: a later trial may have started first.
+        multiplier = 2 * (history.resource_multiplier if history else 1)
+        if dict(request(multiplier)) == dict(request(multiplier // 2)):
             return None
-        ledger.enlarge(number, share)
-        return share
+        ledger.enlarge(number, multiplier)
+        return multiplier
+
+    def resources(params: dict[str, Any]) -> tune.PlacementGroupFactory:
+        return tune.PlacementGroupFactory([dict(request(params[RESOURCE_MULTIPLIER]))])
 
     scheduler = ParetoASHA(
         objectives=search.objectives,
@@ -142,32 +179,28 @@ def run_search(
         max_epochs=search.max_epochs,
         seed=search.seed,
     )
-    bridge = OptunaSearcher(
+    searcher = OptunaSearcher(
         study,
         storage,
         configure,
         objectives=search.objectives,
         max_epochs=search.max_epochs,
         num_trials=search.num_trials,
-        max_concurrent_trials=_recent(lambda: slots(resources) + 1, seconds=2),
+        max_concurrent_trials=_recent(lambda: max_concurrent_trials() + 1, seconds=2),
         enlarge=enlarge,
         on_trial_end=on_trial_end,
     )
-    recover(ledger, bridge, scheduler, search.max_epochs)
-    ended = sum(trial.state is not None for trial in ledger.trials)
-    table = StatusTable(ledger, bridge.num_trials, search.objectives, search.max_epochs)
+    recover(ledger, searcher, scheduler, search.max_epochs)
     with (
         tempfile.TemporaryDirectory(prefix="batchcam-ray-") as scratch,
         _environment(),
-        shown(console, table),
+        progress(ledger, searcher.num_trials) as shown,
     ):
         tune.Tuner(
-            tune.with_resources(
-                trainable, lambda params: resources.enlarged(params[RESOURCE_MULTIPLIER]).as_ray()
-            ),
+            tune.with_resources(trainable, resources),
             tune_config=tune.TuneConfig(
                 num_samples=-1,
-                search_alg=bridge,
+                search_alg=searcher,
                 scheduler=scheduler,
                 reuse_actors=True,
                 trial_dirname_creator=_trial_folder,
@@ -179,7 +212,7 @@ def run_search(
                 callbacks=[
                     LedgerCallback(ledger, folder, search.objectives, search.max_epochs),
                     *replicas,
-                    TrialLines(bridge.num_trials, ended),
+                    *shown,
                     *callbacks,
                 ],
                 verbose=0,
@@ -192,10 +225,10 @@ def run_search(
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """Set what Ray reads from the environment, and keep the keys of object stores from it.
+    """Set the variables that Ray reads, and hide the keys of object stores from Ray.
 
-    Ray would hand these to trials, and write them to its logs on every node; trials have them from
-    the environment that their node was started with.
+    Ray would pass the keys to trials, and write them to its logs on every node. Trials take them
+    from the environment in which their node was started.
     """
     before = dict(os.environ)
     os.environ.update(_DRIVER_ENVIRONMENT)
@@ -209,7 +242,7 @@ def _environment() -> Iterator[None]:
 
 
 def _recent(function: Callable[[], int], seconds: float) -> Callable[[], int]:
-    """Return a function that calls another one at most once in so many seconds."""
+    """Return a function that caches the result of another one for some seconds."""
     value, due = 0, 0.0
 
     def recall() -> int:
@@ -222,7 +255,7 @@ def _recent(function: Callable[[], int], seconds: float) -> Callable[[], int]:
 
 
 def trial_id(key: str, number: int) -> str:
-    """Return the id of a trial: of its checkpoints, its W&B run, and its row in the tables."""
+    """Return the id of a trial, which names its checkpoints, its W&B run and its table row."""
     return f"{key}_{number:05d}"
 
 

@@ -98,7 +98,8 @@ def _worth_knowing(study: optuna.Study) -> list[FrozenTrial]:
         values = np.array([trial.values for trial in completed], dtype=float)
         _, unique = np.unique(values, axis=0, return_inverse=True)
         distinct = np.unique(values, axis=0)
-        ranks = moocore.pareto_rank(distinct, maximise=True)[unique.ravel()]
+        up = [each == optuna.study.StudyDirection.MAXIMIZE for each in study.directions]
+        ranks = moocore.pareto_rank(distinct, maximise=up)[unique.ravel()]
         best = np.argsort(ranks, kind="stable")[: _KNOWN // 2]
         kept = {completed[index].number for index in best}
     latest = [trial.number for trial in ended if trial.number not in kept]

@@ -1,4 +1,4 @@
-"""Early stopping, as Ray Tune asks for it: which trials are not worth going on with."""
+"""Early stopping as a scheduler of Ray Tune."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -7,7 +7,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from studies.engine.halving import ParetoHalving
-from studies.trial import OUT_OF_MEMORY
+from studies.engine.protocol import EPOCH, NUMBER, OUT_OF_MEMORY, Objective
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 class ParetoASHA(FIFOScheduler):
     """Asynchronous successive halving on all objectives of a study.
 
-    Decides by :class:`studies.engine.halving.ParetoHalving`. Trials are told apart by the
-    `number` in their configuration, and epochs are counted by the trial itself: Ray's ids and
-    iterations start anew after a restart.
+    Decides by :class:`studies.engine.halving.ParetoHalving`. Identifies a trial by the `number` in
+    its configuration, and takes the epoch from its report: Ray's ids and iterations start anew
+    after a restart.
 
     Args:
-        objectives: metrics that a result must have, all maximised; the first one leads.
-        min_epochs: the first rung; at most `max_epochs`, where it stops nothing.
-        max_epochs: of each trial.
-        reduction_factor: of the trials at a rung, one in so many goes on.
-        brackets: sets of rungs to share the trials out to.
-        seed: of the draw of brackets.
+        objectives: metrics that every report must have; the first one leads.
+        min_epochs: the first rung; values above `max_epochs` are taken as `max_epochs`.
+        max_epochs: epochs of a trial that is not stopped early.
+        reduction_factor: one in so many of the trials at a rung continues.
+        brackets: sets of rungs to distribute the trials over.
+        seed: seed of the draw of brackets.
 
     Raises:
         ConfigError: see :class:`studies.engine.halving.ParetoHalving`.
@@ -35,7 +35,7 @@ class ParetoASHA(FIFOScheduler):
     def __init__(
         self,
         *,
-        objectives: Sequence[str],
+        objectives: Sequence[Objective],
         min_epochs: int,
         max_epochs: int,
         reduction_factor: int = 2,
@@ -63,17 +63,17 @@ class ParetoASHA(FIFOScheduler):
         Raises:
             ValueError: the result lacks the epoch or an objective.
         """
-        if result.get("done") and "epoch" not in result:
-            return TrialScheduler.CONTINUE  # It ended without a report; so says Ray, not the trial.
+        if result.get("done") and EPOCH not in result:
+            return TrialScheduler.CONTINUE  # Ray ended a trial that reported nothing.
         if result.get(OUT_OF_MEMORY):
-            return TrialScheduler.STOP  # To be started anew: this is no report of an epoch.
-        going_on = self._judge(trial.config["number"], result)
-        return TrialScheduler.CONTINUE if going_on else TrialScheduler.STOP
+            return TrialScheduler.STOP  # No epoch was finished; the trial starts again.
+        continues = self._judge(trial.config[NUMBER], result)
+        return TrialScheduler.CONTINUE if continues else TrialScheduler.STOP
 
     def replay(self, number: int, metrics: Mapping[str, float]) -> bool:
-        """Return whether a trial went on after a report of before a restart.
+        """Return whether a trial continues after a report from before a restart.
 
-        Reports must come in the order in which they were judged then.
+        Reports must come in the order in which they were judged first.
 
         Raises:
             ValueError: `metrics` lack an objective.
@@ -81,12 +81,13 @@ class ParetoASHA(FIFOScheduler):
         return self._judge(number, metrics)
 
     def _judge(self, number: int, result: Mapping[str, Any]) -> bool:
-        missing = [name for name in ("epoch", *self._objectives) if name not in result]
+        names = [each.name for each in self._objectives]
+        missing = [name for name in (EPOCH, *names) if name not in result]
         if missing:
             raise ValueError(
                 f"trial {number} reported no {' and no '.join(missing)}, which early stopping "
                 f"needs; report it after each epoch, or choose other objectives than "
-                f"{', '.join(self._objectives)}."
+                f"{', '.join(names)}."
             )
-        values = [result[name] for name in self._objectives]
-        return self._halving.judge(number, int(result["epoch"]), values)
+        values = [each.gain(result[each.name]) for each in self._objectives]
+        return self._halving.judge(number, int(result[EPOCH]), values)

@@ -1,4 +1,4 @@
-"""A place for files that outlives a node: a folder that all share, or an object store."""
+"""Access to shared storage that outlives a node: a shared folder, or an object store."""
 
 import os
 import uuid
@@ -12,12 +12,12 @@ from batchcam.errors import ConfigError
 def open_storage(place: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """Return the file system of a path or URI such as `s3://bucket/study`, and the path within it.
 
-    The keys of an object store are read from the environment here, once: what runs later may have
-    another environment.
+    Reads the keys of an object store from the environment once, here: code that runs later may
+    have another environment.
 
     Raises:
-        OSError: the place cannot be reached.
-        ValueError: it is no address.
+        OSError: the storage cannot be reached.
+        ValueError: `place` is no valid address.
     """
     if "://" not in place:
         return pyarrow.fs.LocalFileSystem(), str(Path(place).resolve())
@@ -36,24 +36,24 @@ def open_storage(place: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 
 def check_storage(place: str) -> None:
-    """Write a file to where a study's states will go, and delete it.
+    """Check that storage can be written to, by writing and deleting a file.
 
     Raises:
-        ConfigError: that cannot be done, with what to look at.
+        ConfigError: it cannot be written to; the message names what to check.
     """
     name = f".{uuid.uuid4().hex}"
     try:
         fs, root = open_storage(place)
         fs.create_dir(root)
         with fs.open_output_stream(f"{root}/{name}") as file:
-            file.write(b"written to see whether it can be")
+            file.write(b"a test whether this storage can be written to")
         fs.delete_file(f"{root}/{name}")
     except (OSError, ValueError) as error:
         raise cannot_keep(place, error) from error
 
 
 def is_file(place: str) -> bool:
-    """Whether there is a file of this path or URI.
+    """Return whether there is a file at a path or URI.
 
     Raises:
         ConfigError: the storage cannot be read.
@@ -66,10 +66,10 @@ def is_file(place: str) -> bool:
 
 
 def copy_file(source: str, target: str) -> None:
-    """Copy a file from a path or URI to another one, whose folder is made.
+    """Copy a file between two paths or URIs, creating the folder of the target.
 
     Raises:
-        OSError: it cannot be read, or written.
+        OSError: the source cannot be read, or the target cannot be written.
     """
     (source_fs, source_path), (target_fs, target_path) = map(open_storage, (source, target))
     target_fs.create_dir(target_path.rpartition("/")[0])
@@ -77,9 +77,9 @@ def copy_file(source: str, target: str) -> None:
 
 
 def cannot_keep(place: str, error: Exception) -> ConfigError:
-    """Return what to tell a user whose storage cannot be used."""
+    """Return the error for storage that cannot be used."""
     reason = str(error).strip().splitlines()[0]
     return ConfigError(
-        f"a study cannot be kept in {place}: {reason}. Check --storage and, for an object store, "
+        f"a study cannot be stored in {place}: {reason}. Check --storage and, for an object store, "
         "AWS_ENDPOINT_URL and the keys in the environment; its bucket must exist."
     )

@@ -9,6 +9,8 @@ from ray import tune
 from ray.tune.experiment import Trial
 from rich.console import Console
 
+from studies.engine.protocol import EPOCH, OUT_OF_MEMORY
+
 _SHOWN = {
     "val_accuracy": "accuracy {val_accuracy:.4f}",
     "cam_ssim": "SSIM {cam_ssim:.3f}",
@@ -37,9 +39,9 @@ class TrialLines(tune.Callback):
         """Print the last metrics of a trial that ran to its end or was stopped early."""
         del iteration, trials, info
         last: dict[str, Any] = trial.last_result
-        if last.get("out_of_memory"):
+        if last.get(OUT_OF_MEMORY):
             console.print(f"          {trial.config['trial_id']}  out of memory")
-        elif "epoch" not in last:
+        elif EPOCH not in last:
             self._print(trial, "ended without a report")
         else:
             said = [shown.format(**last) for name, shown in _SHOWN.items() if name in last]

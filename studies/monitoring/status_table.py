@@ -11,7 +11,6 @@ from datetime import timedelta
 from typing import Any
 
 import moocore
-import numpy as np
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from studies.engine.ledger import Ledger, TrialHistory
+from studies.engine.protocol import Objective, gains, has_objectives
 
 WIDTH = 80
 _ROWS = 12
@@ -32,7 +32,7 @@ class StatusTable:
     Args:
         ledger: of the study.
         num_trials: how many there will be in all.
-        objectives: metrics that are maximised.
+        objectives: of the study.
         max_epochs: epochs of a trial that is not stopped early.
         clock: seconds, from any moment on.
     """
@@ -41,7 +41,7 @@ class StatusTable:
         self,
         ledger: Ledger,
         num_trials: int,
-        objectives: Sequence[str],
+        objectives: Sequence[Objective],
         max_epochs: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -69,18 +69,14 @@ class StatusTable:
         first = f"{len(ended)} of {self._num_trials} trials ended"
         first += f" ({', '.join(counts)})" if counts else ""
         lines = [f"{first}, {running} running"]
-        found = np.array(
-            [
-                [trial.reports[-1][name] for name in self._objectives]
-                for trial in ended
-                if trial.state != "failed" and trial.reports
-            ]
-        )
-        if len(found):
-            front = int(moocore.is_nondominated(found, maximise=True, keep_weakly=True).sum())
+        last = [trial.reports[-1] for trial in ended if trial.state != "failed" and trial.reports]
+        found = [metrics for metrics in last if has_objectives(metrics, self._objectives)]
+        if found:
+            points = gains(found, self._objectives)
+            front = int(moocore.is_nondominated(points, maximise=True, keep_weakly=True).sum())
             best = ", ".join(
-                f"{name} {value:.4f}"
-                for name, value in zip(self._objectives, found.max(axis=0), strict=True)
+                f"{each.name} {found[place][each.name]:.4f}"
+                for each, place in zip(self._objectives, points.argmax(axis=0), strict=True)
             )
             lines.append(f"best {best}; {front} on the Pareto front")
         left = self._left(trials)
@@ -101,12 +97,14 @@ class StatusTable:
     def _table(self, trials: list[TrialHistory]) -> Table:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, width=WIDTH)
         table.add_column("running", no_wrap=True, overflow="ellipsis", ratio=1)
-        for column in ("epoch", *self._objectives, "images/s"):
+        for column in ("epoch", *(each.name for each in self._objectives), "images/s"):
             table.add_column(column, justify="right", no_wrap=True)
         running = [trial for trial in trials if trial.state is None]
         for trial in running[:_ROWS]:
             last: dict[str, Any] = trial.reports[-1] if trial.reports else {}
-            values = [f"{last[name]:.4f}" if name in last else "" for name in self._objectives]
+            values = [
+                f"{last[each.name]:.4f}" if each.name in last else "" for each in self._objectives
+            ]
             speed = last.get("images_per_second")
             table.add_row(
                 str(trial.params.get("trial_id", trial.number)),

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from batchcam.config import TrialConfig
-from batchcam.errors import ConfigError
+from batchcam.errors import ConfigError, FormatError
 from studies.cli import run_command
 from studies.evidence.tables import markdown
 from studies.monitoring.console import console
@@ -70,6 +70,8 @@ def read(folder: Path) -> Exported:
         ]
         bundles = read_bundles(folder / "best")
         return Exported(folder.resolve().name, trials, np.array(values, dtype=float), bundles)
+    except FormatError:
+        raise
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{folder} does not hold what a study exports ({error}); name its folder, as "

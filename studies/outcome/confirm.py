@@ -1,13 +1,13 @@
-"""Confirm before believing: the best of a study, trained again with fresh seeds on the full budget.
+"""Confirmation: train the best trials of a study again with fresh seeds on the full budget.
 
-A study's best was chosen among many, by one run each, some of them stopped early: part of what
-makes it best is chance. Here the K best of the front are trained anew S times, the seeds unlike the
-study's, and the winner is chosen by their means.
+A study's best trial was chosen among many, by one run each, some of them stopped early: part of its
+lead is chance. Here the K best of the front are trained again S times with seeds that the study did
+not use, and the winner is chosen by the means.
 """
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
@@ -17,22 +17,23 @@ import optuna
 from scipy.stats import t as student_t
 
 from studies.engine.ledger_callback import ERRORS
+from studies.engine.protocol import TRIAL_ID, Objective, gains
 from studies.engine.run import Search, Trainable, run_search
-from studies.outcome.export import StudyError, TrialRecord, collect
-from studies.planning.resources import TrialResources
+from studies.monitoring.progress import on_terminal
+from studies.objectives import OBJECTIVES
+from studies.outcome.export import BASELINE, KNEE, StudyError, TrialRecord, collect
+from studies.planning.resources import TrialResources, slots
 from studies.settings import MEMORY, StudySettings
 
 FOLDER = "confirm"
-"""Where, in the study's folder, the confirming runs have their ledger."""
+"""Name of the folder, in the study's folder, for the ledgers of confirming runs."""
 
 CANDIDATE = "candidate"
-"""In a run's parameters: the id of the trial that it confirms."""
+"""In a run's parameters: the id of the trial that the run confirms."""
 
 _LEVEL = 0.95
 _FIRST_SEED = 1_000
-"""Added to the study's seed: far from what a person would count through."""
-
-_CONFIRMED = ("val_accuracy", "cam_ssim", "images_per_second")
+"""Offset of the fresh seeds to the study's seed, beyond the seeds that users count through."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class Confirmed:
 
     Attributes:
         candidate: the trial of the study.
-        runs: one per seed, each on the full budget.
-        intervals: for each metric its mean and the bounds of the 95 % confidence interval of the
-            mean, by Student's t over the seeds.
+        runs: one run per seed, each on the full budget.
+        intervals: for each metric that can be an objective, the mean and the bounds of its 95 %
+            confidence interval, by Student's t over the seeds.
     """
 
     candidate: TrialRecord
@@ -52,9 +53,9 @@ class Confirmed:
 
     @property
     def as_record(self) -> TrialRecord:
-        """The candidate with the means for metrics, and the first run's checkpoints.
+        """The first run with the means as its metrics.
 
-        The first, not the best of the runs: choosing among them would be chance once more.
+        The first run, not the best: choosing the best would select by chance again.
         """
         run = self.runs[0]
         means = {name: values[0] for name, values in self.intervals.items()}
@@ -69,7 +70,7 @@ class Confirmed:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a bundle's metrics.json says of it."""
+        """The entries of metrics.json about the confirmation."""
         return {
             "confirmed": {
                 "candidate": self.candidate.trial_id,
@@ -84,32 +85,37 @@ class Confirmed:
 
 
 def best_of_front(
-    front: Sequence[TrialRecord], chosen: dict[str, TrialRecord], objectives: Sequence[str], k: int
+    front: Sequence[TrialRecord],
+    chosen: Mapping[str, TrialRecord],
+    objectives: Sequence[Objective],
+    k: int,
 ) -> list[TrialRecord]:
-    """Return the `k` best of a front: those chosen first, then the nearest to the ideal point.
+    """Return the `k` best of a front, and the baseline.
 
-    The baseline, if there is one, is confirmed besides: what they gain is as uncertain as it is.
-    Distances are Euclidean, each objective in units of its range on the front.
+    The first of the best are those chosen: the knee, then the best by each objective. The records
+    nearest to the ideal point follow. Distances are Euclidean, each objective in units of its range
+    on the front. The baseline is confirmed too, if there is one, since a gain over it is as
+    uncertain as its own value.
     """
-    values = np.array([[record.metrics[name] for name in objectives] for record in front])
+    values = gains([record.metrics for record in front], objectives)
     distance = np.linalg.norm(
         (values.max(axis=0) - values) / (np.ptp(values, axis=0) + 1e-12), axis=1
     )
     nearest = [front[index] for index in np.argsort(distance, kind="stable")]
-    first = [chosen[name] for name in ("knee", "accuracy", "ssim")]
+    first = [chosen[name] for name in (KNEE, *(each.short for each in objectives))]
     order: list[TrialRecord] = []
     for record in [*first, *nearest]:
         if record not in order:
             order.append(record)
     best = order[:k]
-    baseline = chosen.get("baseline")
+    baseline = chosen.get(BASELINE)
     return best if baseline is None or baseline in best else [*best, baseline]
 
 
 def confirming_search(
     settings: StudySettings, candidates: Sequence[TrialRecord], seeds: int
 ) -> Search:
-    """Return a search whose trials are each candidate with each fresh seed, none stopped early."""
+    """Return a search over each candidate with each fresh seed, without early stopping."""
     runs = [(record, seed) for seed in range(seeds) for record in candidates]
 
     def space(trial: optuna.Trial) -> dict[str, Any]:
@@ -122,7 +128,7 @@ def confirming_search(
         key=f"{settings.key}c{digest(candidates, seeds)}",
         space=space,
         first_points=[{"run": run} for run in range(len(runs))],
-        objectives=settings.objectives,
+        objectives=settings.objective_records,
         min_epochs=settings.max_epochs,
         max_epochs=settings.max_epochs,
         num_trials=len(runs),
@@ -137,29 +143,37 @@ def confirm(
     trainable: Trainable,
     resources: TrialResources,
 ) -> list[Confirmed]:
-    """Train each candidate with fresh seeds, going on with what was cut, and return the outcome.
+    """Train each candidate with fresh seeds, resuming interrupted runs; return the outcome.
 
     Raises:
-        StudyError: no candidate came to the end with two seeds.
+        StudyError: no candidate has two completed runs.
     """
     folder = settings.folder / FOLDER / digest(candidates, settings.seeds)
     folder.mkdir(parents=True, exist_ok=True)
     search = confirming_search(settings, candidates, settings.seeds)
     memory = settings.copy_of(folder / MEMORY)
-    ledger = run_search(search, folder, trainable, resources, copy=memory)
-    of = {trial.params["trial_id"]: trial.params[CANDIDATE] for trial in ledger.trials}
+    ledger = run_search(
+        search,
+        folder,
+        trainable,
+        resources.request,
+        lambda: slots(resources),
+        progress=on_terminal(search),
+        copy=memory,
+    )
+    of = {trial.params[TRIAL_ID]: trial.params[CANDIDATE] for trial in ledger.trials}
     runs = collect(ledger, settings.base_config(), settings.checkpoints)
     confirmed = gather(candidates, [(of[run.trial_id], run) for run in runs])
     if not confirmed:
         raise StudyError(
-            f"none of the {len(candidates)} candidates came to the end with two seeds; see "
-            f"{folder / ERRORS}, mend the cause and --resume."
+            f"none of the {len(candidates)} candidates has two completed runs; see "
+            f"{folder / ERRORS}, fix the cause and --resume."
         )
     return confirmed
 
 
 def digest(candidates: Sequence[TrialRecord], seeds: int) -> str:
-    """Return a name for the confirmation of these, as the front of a study may yet change."""
+    """Return a name for the confirmation of these candidates, since the front may yet change."""
     ids = " ".join([str(seeds), *(record.trial_id for record in candidates)])
     return hashlib.sha256(ids.encode()).hexdigest()[:4]
 
@@ -167,20 +181,20 @@ def digest(candidates: Sequence[TrialRecord], seeds: int) -> str:
 def gather(
     candidates: Sequence[TrialRecord], runs: Sequence[tuple[str, TrialRecord]]
 ) -> list[Confirmed]:
-    """Return the candidates of which two runs came to the end; runs are (candidate's id, run)."""
+    """Return the candidates with two or more completed runs; runs are (candidate's id, run)."""
     found = []
     for candidate in candidates:
         own = [run for of, run in runs if of == candidate.trial_id and run.state == "completed"]
         if len(own) > 1:
-            intervals = {name: interval([run.metrics[name] for run in own]) for name in _CONFIRMED}
+            intervals = {name: interval([run.metrics[name] for run in own]) for name in OBJECTIVES}
             found.append(Confirmed(candidate, own, intervals))
     return found
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the mean of values, and the bounds of its 95 % confidence interval.
+    """Return the mean of values and the bounds of its 95 % confidence interval.
 
-    By Student's t with n - 1 degrees of freedom.
+    The interval is Student's, with n - 1 degrees of freedom.
 
     Raises:
         StatisticsError: there are fewer than two values.

@@ -1,32 +1,40 @@
-"""From trials to what is kept: a table of all, the Pareto front, and the best as bundles.
+"""The export of a study: the table of trials, the Pareto front, and the best trials as bundles.
 
-Selection reads validation metrics only. The test split is read once for each exported bundle, after
-the choice.
+Selection reads the reported objectives only, which are of the validation split. The test split is
+read once for each exported bundle, after the choice.
 """
 
 import csv
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import moocore
 import numpy as np
+import numpy.typing as npt
 
 from batchcam.config import TrialConfig
 from batchcam.data.prepared import PreparedData
 from batchcam.errors import BatchCamError
-from batchcam.export.bundle import save_bundle
+from batchcam.export.bundle import read_metrics, save_bundle
 from batchcam.export.model_card import loss_terms
 from batchcam.training.fit import restore
 from studies.engine.checkpoints import Checkpoints
 from studies.engine.ledger import Ledger
+from studies.engine.protocol import TRIAL_ID, Objective, gains, has_objectives
+from studies.objectives import OBJECTIVES
 from studies.trial import METRICS, trial_config
 
-BUNDLES = ("accuracy", "ssim", "knee", "baseline")
-"""What is exported: the best by accuracy, by SSIM, between them, and without explanation."""
+KNEE = "knee"
+"""Bundle of the best compromise between the objectives; there is always one."""
+BASELINE = "baseline"
+"""Bundle of the best trial without explanation; absent where there is no such trial."""
+BUNDLES = (*(each.short for each in OBJECTIVES.values()), KNEE, BASELINE)
+"""Names of bundles in their order: the best by each objective, the knee, and the baseline."""
 
 
 class StudyError(BatchCamError):
@@ -35,16 +43,16 @@ class StudyError(BatchCamError):
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """A trial as it ended.
+    """The state of a trial at the end of a study.
 
     Attributes:
-        trial_id: names its checkpoints and its W&B run too.
+        trial_id: the trial's id, which also names its checkpoints and its W&B run.
         state: "completed", "stopped" (early, by the scheduler), "failed" or "unfinished".
-        config: its configuration.
-        metrics: the last of each of `METRICS` that it reported.
-        checkpoints: where its saved states are.
-        error: the last line of what made it fail.
-        facts: what the metrics.json of its bundle is to say besides.
+        config: the trial's configuration.
+        metrics: the metrics of its last report; empty if it reported nothing.
+        checkpoints: the folder or URI of its saved states.
+        error: the last line of the error of a failed trial.
+        facts: further entries of the metrics.json of its bundle.
     """
 
     trial_id: str
@@ -57,80 +65,100 @@ class TrialRecord:
 
     @property
     def usable(self) -> bool:
-        """Whether it can be chosen: it has metrics, and with them a checkpoint."""
-        return "val_accuracy" in self.metrics
+        """Whether the trial reported an epoch, and so has a checkpoint."""
+        return bool(self.metrics)
 
 
 def collect(ledger: Ledger, base: TrialConfig, checkpoints: str) -> list[TrialRecord]:
-    """Return a record per trial, in the order in which they were proposed.
+    """Return a record for each trial, in the order of the proposals.
 
-    `checkpoints` is the folder or URI in which each trial has one of its own.
+    `checkpoints` is the folder or URI that holds the folder of each trial.
     """
     return [
         TrialRecord(
-            trial_id=trial.params["trial_id"],
+            trial_id=trial.params[TRIAL_ID],
             state=trial.state or "unfinished",
             config=trial_config(base, trial.params),
             metrics=trial.reports[-1] if trial.reports else {},
-            checkpoints=f"{checkpoints}/{trial.params['trial_id']}",
+            checkpoints=f"{checkpoints}/{trial.params[TRIAL_ID]}",
             error=trial.error,
         )
         for trial in ledger.trials
     ]
 
 
-def pareto_front(records: Sequence[TrialRecord], objectives: Sequence[str]) -> list[TrialRecord]:
-    """Return the records that no other beats in all objectives, best in the first one first."""
-    usable = [record for record in records if record.usable]
-    if not usable:
+def pareto_front(
+    records: Sequence[TrialRecord], objectives: Sequence[Objective]
+) -> list[TrialRecord]:
+    """Return the non-dominated records, the best in the first objective first.
+
+    Records that lack an objective, or have one that is not finite, are left out.
+    """
+    judged = [record for record in records if has_objectives(record.metrics, objectives)]
+    if not judged:
         return []
-    kept = moocore.is_nondominated(_values(usable, objectives), maximise=True, keep_weakly=True)
-    front = [record for record, keep in zip(usable, kept, strict=True) if keep]
-    return sorted(front, key=lambda record: -record.metrics[objectives[0]])
+    points = _gains(judged, objectives)
+    kept = moocore.is_nondominated(points, maximise=True, keep_weakly=True)
+    front = [record for record, keep in zip(judged, kept, strict=True) if keep]
+    first = objectives[0]
+    return sorted(front, key=lambda record: -first.gain(record.metrics[first.name]))
 
 
 def choose(
-    records: Sequence[TrialRecord], front: Sequence[TrialRecord], objectives: Sequence[str]
+    records: Sequence[TrialRecord],
+    front: Sequence[TrialRecord],
+    objectives: Sequence[Objective],
 ) -> dict[str, TrialRecord]:
-    """Return the best by accuracy, by SSIM, the knee between the objectives, and the baseline.
+    """Return the records to export by the names of their bundles.
 
-    The knee is the point of the front nearest to the ideal one, which has the best value of each
-    objective. Distances are Euclidean, each objective in units of what separates the median trial
-    from the best: a small front says nothing of the scales, and outliers do not stretch them.
+    These are the best by each objective, under its short name; the knee between the objectives; and
+    the baseline. Of records with the same best value, the best in the other objectives is taken, in
+    the order of the objectives.
 
-    The baseline is the most accurate of the records whose loss is cross-entropy alone, if there is
-    one: what the others are to be compared with.
+    The knee is the record of the front nearest to the ideal point, which has the best value of each
+    objective. Distances are Euclidean, each objective in units of the distance between the median
+    of all records and the best: a small front does not determine the scales, and outliers do not
+    stretch them. With a single objective the knee is the best record, so that `best/knee` is the
+    bundle to use in every study.
+
+    The baseline is the best, in the first objective, of the records whose loss is cross-entropy
+    alone, if there is one.
     """
 
-    def best(name: str, then: str) -> TrialRecord:
-        return max(front, key=lambda record: (record.metrics[name], record.metrics[then]))
+    def order(record: TrialRecord, objective: Objective) -> tuple[float, ...]:
+        others = [each for each in objectives if each != objective]
+        return tuple(each.gain(record.metrics[each.name]) for each in (objective, *others))
 
-    values = _values(front, objectives)
-    ideal = values.max(axis=0)
-    everyone = _values([record for record in records if record.usable], objectives)
+    judged = [record for record in records if has_objectives(record.metrics, objectives)]
+    chosen = {each.short: max(front, key=partial(order, objective=each)) for each in objectives}
+    points = _gains(front, objectives)
+    ideal = points.max(axis=0)
+    everyone = _gains(judged, objectives)
     unit = ideal - np.median(everyone, axis=0)
-    distance = (ideal - values) / np.where(unit > 0, unit, np.ptp(everyone, axis=0) + 1e-12)
-    knee = front[int(np.linalg.norm(distance, axis=1).argmin())]
-    chosen = {
-        "accuracy": best("val_accuracy", "cam_ssim"),
-        "ssim": best("cam_ssim", "val_accuracy"),
-        "knee": knee,
-    }
-    plain = [record for record in records if record.usable and not loss_terms(record.config)]
+    distance = (ideal - points) / np.where(unit > 0, unit, np.ptp(everyone, axis=0) + 1e-12)
+    chosen[KNEE] = front[int(np.linalg.norm(distance, axis=1).argmin())]
+    plain = [record for record in judged if not loss_terms(record.config)]
     if plain:
-        chosen["baseline"] = max(plain, key=lambda record: record.metrics["val_accuracy"])
+        first = objectives[0]
+        chosen[BASELINE] = max(plain, key=lambda record: first.gain(record.metrics[first.name]))
     return chosen
 
 
-def _values(records: Sequence[TrialRecord], objectives: Sequence[str]) -> Any:
-    return np.array([[record.metrics[name] for name in objectives] for record in records])
+def _gains(
+    records: Sequence[TrialRecord], objectives: Sequence[Objective]
+) -> npt.NDArray[np.float64]:
+    return gains([record.metrics for record in records], objectives)
 
 
 def write_trials(path: Path, records: Sequence[TrialRecord]) -> None:
-    """Write a row per trial: id, state, every configuration field, the last of each metric."""
+    """Write a row per trial: id, state, every configuration field, the last value of each metric.
+
+    The columns of `METRICS` are always there; other metrics that a trial reported follow them.
+    """
     names = [field.name for field in fields(TrialConfig)]
+    reported = dict.fromkeys([*METRICS, *(name for record in records for name in record.metrics)])
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["trial_id", "state", *names, *METRICS, "error"])
+        writer = csv.DictWriter(file, ["trial_id", "state", *names, *reported, "error"])
         writer.writeheader()
         for record in records:
             row = record.config.as_dict() | record.metrics
@@ -138,10 +166,14 @@ def write_trials(path: Path, records: Sequence[TrialRecord]) -> None:
             writer.writerow(row)
 
 
-def write_pareto(path: Path, front: Sequence[TrialRecord], objectives: Sequence[str]) -> None:
-    """Write the Pareto front as JSON: objectives, and a configuration with metrics per trial."""
+_DIRECTIONS = {"maximize": "maximise", "minimize": "minimise"}
+"""Directions as pareto.json spells them."""
+
+
+def write_pareto(path: Path, front: Sequence[TrialRecord], objectives: Sequence[Objective]) -> None:
+    """Write the Pareto front as JSON: directions, and configuration and metrics of each trial."""
     content = {
-        "objectives": dict.fromkeys(objectives, "maximise"),
+        "objectives": {each.name: _DIRECTIONS[each.direction] for each in objectives},
         "trials": [
             {
                 "trial_id": record.trial_id,
@@ -156,17 +188,18 @@ def write_pareto(path: Path, front: Sequence[TrialRecord], objectives: Sequence[
 
 
 def read_bundles(folder: Path) -> dict[str, tuple[TrialConfig, dict[str, Any]]]:
-    """Return configuration and metrics of each exported bundle, by its name.
+    """Return the configuration and the metrics of each exported bundle, by its name.
 
     Raises:
         ConfigError: a config.yaml cannot be used.
+        BundleError: a metrics.json is damaged.
+        FormatError: a newer version wrote the bundle.
         OSError: a file is missing.
-        ValueError: a metrics.json is not JSON.
     """
     return {
         name: (
             TrialConfig.from_yaml(folder / name / "config.yaml"),
-            json.loads((folder / name / "metrics.json").read_text(encoding="utf-8")),
+            read_metrics(folder / name),
         )
         for name in BUNDLES
         if (folder / name).is_dir()
@@ -174,11 +207,14 @@ def read_bundles(folder: Path) -> dict[str, tuple[TrialConfig, dict[str, Any]]]:
 
 
 def export_bundles(
-    folder: Path, chosen: dict[str, TrialRecord], prepared: PreparedData, study: str
+    folder: Path, chosen: Mapping[str, TrialRecord], prepared: PreparedData, study: str
 ) -> dict[str, dict[str, Any]]:
-    """Write `folder/<name>` for each chosen trial; return the content of each metrics.json.
+    """Write the bundle `folder/<name>` of each chosen trial; return each metrics.json.
 
     A trial chosen under several names is evaluated on the test split once.
+
+    Raises:
+        StudyError: a trial has no undamaged checkpoint.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What a finished study says: the table on the terminal, and the README.md beside its results."""
+"""The summary of a finished study: a table on the terminal, and README.md beside its results."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from batchcam.provenance import command_line, git_commit, package_versions
+from studies.engine.protocol import Objective, has_objectives
+from studies.objectives import SIMILARITY
 from studies.outcome.confirm import Confirmed
 from studies.outcome.export import TrialRecord
 from studies.settings import StudySettings
@@ -20,16 +22,18 @@ _ROWS = 12
 
 @dataclass(frozen=True)
 class Outcome:
-    """What has come of a study.
+    """The outcome of a study.
 
     Attributes:
-        records: its trials.
-        front: those of the Pareto front.
-        confirmed: those that were trained again with fresh seeds, if any were.
-        chosen: what is exported, by the name of its bundle.
-        metrics: of each bundle.
+        objectives: the study's objectives.
+        records: all trials.
+        front: the trials of the Pareto front.
+        confirmed: the trials that were trained again with fresh seeds, if any were.
+        chosen: the exported trials, by the names of their bundles.
+        metrics: metrics.json of each bundle, by its name.
     """
 
+    objectives: Sequence[Objective]
     records: Sequence[TrialRecord]
     front: Sequence[TrialRecord]
     confirmed: Sequence[Confirmed]
@@ -38,21 +42,19 @@ class Outcome:
 
 
 def print_summary(console: Console, outcome: Outcome, folder: Path) -> None:
-    """Print the best trials, the test metrics of those exported, and where they are."""
+    """Print the best trials, the test metrics of the bundles, and the path of the best bundle."""
     records, front, chosen = outcome.records, outcome.front, outcome.chosen
     heading = f"Best of {len(records)} trials ({_count_states(records)})"
     table = Table(title=heading, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for column in ("accuracy", "SSIM", "ceiling", "epochs"):
+    for column in (*_columns(outcome.objectives), "epochs"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("configuration")
     table.add_column("best by", no_wrap=True)
     table.add_column("trial", no_wrap=True)
-    for record in _ranked(records, front):
+    for record in _ranked(outcome):
         names = [name for name, picked in chosen.items() if picked.trial_id == record.trial_id]
         table.add_row(
-            f"{record.metrics['val_accuracy']:.4f}",
-            f"{record.metrics['cam_ssim']:.3f}",
-            f"{record.metrics['cam_ssim_ceiling']:.3f}",
+            *_columns(outcome.objectives, record).values(),
             f"{record.metrics['epoch']:g}",
             run_name(record.config),
             "\n".join(names) or ("(front)" if record in front else ""),
@@ -73,16 +75,15 @@ def _print_confirmed(console: Console, outcome: Outcome) -> None:
     seeds = len(outcome.confirmed[0].runs)
     title = f"Confirmed with {seeds} fresh seeds: mean ± 95 % confidence interval"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for column in ("accuracy", "SSIM"):
-        table.add_column(column, no_wrap=True)
+    for objective in outcome.objectives:
+        table.add_column(objective.title, no_wrap=True)
     for column in ("configuration", "best by", "trial"):
         table.add_column(column)
     numbers = {record.trial_id: index for index, record in enumerate(outcome.records)}
     for each in outcome.confirmed:
         names = [n for n, picked in outcome.chosen.items() if picked == each.as_record]
         table.add_row(
-            _interval(each, "val_accuracy", 4),
-            _interval(each, "cam_ssim", 3),
+            *(_interval(each, objective) for objective in outcome.objectives),
             run_name(each.candidate.config),
             "\n".join(names),
             str(numbers[each.candidate.trial_id]),
@@ -90,22 +91,36 @@ def _print_confirmed(console: Console, outcome: Outcome) -> None:
     console.print(table)
 
 
-def _interval(confirmed: Confirmed, name: str, digits: int) -> str:
-    mean, _, high = confirmed.intervals[name]
-    return f"{mean:.{digits}f} ± {high - mean:.{digits}f}"
+def _columns(objectives: Sequence[Objective], record: TrialRecord | None = None) -> dict[str, str]:
+    """Return the columns of a trial's objectives, and the ceiling beside the SSIM.
+
+    By their titles; with empty texts where `record` is None.
+    """
+    columns = {}
+    for each in objectives:
+        columns[each.title] = "" if record is None else each.show(record.metrics[each.name])
+        if each == SIMILARITY:
+            ceiling = "" if record is None else each.show(record.metrics["cam_ssim_ceiling"])
+            columns["ceiling"] = ceiling
+    return columns
+
+
+def _interval(confirmed: Confirmed, objective: Objective) -> str:
+    mean, _, high = confirmed.intervals[objective.name]
+    return f"{objective.show(mean)} ± {objective.show(high - mean)}"
 
 
 def write_readme(
     path: Path, settings: StudySettings, outcome: Outcome, dataset_sha256: str
 ) -> None:
-    """Write the study's page: how it was made, its Pareto front, and how to use its bundles."""
+    """Write the study's page: its command, its Pareto front, and the use of its bundles."""
     records, front, chosen = outcome.records, outcome.front, outcome.chosen
     versions = package_versions("ray", "optuna", "wandb").items()
     lines = [
         f"# Study {settings.study}",
         "",
         f"{len(records)} trials on {settings.dataset} ({_count_states(records)}), up to "
-        f"{settings.max_epochs} epochs each, maximising {' and '.join(settings.objectives)}; "
+        f"{settings.max_epochs} epochs each, {_goal(outcome.objectives)}; "
         f"seed {settings.seed}. Accuracy and SSIM are of the validation split, SSIM beside the "
         "best that the CAM grid can reach; the test split was read once for each exported bundle, "
         "after it was chosen.",
@@ -118,14 +133,16 @@ def write_readme(
         "",
         "## Best",
         "",
-        "| bundle | trial | configuration | val. accuracy | SSIM / ceiling | test accuracy |",
-        "|---|---|---|---|---|---|",
+        "| bundle | trial | configuration | val. accuracy | SSIM / ceiling | images/s "
+        "| test accuracy |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, record in chosen.items():
         lines.append(
             f"| [{name}](best/{name}) | {record.trial_id} | {run_name(record.config)} | "
             f"{record.metrics['val_accuracy']:.4f} | {record.metrics['cam_ssim']:.3f} / "
             f"{record.metrics['cam_ssim_ceiling']:.3f} | "
+            f"{record.metrics['images_per_second']:,.0f} | "
             f"{outcome.metrics[name]['test_accuracy']:.4f} |"
         )
     if outcome.confirmed:
@@ -163,29 +180,45 @@ def write_readme(
 
 
 def _confirmed_section(outcome: Outcome) -> list[str]:
+    titles = [each.title for each in outcome.objectives]
     seeds = ", ".join(str(run.config.seed) for run in outcome.confirmed[0].runs)
     lines = [
         "",
-        f"Those above were chosen by their means over fresh runs (seeds {seeds}) of the best of "
+        f"The bundles were chosen by their means over fresh runs (seeds {seeds}) of the best of "
         "the front, on the full budget; ± is the 95 % confidence interval of the mean, by "
         "Student's t. A bundle holds the run of the first of these seeds.",
         "",
-        "| trial | configuration | val. accuracy | SSIM |",
-        "|---|---|---|---|",
+        f"| trial | configuration | {' | '.join(titles)} |",
+        "|---|---" + "|---" * len(titles) + "|",
     ]
     lines += [
         f"| {each.candidate.trial_id} | {run_name(each.candidate.config)} | "
-        f"{_interval(each, 'val_accuracy', 4)} | {_interval(each, 'cam_ssim', 3)} |"
+        f"{' | '.join(_interval(each, objective) for objective in outcome.objectives)} |"
         for each in outcome.confirmed
     ]
     return lines
 
 
-def _ranked(records: Sequence[TrialRecord], front: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Return the front, then the others by accuracy, as many as fit a screen."""
-    others = [record for record in records if record.usable and record not in front]
-    others.sort(key=lambda record: -record.metrics["val_accuracy"])
-    return [*front, *others][:_ROWS]
+def _goal(objectives: Sequence[Objective]) -> str:
+    """Return "maximising a and b, minimising c"."""
+    goals = []
+    for verb, direction in (("maximising", "maximize"), ("minimising", "minimize")):
+        names = [each.name for each in objectives if each.direction == direction]
+        if names:
+            goals.append(f"{verb} {' and '.join(names)}")
+    return ", ".join(goals)
+
+
+def _ranked(outcome: Outcome) -> list[TrialRecord]:
+    """Return the front, then the others by the first objective, at most `_ROWS` in all."""
+    first = outcome.objectives[0]
+    others = [
+        record
+        for record in outcome.records
+        if has_objectives(record.metrics, outcome.objectives) and record not in outcome.front
+    ]
+    others.sort(key=lambda record: -first.gain(record.metrics[first.name]))
+    return [*outcome.front, *others][:_ROWS]
 
 
 def _count_states(records: Sequence[TrialRecord]) -> str:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray import tune
 
 from batchcam.errors import ConfigError
 
@@ -43,9 +42,10 @@ class TrialResources:
         cpus = max(self.cpus, min(self.most_cpus, self.cpus * share))
         return TrialResources(cpus, gpus, self.most_cpus)
 
-    def as_ray(self) -> tune.PlacementGroupFactory:
-        """Return the request in Ray's terms."""
-        return tune.PlacementGroupFactory([{"CPU": self.cpus, "GPU": self.gpus}])
+    def request(self, multiplier: int) -> dict[str, float]:
+        """Return what a trial asks Ray for that has `multiplier` times these resources."""
+        enlarged = self.enlarged(multiplier)
+        return {"CPU": enlarged.cpus, "GPU": enlarged.gpus}
 
 
 def choose_resources(

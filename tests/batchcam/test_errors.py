@@ -1,18 +1,36 @@
 """Errors: one family, and suggestions that help."""
 
+from pathlib import Path
+
 import pytest
 
 from batchcam import errors
-from batchcam.errors import BatchCamError, suggest_names
+from batchcam.errors import BatchCamError, FormatError, check_format, suggest_names
 
 
 @pytest.mark.parametrize(
-    "name", ["ConfigError", "DataError", "BackboneError", "BundleError", "DivergedError"]
+    "name",
+    ["ConfigError", "DataError", "BackboneError", "BundleError", "DivergedError", "FormatError"],
 )
 def test_every_error_can_be_caught_as_one_and_as_a_value_error(name: str) -> None:
     kind = getattr(errors, name)
     assert issubclass(kind, BatchCamError)
     assert issubclass(kind, ValueError)
+
+
+@pytest.mark.parametrize("found", [None, 1, 2, 3])
+def test_format_that_is_known_is_accepted(found: int | None) -> None:
+    check_format(Path("file"), found, 3)
+
+
+@pytest.mark.parametrize("found", [4, 0, "3", 2.5])
+def test_format_that_is_newer_is_refused_with_the_remedy(found: object) -> None:
+    with pytest.raises(FormatError) as error:
+        check_format(Path("some/file"), found, 3)
+    assert str(error.value) == (
+        f"some/file has the format {found!r}, but this version of batchcam reads formats up to 3; "
+        "upgrade batchcam to the version that wrote the file, or a later one."
+    )
 
 
 def test_the_nearest_names_are_suggested() -> None:

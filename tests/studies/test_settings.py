@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -6,9 +7,10 @@ from typing import Any
 import pytest
 import tyro
 
-from batchcam.errors import ConfigError
+from batchcam.errors import ConfigError, FormatError
 from studies.engine.optuna_storage import STORAGE_VARIABLE
-from studies.settings import OBJECTIVES, SETTINGS_FILE, StudySettings
+from studies.objectives import OBJECTIVES
+from studies.settings import FORMAT, SETTINGS_FILE, StudySettings
 from studies.space import SearchSpace
 from studies.study import main
 
@@ -251,6 +253,22 @@ def test_checkpoints_are_in_the_studys_folder_or_in_its_storage(
 def test_damaged_settings_are_named(begun: StudySettings, content: str) -> None:
     (begun.folder / SETTINGS_FILE).write_text(content)
     with pytest.raises(ConfigError, match=r"study\.json does not hold a study's settings"):
+        replace(begun, resume=True).resumed()
+
+
+def test_settings_carry_a_format_and_are_read_without_one(begun: StudySettings) -> None:
+    path = begun.folder / SETTINGS_FILE
+    content = json.loads(path.read_text())
+    assert content.pop("format") == FORMAT
+    path.write_text(json.dumps(content))
+    assert replace(begun, resume=True).resumed() == replace(begun, resume=True)
+
+
+def test_newer_settings_are_refused_with_the_remedy(begun: StudySettings) -> None:
+    path = begun.folder / SETTINGS_FILE
+    content = json.loads(path.read_text()) | {"format": FORMAT + 1, "of_tomorrow": 1}
+    path.write_text(json.dumps(content))
+    with pytest.raises(FormatError, match=r"study\.json has the format 2, .* up to 1; upgrade"):
         replace(begun, resume=True).resumed()
 
 

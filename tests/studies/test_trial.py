@@ -16,18 +16,16 @@ from batchcam.errors import ConfigError
 from batchcam.training.fit import EpochReport, load_state
 from studies.engine import retry as patience
 from studies.engine.checkpoints import Checkpoints
+from studies.engine.protocol import OUT_OF_MEMORY, RESOURCE_MULTIPLIER, RESUMES_AT
+from studies.engine.retry import retry_in_trial
 from studies.monitoring.wandb_runs import Tracking
 from studies.planning.resources import TrialResources
 from studies.trial import (
-    OUT_OF_MEMORY,
-    RESOURCE_MULTIPLIER,
-    RESUMES_AT,
     TrialSettings,
     run_name,
     run_tags,
     run_trial,
     trial_config,
-    waiting_for,
 )
 from tests.studies.conftest import Recorded
 
@@ -222,4 +220,4 @@ def test_state_that_cannot_be_kept_fails_the_trial_and_not_its_process(
     (tmp_path / "file").touch()
     kept = Checkpoints(str(tmp_path / "file/trial"))
     with pytest.raises(OSError, match=r"file/trial cannot be used for 0 s"):
-        waiting_for(kept.folder, lambda: kept.save(1, Path.touch))
+        retry_in_trial(lambda: kept.save(1, Path.touch), kept.folder)

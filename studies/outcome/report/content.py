@@ -15,7 +15,7 @@ from typing import Any
 import PIL.Image
 
 from batchcam.config import TrialConfig
-from batchcam.errors import ConfigError
+from batchcam.errors import ConfigError, FormatError
 from batchcam.export.model_card import loss_terms
 from batchcam.losses import compares_cams
 from studies.engine.checkpoints import PICTURE
@@ -78,7 +78,7 @@ def read(folder: Path) -> Content:
     settings = replace(load_settings(path), out=folder.resolve().parent)
     ledger = Ledger(folder / LEDGER)
     records = collect(ledger, settings.base_config(), settings.checkpoints)
-    front = pareto_front(records, settings.objectives)
+    front = pareto_front(records, settings.objective_records)
     if not front:
         raise ConfigError(
             f"no trial of {folder} has reported yet, so there is nothing to show; "
@@ -86,6 +86,8 @@ def read(folder: Path) -> Content:
         )
     try:
         bundles = read_bundles(folder / "best")
+    except FormatError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"a bundle in {folder / 'best'} is damaged: {error}; write it again with --resume."

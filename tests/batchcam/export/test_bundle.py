@@ -20,9 +20,9 @@ import batchcam
 from batchcam.config import TrialConfig
 from batchcam.data.prepared import PreparedData
 from batchcam.data.preprocessing import to_device
-from batchcam.errors import BundleError, ConfigError
+from batchcam.errors import BundleError, ConfigError, FormatError
 from batchcam.export import bundle
-from batchcam.export.bundle import FILES, PROTOTYPES, check_writable, load, save_bundle
+from batchcam.export.bundle import FILES, FORMAT, PROTOTYPES, check_writable, load, save_bundle
 from batchcam.similarity import ssim
 from batchcam.training.fit import TrialResult, fit
 
@@ -357,6 +357,27 @@ def test_an_unknown_field_suggests_the_nearest(copied: Path) -> None:
     path = copied / "config.yaml"
     path.write_text(path.read_text().replace("lambda_batch:", "lambda_bacth:"))
     with pytest.raises(ConfigError, match=r"'lambda_bacth' is not a field.*mean lambda_batch"):
+        load(copied)
+
+
+def test_bundle_carries_a_format_and_loads_without_one(copied: Path) -> None:
+    path = copied / "metrics.json"
+    metrics = json.loads(path.read_text())
+    assert metrics.pop("format") == FORMAT
+    path.write_text(json.dumps(metrics))
+    assert load(copied).metrics == metrics
+
+
+def test_newer_bundle_is_refused_with_the_remedy(copied: Path) -> None:
+    path = copied / "metrics.json"
+    path.write_text(json.dumps({"format": FORMAT + 1}))
+    with pytest.raises(FormatError, match=r"metrics\.json has the format 2, .* up to 1; upgrade"):
+        load(copied)
+
+
+def test_metrics_that_are_no_object_are_refused(copied: Path) -> None:
+    (copied / "metrics.json").write_text("[]")
+    with pytest.raises(BundleError, match=r"metrics\.json is not a JSON object"):
         load(copied)
 
 

@@ -14,10 +14,11 @@ from batchcam.cam import attribution, score_gradients
 from batchcam.config import TrialConfig
 from batchcam.data.prepared import PreparedData, prepare
 from batchcam.data.preprocessing import to_device
-from batchcam.errors import BackboneError, ConfigError, DivergedError
+from batchcam.errors import BackboneError, ConfigError, DivergedError, FormatError
 from batchcam.prototypes import cluster_centres, cluster_prototypes, nearest_prototype_index
 from batchcam.similarity import ssim
 from batchcam.training.fit import (
+    STATE_FORMAT,
     EpochReport,
     Metrics,
     Trainer,
@@ -419,6 +420,20 @@ def test_a_state_from_before_a_field_was_there_had_its_default(
         fit(replace(tiny_config, epochs=1), prepared=tiny_prepared, state=path).metrics["epoch"]
         == 1
     )
+
+
+def test_a_state_of_before_there_were_formats_is_read(saved_state: Path, tmp_path: Path) -> None:
+    state = torch.load(saved_state, weights_only=True)
+    assert state.pop("format") == STATE_FORMAT
+    torch.save(state, tmp_path / "state.pt")
+    assert load_state(tmp_path / "state.pt")["history"] == state["history"]
+
+
+def test_a_newer_state_is_refused_with_the_remedy(saved_state: Path, tmp_path: Path) -> None:
+    state = torch.load(saved_state, weights_only=True) | {"format": STATE_FORMAT + 1}
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(FormatError, match=r"state\.pt has the format 2, .* up to 1; upgrade"):
+        load_state(tmp_path / "state.pt")
 
 
 def test_a_state_may_move_to_another_device_and_data_folder(

@@ -52,7 +52,7 @@ def test_damaged_state_is_passed_over_and_said_so(
     older, newer = names(place)
     put(place, newer, "state")
     assert newest(place) == "state 1"
-    assert f"{newer} is damaged; going back to the one before it" in caplog.text
+    assert f"{newer} is damaged; using the state before it" in caplog.text
     put(place, older, "")
     assert newest(place) is None
 

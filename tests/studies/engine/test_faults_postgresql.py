@@ -16,6 +16,7 @@ from studies.engine.optuna_searcher import OptunaSearcher
 from studies.engine.optuna_storage import STORAGE_VARIABLE, open_optuna_study
 from studies.engine.retry import StorageLostError
 from studies.engine.sampler import ReproducibleTPE
+from studies.objectives import ACCURACY, SIMILARITY
 from tests.studies.conftest import RAY_CPUS, PostgreSQL
 from tests.studies.engine.test_crash import IN_OPTUNA, after
 from tests.studies.engine.test_crash import run as start
@@ -35,13 +36,13 @@ def make(
     opened = []
 
     def make() -> OptunaSearcher:
-        study, storage = open_optuna_study(tmp_path, "s", 2, ReproducibleTPE(0))
+        study, storage = open_optuna_study(tmp_path, "s", ["maximize"] * 2, ReproducibleTPE(0))
         opened.append(storage)
         return OptunaSearcher(
             study,
             storage,
             space,
-            objectives=("val_accuracy", "cam_ssim"),
+            objectives=(ACCURACY, SIMILARITY),
             max_epochs=EPOCHS,
             num_trials=TRIALS,
         )
@@ -127,7 +128,7 @@ def test_database_that_is_away_is_waited_for(
             study,
             study._storage,
             space,
-            objectives=("val_accuracy", "cam_ssim"),
+            objectives=(ACCURACY, SIMILARITY),
             max_epochs=EPOCHS,
             num_trials=TRIALS,
         )

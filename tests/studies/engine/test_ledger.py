@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchcam.errors import ConfigError
+from batchcam.errors import ConfigError, FormatError
 from studies.engine import retry as patience
-from studies.engine.ledger import Ledger
+from studies.engine.ledger import FORMAT, Ledger
 from studies.engine.retry import StorageLostError
 
 
@@ -154,7 +154,7 @@ def test_damage_before_the_last_line_is_named(path: Path, line: bytes) -> None:
 
 
 def test_full_disk_is_waited_for_and_leaves_no_half_lines(
-    path: Path, whole: tuple[bytes, list[Any]], capsys: pytest.CaptureFixture[str]
+    path: Path, whole: tuple[bytes, list[Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     ledger = record(path, count=4)
     # Room for a part of a line, as on a disk that is full; the limit is on the size of any file.
@@ -177,7 +177,7 @@ def test_full_disk_is_waited_for_and_leaves_no_half_lines(
     finally:
         friend.join()
     assert path.read_bytes() == whole[0]
-    assert "ledger.jsonl cannot be used" in capsys.readouterr().out
+    assert "ledger.jsonl cannot be used" in caplog.text
 
 
 def test_line_that_may_not_be_on_the_disk_is_written_once(
@@ -216,6 +216,36 @@ def test_disk_that_stays_full_ends_the_study_and_loses_nothing(
     for event in EVENTS[4:]:
         event(again)
     assert path.read_bytes() == whole[0]
+
+
+def test_first_line_names_the_format(path: Path) -> None:
+    record(path)
+    first, *others = [json.loads(line) for line in path.read_text().splitlines()]
+    assert first["format"] == FORMAT
+    assert all("format" not in event for event in others)
+
+
+def test_file_of_before_there_were_formats_is_continued(path: Path) -> None:
+    whole = record(path)
+    old = path.read_text().replace('"format":1,', "")
+    lines = old.splitlines(keepends=True)
+    path.write_text("".join(lines[:5]))
+    ledger = Ledger(path)
+    for event in EVENTS[5:]:
+        event(ledger)
+    assert path.read_text() == old
+    assert content(ledger) == content(Ledger(path)) == content(whole)
+
+
+@pytest.mark.parametrize("newer", [FORMAT + 1, "2"])
+def test_newer_format_is_refused_with_the_remedy(path: Path, newer: int | str) -> None:
+    record(path)
+    with path.open("a") as file:
+        file.write(json.dumps({"format": newer, "event": "split", "number": 0}) + "\n")
+    before = path.read_bytes()
+    with pytest.raises(FormatError, match=r"ledger\.jsonl has the format .*up to 1; upgrade"):
+        Ledger(path)
+    assert path.read_bytes() == before
 
 
 def test_lines_can_be_read_by_anyone(path: Path) -> None:

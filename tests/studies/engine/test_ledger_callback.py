@@ -1,3 +1,4 @@
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from ray.tune.experiment import Trial
 
 from studies.engine.ledger import Ledger
 from studies.engine.ledger_callback import ERRORS, LedgerCallback
-from studies.trial import OUT_OF_MEMORY, RESOURCE_MULTIPLIER, RESUMES_AT
+from studies.engine.protocol import OUT_OF_MEMORY, REPORTED, RESOURCE_MULTIPLIER, RESUMES_AT
+from studies.objectives import ACCURACY, SIMILARITY
 
 EPOCHS = 3
 PARAMS = {"number": 0, "trial_id": "k_00000", "x": 0.5}
@@ -20,7 +22,7 @@ def ledger(tmp_path: Path) -> Ledger:
 
 @pytest.fixture
 def recorder(ledger: Ledger, tmp_path: Path) -> LedgerCallback:
-    return LedgerCallback(ledger, tmp_path, ("val_accuracy", "cam_ssim"), EPOCHS)
+    return LedgerCallback(ledger, tmp_path, (ACCURACY, SIMILARITY), EPOCHS)
 
 
 def make_trial(number: int = 0, share: int = 1) -> Trial:
@@ -32,7 +34,9 @@ def make_trial(number: int = 0, share: int = 1) -> Trial:
 
 def report(recorder: LedgerCallback, trial: Trial, **result: Any) -> None:
     """Hand a result to the recorder as Ray does, with what Ray adds."""
-    result |= {"training_iteration": 1, "done": False}
+    if OUT_OF_MEMORY not in result:
+        result[REPORTED] = list(result)
+    result |= {"training_iteration": 1, "time_total_s": 2.5, "done": False}
     recorder.on_trial_result(1, [], trial, result)
     trial.update_last_result(result)  # type: ignore[no-untyped-call]
 
@@ -49,6 +53,37 @@ def test_trial_is_recorded_from_its_start_to_its_end(
     recorder.on_trial_complete(1, [], trial)
     assert history.reports[-1] == {"epoch": EPOCHS, "val_accuracy": 0.9, "cam_ssim": 0.5}
     assert (history.epoch, history.state, history.error) == (EPOCHS, "completed", None)
+
+
+def test_every_number_of_the_trial_is_recorded_and_none_of_ray(
+    ledger: Ledger, recorder: LedgerCallback
+) -> None:
+    trial = make_trial()
+    recorder.on_trial_start(1, [], trial)
+    metrics = {"epoch": 1, "val_accuracy": 0.9, "cam_ssim": 0.5, "f1": 0.25, "loss": math.inf}
+    report(recorder, trial, **metrics)
+    assert ledger.trials[0].reports == [metrics]
+
+
+def test_report_that_bypassed_the_protocol_is_refused(
+    ledger: Ledger, recorder: LedgerCallback
+) -> None:
+    trial = make_trial()
+    recorder.on_trial_start(1, [], trial)
+    with pytest.raises(ValueError, match=r"through ray\.tune\.report.*protocol\.report"):
+        recorder.on_trial_result(1, [], trial, {"epoch": 1, "f1": 0.5, "time_total_s": 1.0})
+    assert ledger.trials[0].reports == []
+
+
+def test_trial_that_ended_without_a_report_has_failed(
+    ledger: Ledger, recorder: LedgerCallback
+) -> None:
+    trial = make_trial()
+    recorder.on_trial_start(1, [], trial)
+    recorder.on_trial_result(1, [], trial, {"done": True, "training_iteration": 1})
+    recorder.on_trial_complete(1, [], trial)
+    (history,) = ledger.trials
+    assert (history.reports, history.state) == ([], "failed")
 
 
 def test_trial_that_ends_early_was_stopped(ledger: Ledger, recorder: LedgerCallback) -> None:

@@ -13,12 +13,13 @@ from ray.tune.search import Searcher
 from studies.benchmarks.dummy import curve, space
 from studies.engine.optuna_searcher import EPOCHS_MISSING, OptunaSearcher, enqueue
 from studies.engine.optuna_storage import STORAGE_VARIABLE, open_optuna_study
+from studies.engine.protocol import OUT_OF_MEMORY, Objective
 from studies.engine.sampler import ReproducibleTPE
-from studies.trial import OUT_OF_MEMORY
+from studies.objectives import ACCURACY, SIMILARITY
 
 EPOCHS = 4
-ONE = ("val_accuracy",)
-BOTH = ("val_accuracy", "cam_ssim")
+ONE = (ACCURACY,)
+BOTH = (ACCURACY, SIMILARITY)
 
 Open = Callable[[int], tuple[optuna.Study, BaseStorage]]
 Make = Callable[..., OptunaSearcher]
@@ -39,7 +40,9 @@ def open_study(
     def open_study(num_objectives: int) -> tuple[optuna.Study, BaseStorage]:
         sampler = ReproducibleTPE(0)
         if request.param != "memory":
-            study, storage = open_optuna_study(tmp_path, "s", num_objectives, sampler)
+            study, storage = open_optuna_study(
+                tmp_path, "s", ["maximize"] * num_objectives, sampler
+            )
             opened.append(storage)
             return study, storage
         study = optuna.create_study(
@@ -59,13 +62,13 @@ def open_study(
 
 
 @pytest.fixture(params=[ONE, BOTH], ids=["one", "both"])
-def objectives(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    names: tuple[str, ...] = request.param
-    return names
+def objectives(request: pytest.FixtureRequest) -> tuple[Objective, ...]:
+    records: tuple[Objective, ...] = request.param
+    return records
 
 
 @pytest.fixture
-def make(open_study: Open, objectives: tuple[str, ...]) -> Make:
+def make(open_study: Open, objectives: tuple[Objective, ...]) -> Make:
     """Return a function that makes a bridge to the study of a test, each a driver's."""
 
     def make(num_trials: int = 3, **changes: Any) -> OptunaSearcher:
@@ -77,7 +80,7 @@ def make(open_study: Open, objectives: tuple[str, ...]) -> Make:
 
 
 @pytest.fixture
-def trials(open_study: Open, objectives: tuple[str, ...]) -> Callable[[], list[FrozenTrial]]:
+def trials(open_study: Open, objectives: tuple[Objective, ...]) -> Callable[[], list[FrozenTrial]]:
     """Return a function that reads Optuna's trials."""
     return lambda: open_study(len(objectives))[0].trials
 
@@ -101,20 +104,20 @@ def run(bridge: OptunaSearcher, trial_id: str, epochs: int = EPOCHS) -> dict[str
 
 
 def test_trial_that_ran_to_its_end_is_complete_with_its_objectives(
-    make: Make, trials: Callable[[], list[FrozenTrial]], objectives: tuple[str, ...]
+    make: Make, trials: Callable[[], list[FrozenTrial]], objectives: tuple[Objective, ...]
 ) -> None:
     config = run(make(), "a")
     (trial,) = trials()
     last = curve(config["x"], config["y"], EPOCHS)
     assert trial.state == TrialState.COMPLETE
-    assert trial.values == [last[name] for name in objectives]
+    assert trial.values == [last[each.name] for each in objectives]
     assert (trial.number, trial.params["x"]) == (config["number"], config["x"])
     assert sorted(trial.intermediate_values) == [1, 2, 3, 4]
     assert trial.constraints == {}
 
 
 def test_trial_that_was_stopped_early_is_pruned_with_every_epoch(
-    make: Make, trials: Callable[[], list[FrozenTrial]], objectives: tuple[str, ...]
+    make: Make, trials: Callable[[], list[FrozenTrial]], objectives: tuple[Objective, ...]
 ) -> None:
     config = run(make(), "a", epochs=3)
     (trial,) = trials()
@@ -133,7 +136,7 @@ def test_more_is_proposed_after_many_that_were_stopped(make: Make) -> None:
 
 
 def test_proposals_do_not_depend_on_how_often_the_study_was_opened(
-    make: Make, objectives: tuple[str, ...]
+    make: Make, objectives: tuple[Objective, ...]
 ) -> None:
     sampler = ReproducibleTPE(0)
     study = optuna.create_study(directions=["maximize"] * len(objectives), sampler=sampler)
@@ -179,7 +182,7 @@ def test_trials_that_a_crash_cut_are_proposed_first_as_they_were(make: Make) -> 
 
 
 def test_trial_that_was_cut_as_it_was_drawn_is_drawn_as_it_would_have_been(
-    make: Make, open_study: Open, objectives: tuple[str, ...]
+    make: Make, open_study: Open, objectives: tuple[Objective, ...]
 ) -> None:
     study, _ = open_study(len(objectives))
     x = study.ask().suggest_float("x", 0.0, 1.0)
@@ -192,7 +195,7 @@ def test_trial_that_was_cut_as_it_was_drawn_is_drawn_as_it_would_have_been(
 
 
 def test_points_are_tried_first_and_are_put_in_once(
-    make: Make, open_study: Open, objectives: tuple[str, ...]
+    make: Make, open_study: Open, objectives: tuple[Objective, ...]
 ) -> None:
     points = [{"x": 0.5, "y": 0.25}, {"x": 0.125}]
     for _ in range(2):

@@ -61,7 +61,7 @@ def test_database_without_its_driver_is_refused_with_the_remedy(
 ) -> None:
     monkeypatch.setenv(STORAGE_VARIABLE, "postgresql+pg8000://me:secret@host/database")
     with pytest.raises(ConfigError, match=r"driver is not installed.*psycopg\[binary\]") as refused:
-        open_optuna_study(tmp_path, "s", 2, ReproducibleTPE(0))
+        open_optuna_study(tmp_path, "s", ["maximize"] * 2, ReproducibleTPE(0))
     assert "secret" not in str(refused.value)
 
 
@@ -70,7 +70,7 @@ def test_database_without_an_encoding_is_refused_with_the_remedy(
 ) -> None:
     monkeypatch.setenv(STORAGE_VARIABLE, postgresql.new_database("SQL_ASCII"))
     with pytest.raises(ConfigError, match=r"SQL_ASCII.*createdb --encoding=UTF8") as refused:
-        open_optuna_study(tmp_path, "s", 2, ReproducibleTPE(0))
+        open_optuna_study(tmp_path, "s", ["maximize"] * 2, ReproducibleTPE(0))
     assert "secret" not in str(refused.value)
 
 
@@ -81,12 +81,12 @@ def test_database_that_does_not_answer_is_given_up_without_its_address(
     address = f"postgresql+psycopg://me:secret@127.0.0.1:{free_port()}/database"
     monkeypatch.setenv(STORAGE_VARIABLE, address)
     with pytest.raises(StorageLostError, match="Optuna's storage cannot be used") as lost:
-        open_optuna_study(tmp_path, "s", 2, ReproducibleTPE(0))
+        open_optuna_study(tmp_path, "s", ["maximize"] * 2, ReproducibleTPE(0))
     assert "secret" not in str(lost.value)
 
 
 def open_study(folder: Path, seed: int = 0) -> optuna.Study:
-    study, _ = open_optuna_study(folder, "s", 2, ReproducibleTPE(seed))
+    study, _ = open_optuna_study(folder, "s", ["maximize"] * 2, ReproducibleTPE(seed))
     return study
 
 

@@ -14,15 +14,16 @@ from studies.benchmarks.dummy import curve, space
 from studies.engine.ledger import Ledger, TrialHistory
 from studies.engine.optuna_searcher import OptunaSearcher, enqueue, how_ended
 from studies.engine.optuna_storage import open_optuna_study
+from studies.engine.protocol import OUT_OF_MEMORY, RESOURCE_MULTIPLIER, Objective
 from studies.engine.recovery import recover
 from studies.engine.sampler import ReproducibleTPE
 from studies.engine.scheduler import ParetoASHA
-from studies.trial import OUT_OF_MEMORY, RESOURCE_MULTIPLIER
+from studies.objectives import ACCURACY, SIMILARITY
 
 MIN_EPOCHS = 2
 EPOCHS = 5
 TRIALS = 6
-BOTH = ("val_accuracy", "cam_ssim")
+BOTH = (ACCURACY, SIMILARITY)
 
 IN_OPTUNA = {
     "completed": TrialState.COMPLETE,
@@ -50,13 +51,15 @@ class Driver:
     def __init__(
         self,
         folder: Path,
-        objectives: tuple[str, ...] = BOTH,
+        objectives: tuple[Objective, ...] = BOTH,
         num_trials: int = TRIALS,
         fails: frozenset[int] = frozenset(),
         large: frozenset[int] = frozenset(),
     ) -> None:
         self.ledger = Ledger(folder / "ledger.jsonl")
-        self.study, storage = open_optuna_study(folder, "s", len(objectives), ReproducibleTPE(0))
+        self.study, storage = open_optuna_study(
+            folder, "s", [each.direction for each in objectives], ReproducibleTPE(0)
+        )
         enqueue(self.study, [{"x": 0.5, "y": 0.5}])
         self.scheduler = ParetoASHA(objectives=BOTH, min_epochs=MIN_EPOCHS, max_epochs=EPOCHS)
         self.bridge = OptunaSearcher(
@@ -228,7 +231,7 @@ def resume(folder: Path, slots: int, **options: Any) -> Driver:
     ids=["both", "one"],
 )
 def test_study_cut_after_any_write_ends_as_one_that_was_not(
-    objectives: tuple[str, ...], num_trials: int, tmp_path: Path, writes: SimpleNamespace
+    objectives: tuple[Objective, ...], num_trials: int, tmp_path: Path, writes: SimpleNamespace
 ) -> None:
     options: dict[str, Any] = {"slots": 1, "objectives": objectives, "num_trials": num_trials}
     (tmp_path / "whole").mkdir()
@@ -329,7 +332,10 @@ def test_trial_that_was_to_be_stopped_when_the_driver_died_is_stopped(
         driver.ledger.propose(
             {key: value for key, value in config.items() if key != RESOURCE_MULTIPLIER}
         )
-        report = {"epoch": MIN_EPOCHS, **dict(zip(BOTH, metrics, strict=True))}
+        report = {
+            "epoch": MIN_EPOCHS,
+            **dict(zip((each.name for each in BOTH), metrics, strict=True)),
+        }
         going_on = driver._judge(config["number"], report)
         driver.ledger.report(config["number"], report)
         assert going_on == (name == "a")
@@ -357,7 +363,7 @@ def test_trial_whose_last_report_is_there_has_ended(
     assert check_agreement(again) == []
     assert again.ledger.trials[0].state == "completed"
     values = curve(config["x"], config["y"], EPOCHS)
-    assert again.study.trials[0].values == [values[name] for name in BOTH]
+    assert again.study.trials[0].values == [values[each.name] for each in BOTH]
 
 
 def test_number_that_was_none_is_a_failure_and_is_tried_once_more(

@@ -21,15 +21,15 @@ class Storage:
         return "used"
 
 
-def test_storage_that_is_there_is_used_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_storage_that_is_there_is_used_at_once(caplog: pytest.LogCaptureFixture) -> None:
     began = time.monotonic()
     assert retry(Storage(1, OSError()).use, "the storage") == "used"
     assert time.monotonic() - began < 0.1
-    assert capsys.readouterr().out == ""
+    assert caplog.messages == []
 
 
 def test_storage_that_comes_back_is_waited_for_and_said_so_once(
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     storage = Storage(4, OSError(28, "No space left on device"))
     began = time.monotonic()
@@ -37,7 +37,7 @@ def test_storage_that_comes_back_is_waited_for_and_said_so_once(
     # 0.2, 0.4 and 0.8 seconds between four uses.
     assert 1.4 <= time.monotonic() - began < 10
     assert storage.uses == 4
-    gone, back = capsys.readouterr().out.splitlines()
+    gone, back = caplog.messages
     assert gone == "the storage cannot be used ([Errno 28] No space left on device); waiting for it"
     assert re.fullmatch(r"the storage is back after \d s", back)
 
@@ -47,8 +47,8 @@ def test_storage_that_stays_away_is_given_up_with_the_remedy() -> None:
     with pytest.raises(StorageLostError) as lost:
         retry(storage.use, "the storage", patience=0.5)
     assert str(lost.value) == (
-        "the storage cannot be used for 0 s: it is gone. Mend it and --resume: nothing that was "
-        "recorded is lost."
+        "the storage cannot be used for 0 s: it is gone. Fix the cause and --resume: nothing "
+        "that was recorded is lost."
     )
     assert isinstance(lost.value.__cause__, OSError)
 

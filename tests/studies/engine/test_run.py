@@ -8,17 +8,17 @@ import optuna
 import pytest
 import ray
 from optuna.trial import TrialState
-from ray import tune
 
 from studies.engine.ledger import LEDGER, Ledger
 from studies.engine.optuna_storage import JOURNAL, open_journal
+from studies.engine.protocol import RESOURCE_MULTIPLIER, report, report_out_of_memory
 from studies.engine.run import Search, run_search, trial_id
+from studies.objectives import ACCURACY, SIMILARITY
 from studies.planning.resources import TrialResources
-from studies.trial import OUT_OF_MEMORY, RESOURCE_MULTIPLIER
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.xdist_group("ray")]
 
-OBJECTIVES = ("val_accuracy", "cam_ssim")
+RESOURCES = TrialResources(1.0, 0.0, 2.0)
 
 
 def space(trial: optuna.Trial) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def search(*needs: int) -> Search:
         key="k",
         space=space,
         first_points=[{"needs": need} for need in needs],
-        objectives=OBJECTIVES,
+        objectives=(ACCURACY, SIMILARITY),
         min_epochs=1,
         max_epochs=1,
         num_trials=len(needs),
@@ -41,16 +41,16 @@ def search(*needs: int) -> Search:
 
 def hungry(params: dict[str, Any]) -> None:
     if params[RESOURCE_MULTIPLIER] < params["needs"]:
-        tune.report({"epoch": 0, OUT_OF_MEMORY: True})
+        report_out_of_memory(0)
         return
     context = ray.get_runtime_context()
     cpus = context.get_assigned_resources()["CPU"]  # type: ignore[no-untyped-call]
-    tune.report({"epoch": 1, "val_accuracy": cpus, "cam_ssim": 0.5})
+    report({"epoch": 1, "val_accuracy": cpus, "cam_ssim": 0.5})
 
 
 def test_trial_out_of_memory_starts_again_with_a_larger_share(tmp_path: Path) -> None:
     # A node of two CPUs: twice the usual one is all there is.
-    ledger = run_search(search(1, 2, 4), tmp_path, hungry, TrialResources(1.0, 0.0, 2.0))
+    ledger = run_search(search(1, 2, 4), tmp_path, hungry, RESOURCES.request, lambda: 2)
     states = [(trial.state, trial.resource_multiplier) for trial in ledger.trials]
     assert states == [("completed", 1), ("completed", 2), ("failed", 2)]
     assert [trial.reports[-1]["val_accuracy"] for trial in ledger.trials[:2]] == [1.0, 2.0]
@@ -69,7 +69,7 @@ def test_keys_of_object_stores_come_back_to_the_driver(
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted")
     before = dict(os.environ)
-    run_search(search(1), tmp_path, hungry, TrialResources(1.0, 0.0, 2.0))
+    run_search(search(1), tmp_path, hungry, RESOURCES.request, lambda: 2)
     assert dict(os.environ) == before
     assert [trial.state for trial in Ledger(tmp_path / LEDGER).trials] == ["completed"]
 

@@ -7,18 +7,19 @@ import pytest
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
+from studies.engine.protocol import OUT_OF_MEMORY, report
 from studies.engine.scheduler import ParetoASHA
-from studies.trial import OUT_OF_MEMORY
+from studies.objectives import ACCURACY, SIMILARITY
 
 EPOCHS = 6
-OBJECTIVES = ("val_accuracy", "cam_ssim")
+OBJECTIVES = (ACCURACY, SIMILARITY)
 
 
 def learn(params: dict[str, Any]) -> None:
     """Report what a trial of known quality would, counting epochs as after a restart."""
     for epoch in range(params["start"] + 1, EPOCHS + 1):
         accuracy, ssim = params["quality"]
-        tune.report({"epoch": epoch, "val_accuracy": accuracy, "cam_ssim": ssim})
+        report({"epoch": epoch, "val_accuracy": accuracy, "cam_ssim": ssim})
 
 
 def last_epochs(

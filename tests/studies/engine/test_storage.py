@@ -20,13 +20,13 @@ def test_storage_that_can_be_used_is_left_as_it_was(place: str) -> None:
 @pytest.mark.parametrize("wrong", ["s3://no-such-bucket/study", "s3://bucket/a name", "gopher://x"])
 def test_storage_that_cannot_be_used_is_refused(s3: str, wrong: str) -> None:
     assert s3 == "s3://bucket"
-    with pytest.raises(ConfigError, match=rf"cannot be kept in {wrong}: .*Check --storage"):
+    with pytest.raises(ConfigError, match=rf"cannot be stored in {wrong}: .*Check --storage"):
         check_storage(wrong)
 
 
 def test_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be kept in"):
+    with pytest.raises(ConfigError, match="cannot be stored in"):
         check_storage(str(tmp_path / "file" / "study"))
 
 

@@ -3,8 +3,8 @@ from typing import Any
 import pytest
 from ray.tune.experiment import Trial
 
+from studies.engine.protocol import OUT_OF_MEMORY
 from studies.monitoring.console import TrialLines
-from studies.trial import OUT_OF_MEMORY
 
 METRICS = {
     "val_accuracy": 0.98765,

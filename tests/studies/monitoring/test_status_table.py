@@ -11,7 +11,9 @@ import pytest
 from rich.console import Console
 
 from studies.engine.ledger import Ledger
+from studies.engine.protocol import Objective
 from studies.monitoring.status_table import StatusTable, shown
+from studies.objectives import ACCURACY, SIMILARITY
 from tests.studies.conftest import ROOT
 
 
@@ -47,7 +49,7 @@ def _report(epoch: int, accuracy: float, ssim: float) -> dict[str, float]:
 
 
 def _table(ledger: Ledger, clock: Clock) -> StatusTable:
-    return StatusTable(ledger, 5, ("val_accuracy", "cam_ssim"), 4, clock)
+    return StatusTable(ledger, 5, (ACCURACY, SIMILARITY), 4, clock)
 
 
 def test_it_counts_and_names_the_best_and_the_time_left(ledger: Ledger) -> None:
@@ -74,8 +76,18 @@ def test_it_counts_and_names_the_best_and_the_time_left(ledger: Ledger) -> None:
     assert not any("key_00000" in line for line in lines)
 
 
+def test_best_of_a_minimised_objective_is_the_smallest(ledger: Ledger) -> None:
+    objectives = (ACCURACY, Objective("loss", "loss", "minimize"))
+    table = StatusTable(ledger, 3, objectives, 1, Clock())
+    for number, (accuracy, loss) in enumerate([(0.9, 0.3), (0.8, 0.2), (0.7, 0.4)]):
+        ledger.propose({"number": number, "trial_id": f"key_{number:05d}"})
+        ledger.report(number, {"epoch": 1, "val_accuracy": accuracy, "loss": loss})
+        ledger.end(number, "completed")
+    assert _text(table)[2] == "best val_accuracy 0.9000, loss 0.2000; 2 on the Pareto front"
+
+
 def test_it_fits_eighty_columns_however_many_run(ledger: Ledger) -> None:
-    table = StatusTable(ledger, 10_000, ("val_accuracy", "cam_ssim"), 100, Clock())
+    table = StatusTable(ledger, 10_000, (ACCURACY, SIMILARITY), 100, Clock())
     for number in range(40):
         ledger.propose({"number": number, "trial_id": "a-very-long-name-of-a-study_" + "0" * 30})
         ledger.report(number, _report(50, 0.123456, 0.654321))

@@ -6,6 +6,8 @@ from statistics import StatisticsError
 import optuna
 import pytest
 
+from studies.engine.protocol import Objective
+from studies.objectives import ACCURACY, SIMILARITY
 from studies.outcome.confirm import (
     CANDIDATE,
     best_of_front,
@@ -18,7 +20,7 @@ from studies.outcome.export import TrialRecord
 from studies.settings import StudySettings
 
 MakeRecord = Callable[..., TrialRecord]
-OBJECTIVES = ("val_accuracy", "cam_ssim")
+OBJECTIVES = (ACCURACY, SIMILARITY)
 
 
 @pytest.fixture
@@ -49,6 +51,13 @@ def test_those_chosen_come_first_then_the_nearest_to_the_ideal(front: list[Trial
     chosen = {"knee": b, "accuracy": a, "ssim": d}
     assert best_of_front(front, chosen, OBJECTIVES, 2) == [b, a]
     assert best_of_front(front, chosen, OBJECTIVES, 9) == [b, a, d, c]
+
+
+def test_nearest_to_the_ideal_follows_the_directions(front: list[TrialRecord]) -> None:
+    a, b, c, d = front
+    chosen = {"knee": d, "val_accuracy": d}
+    objectives = (Objective("val_accuracy", "accuracy", "minimize"),)
+    assert best_of_front(front, chosen, objectives, 9) == [d, c, b, a]
 
 
 def test_the_baseline_is_confirmed_besides(

@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -15,11 +16,14 @@ from batchcam.export.bundle import save_bundle
 from batchcam.training.fit import EpochReport
 from studies.engine.checkpoints import Checkpoints
 from studies.engine.ledger import Ledger, State
+from studies.engine.protocol import Objective
+from studies.objectives import ACCURACY, SIMILARITY, SPEED
 from studies.outcome import export
 from studies.outcome.export import StudyError, TrialRecord
 from studies.trial import METRICS
 
-BOTH = ("val_accuracy", "cam_ssim")
+BOTH = (ACCURACY, SIMILARITY)
+LOSS = Objective("loss", "loss", "minimize", ".3f")
 
 Make = Callable[..., TrialRecord]
 Reports = list[tuple[EpochReport, str]]
@@ -47,7 +51,7 @@ def test_equal_trials_are_on_the_front_together(make_record: Make) -> None:
 
 def test_front_of_one_objective_is_its_best(make_record: Make) -> None:
     records = [make_record("a", 0.9, 0.5), make_record("b", 0.8, 0.6)]
-    assert ids(export.pareto_front(records, ("cam_ssim",))) == ["b"]
+    assert ids(export.pareto_front(records, (SIMILARITY,))) == ["b"]
 
 
 def test_trial_without_metrics_is_not_on_the_front(make_record: Make) -> None:
@@ -114,6 +118,72 @@ def test_ties_are_broken_by_the_other_metric(make_record: Make) -> None:
     assert chosen["ssim"].trial_id == "b"
 
 
+@pytest.fixture
+def rivals(make_record: Make) -> list[TrialRecord]:
+    """Three records without a best in everything, one that lacks the loss, one that diverged."""
+    losses = {"low": 0.1, "middle": 0.2, "high": 0.9, "diverged": math.nan}
+    accuracies = {"low": 0.5, "middle": 0.8, "high": 0.9, "diverged": 0.99, "lacking": 0.99}
+    plain = TrialConfig(lambda_batch=0.0)
+    return [
+        make_record(
+            name,
+            accuracy,
+            0.5,
+            config=plain if name in ("high", "middle", "lacking") else None,
+            metrics={"epoch": 5, "val_accuracy": accuracy}
+            | ({"loss": losses[name]} if name in losses else {}),
+        )
+        for name, accuracy in accuracies.items()
+    ]
+
+
+def test_front_and_bundles_follow_the_directions(rivals: list[TrialRecord]) -> None:
+    front = export.pareto_front(rivals, (LOSS, ACCURACY))
+    assert ids(front) == ["low", "middle", "high"]
+    chosen = export.choose(rivals, front, (LOSS, ACCURACY))
+    assert {name: record.trial_id for name, record in chosen.items()} == {
+        "loss": "low",
+        "accuracy": "high",
+        "knee": "middle",
+        "baseline": "middle",
+    }
+
+
+def test_minimised_objective_alone_has_one_best(rivals: list[TrialRecord]) -> None:
+    front = export.pareto_front(rivals, (LOSS,))
+    assert ids(front) == ["low"]
+    chosen = export.choose(rivals, front, (LOSS,))
+    assert {name: record.trial_id for name, record in chosen.items()} == {
+        "loss": "low",
+        "knee": "low",
+        "baseline": "middle",
+    }
+
+
+def test_speed_alone_is_not_judged_by_accuracy(make_record: Make) -> None:
+    fast, accurate = make_record("fast", 0.5, 0.1), make_record("accurate", 0.9, 0.9)
+    fast.metrics["images_per_second"] = 2000.0
+    front = export.pareto_front([accurate, fast], (SPEED,))
+    chosen = export.choose([accurate, fast], front, (SPEED,))
+    assert {name: record.trial_id for name, record in chosen.items()} == {
+        "speed": "fast",
+        "knee": "fast",
+    }
+
+
+def test_directions_are_in_the_front_and_other_metrics_in_the_table(
+    rivals: list[TrialRecord], read_csv: ReadCsv, tmp_path: Path
+) -> None:
+    export.write_pareto(tmp_path / "pareto.json", rivals[:1], (LOSS, ACCURACY))
+    content = json.loads((tmp_path / "pareto.json").read_text())
+    assert content["objectives"] == {"loss": "minimise", "val_accuracy": "maximise"}
+    rivals[0].metrics["f1"] = 0.25
+    export.write_trials(tmp_path / "trials.csv", rivals)
+    rows = read_csv(tmp_path / "trials.csv")
+    assert [row["f1"] for row in rows] == ["0.25", "", "", "", ""]
+    assert list(rows[0])[-2:] == ["f1", "error"]
+
+
 def test_table_has_every_field_and_every_metric(
     make_record: Make, read_csv: ReadCsv, tmp_path: Path
 ) -> None:
@@ -137,7 +207,7 @@ def test_front_is_written_as_json_that_makes_the_configurations_again(
     record = make_record("a", 0.9, 0.5, config=TrialConfig(lambda_proto=0.5))
     export.write_pareto(tmp_path / "pareto.json", [record], BOTH)
     content = json.loads((tmp_path / "pareto.json").read_text())
-    assert content["objectives"] == dict.fromkeys(BOTH, "maximise")
+    assert content["objectives"] == {"val_accuracy": "maximise", "cam_ssim": "maximise"}
     (trial,) = content["trials"]
     assert (trial["trial_id"], trial["state"]) == ("a", "completed")
     assert trial["metrics"] == record.metrics

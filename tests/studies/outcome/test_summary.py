@@ -9,10 +9,14 @@ import tyro
 from rich.console import Console
 
 from batchcam.config import TrialConfig
+from studies.engine.protocol import Objective
+from studies.objectives import ACCURACY, SIMILARITY, SPEED
 from studies.outcome.confirm import Confirmed
 from studies.outcome.export import TrialRecord
 from studies.outcome.summary import Outcome, print_summary, write_readme
 from studies.settings import StudySettings
+
+BOTH = (ACCURACY, SIMILARITY)
 
 WIDE = TrialConfig(
     backbone="convnextv2_tiny",
@@ -54,7 +58,9 @@ def printed(
     output = io.StringIO()
     console = Console(file=output, width=width)
     folder = Path("/a/folder/with/quite/a/long/name/so/that/its/path/does/not/fit/a/line/study")
-    print_summary(console, Outcome(records, records[-4:-1], confirmed, chosen, METRICS), folder)
+    print_summary(
+        console, Outcome(BOTH, records, records[-4:-1], confirmed, chosen, METRICS), folder
+    )
     return output.getvalue()
 
 
@@ -80,6 +86,30 @@ def test_table_counts_states_and_shows_the_front_first(
     assert "accuracy" in rows[0]
     assert "(front)" in rows[1]
     assert "ssim" in rows[2]
+
+
+def test_table_has_the_objectives_of_the_study(records: list[TrialRecord]) -> None:
+    slow = Objective("images_per_second", "seconds", "minimize", ".1f")
+    for rank, record in enumerate(records):
+        record.metrics["images_per_second"] = 1000.0 + rank
+    output = io.StringIO()
+    outcome = Outcome((slow,), records, records[:1], (), {}, {})
+    print_summary(Console(file=output, width=120), outcome, Path("/study"))
+    header, *rows = [
+        line for line in output.getvalue().splitlines() if "seconds" in line or "convnext" in line
+    ]
+    assert header.split()[:3] == ["seconds", "epochs", "configuration"]
+    assert [row.split()[0] for row in rows] == [f"{1000 + rank}.0" for rank in range(12)]
+
+
+def test_page_names_the_directions(records: list[TrialRecord], tmp_path: Path) -> None:
+    loss = Objective("loss", "loss", "minimize")
+    for record in records:
+        record.metrics["loss"] = 0.5
+    outcome = Outcome((SPEED, ACCURACY, loss), records, records[:1], (), {}, {})
+    write_readme(tmp_path / "README.md", StudySettings(study="mine"), outcome, "f" * 64)
+    page = (tmp_path / "README.md").read_text()
+    assert "maximising images_per_second and val_accuracy, minimising loss; seed" in page
 
 
 def test_test_metrics_are_those_of_the_bundles(
@@ -126,7 +156,7 @@ def test_page_says_how_the_best_were_confirmed(
     records: list[TrialRecord], confirmed: list[Confirmed], tmp_path: Path
 ) -> None:
     chosen = dict.fromkeys(METRICS, confirmed[0].as_record)
-    outcome = Outcome(records, records[-4:-1], confirmed, chosen, METRICS)
+    outcome = Outcome(BOTH, records, records[-4:-1], confirmed, chosen, METRICS)
     settings = StudySettings(study="mine", num_trials=20)
     write_readme(tmp_path / "README.md", settings, outcome, "f" * 64)
     page = (tmp_path / "README.md").read_text()
@@ -144,7 +174,7 @@ def page(
 ) -> str:
     monkeypatch.setattr("sys.argv", ["studies/bcpl_sweep.py", "--study", "mine"])
     settings = StudySettings(study="mine", out=Path("some/results"), num_trials=20)
-    outcome = Outcome(records, records[-4:-1], (), chosen, METRICS)
+    outcome = Outcome(BOTH, records, records[-4:-1], (), chosen, METRICS)
     write_readme(tmp_path / "README.md", settings, outcome, "f" * 64)
     return (tmp_path / "README.md").read_text()
 

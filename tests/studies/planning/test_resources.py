@@ -2,7 +2,6 @@ from collections.abc import Iterator
 
 import pytest
 import ray
-from ray import tune
 
 from batchcam.errors import ConfigError
 from studies.planning.resources import (
@@ -81,8 +80,9 @@ def test_threads_are_whole_and_at_least_one() -> None:
 
 
 def test_request_is_in_the_terms_of_ray() -> None:
-    request = TrialResources(2.0, 0.5, 8.0).as_ray()
-    assert request == tune.PlacementGroupFactory([{"CPU": 2.0, "GPU": 0.5}])
+    resources = TrialResources(2.0, 0.5, 8.0)
+    assert resources.request(1) == {"CPU": 2.0, "GPU": 0.5}
+    assert resources.request(2) == {"CPU": 4.0, "GPU": 1.0}
 
 
 @pytest.mark.parametrize(
