@@ -1,7 +1,7 @@
 """Class activation maps as pure functions `M = Φ(L, A)` of logits and features (Eqs. 3-6).
 
-No hooks, no `.grad`, no second pass through the backbone: the gradient of the class scores is taken
-with respect to the features alone, and stays differentiable, so a map can be part of a loss.
+No hooks, no `.grad`, no second pass through the backbone. The gradient of the class scores is taken
+with respect to the features only, and stays differentiable, so that a map can be part of a loss.
 
 Shapes: N images, C classes, K channels, H and W cells of the feature grid.
 """
@@ -19,9 +19,9 @@ def grad_cam(
 ) -> Tensor:
     """Return one Grad-CAM per image: `ReLU(sum_k GAP(dS/dA)_k A_k)`, unnormalised.
 
-    The gradient of each image's score is read off the gradient of the scores' sum, which is exact
-    as long as the head maps each image's features to its logits independently of the others;
-    `batchcam.models.check_explainable` refuses a model whose head does not.
+    The gradients of all images are read off one gradient, that of the sum of their scores. This is
+    exact if the head maps the features of each image to its logits independently of the others;
+    `batchcam.models.check_explainable` refuses other models.
 
     Args:
         logits_NC: class scores before softmax, computed from `features_NKHW`.
@@ -30,10 +30,17 @@ def grad_cam(
         create_graph: keep the result differentiable with respect to features and head weights.
 
     Returns:
-        `maps_NHW`, float32 under autocast, else of the features' type; >= 0.
+        `maps_NHW`, >= 0; float32 under autocast, else of the features' type.
 
     Raises:
         ValueError: shapes do not fit each other.
+
+    Example:
+        >>> import torch
+        >>> features = torch.rand(2, 8, 7, 7, requires_grad=True)
+        >>> logits = torch.nn.Linear(8, 3)(features.mean(dim=(2, 3)))
+        >>> grad_cam(logits, features, targets_N=torch.tensor([0, 2])).shape
+        torch.Size([2, 7, 7])
     """
     weights_NK = channel_weights(logits_NC, features_NKHW, targets_N, create_graph=create_graph)
     return weighted_maps(weights_NK, features_NKHW)
@@ -50,8 +57,8 @@ def batch_cam(
     """Return one Grad-CAM per class of the batch, from class-averaged features and gradients.
 
     Eqs. 4-6: features and gradients are averaged over the images of a class, the averaged gradients
-    pooled to one weight per channel, and the weighted channels summed. As in Grad-CAM, negative
-    evidence is cut by a ReLU, which the paper's equations leave implicit.
+    are pooled to one weight per channel, and the weighted channels are summed. A ReLU follows, as
+    in Grad-CAM; the paper's equations leave it implicit.
 
     Args:
         logits_NC: class scores before softmax, computed from `features_NKHW`.
@@ -61,11 +68,19 @@ def batch_cam(
         create_graph: keep the result differentiable.
 
     Returns:
-        `maps_CHW`, unnormalised, >= 0, zero for a class that the batch does not contain; and
-        `present_C`, bool, which classes it contains.
+        `maps_CHW`, unnormalised, >= 0, zero for a class that is absent from the batch; and
+        `present_C`, bool, the classes that the batch contains.
 
     Raises:
         ValueError: shapes do not fit each other.
+
+    Example:
+        >>> import torch
+        >>> features = torch.rand(4, 8, 7, 7, requires_grad=True)
+        >>> logits = torch.nn.Linear(8, 3)(features.mean(dim=(2, 3)))
+        >>> maps, present = batch_cam(logits, features, torch.tensor([0, 0, 2, 2]), num_classes=3)
+        >>> maps.shape, present.tolist()
+        (torch.Size([3, 7, 7]), [True, False, True])
     """
     weights_NK = channel_weights(logits_NC, features_NKHW, labels_N, create_graph=create_graph)
     return class_maps(weights_NK, features_NKHW, labels_N, num_classes)
@@ -74,14 +89,20 @@ def batch_cam(
 def channel_weights(
     logits_NC: Tensor, features_NKHW: Tensor, targets_N: Tensor, *, create_graph: bool
 ) -> Tensor:
-    """Return each channel's importance: the gradient of the target score (3), pooled (6)."""
+    """Return the weight of each channel, `(N, K)`: the gradient of the target score, pooled.
+
+    Eqs. 3 and 6; arguments and errors as for :func:`grad_cam`.
+    """
     return pooled(score_gradients(logits_NC, features_NKHW, targets_N, create_graph=create_graph))
 
 
 def score_gradients(
     logits_NC: Tensor, features_NKHW: Tensor, targets_N: Tensor, *, create_graph: bool
 ) -> Tensor:
-    """Return the gradient of each image's target score with respect to its features (3)."""
+    """Return the gradient of each image's target score by its features, `(N, K, H, W)` (Eq. 3).
+
+    Arguments and errors as for :func:`grad_cam`.
+    """
     if features_NKHW.dim() != 4 or logits_NC.dim() != 2 or targets_N.dim() != 1:
         raise ValueError(
             "expected logits (N, C), features (N, K, H, W) and targets (N,), got "
@@ -92,15 +113,15 @@ def score_gradients(
             f"expected one N, got {len(logits_NC)} logits, {len(features_NKHW)} features and "
             f"{len(targets_N)} targets."
         )
-    with torch.enable_grad():  # A CAM is also asked for where gradients are off, as in evaluation.
+    with torch.enable_grad():  # Evaluation asks for CAMs where gradients are off.
         scores = logits_NC.gather(1, targets_N.unsqueeze(1)).sum()
     (gradients_NKHW,) = torch.autograd.grad(scores, features_NKHW, create_graph=create_graph)
     return gradients_NKHW
 
 
 def pooled(gradients_NKHW: Tensor) -> Tensor:
-    """Return the mean over the cells of a grid (6), `(N, K)`, at least float32."""
-    # Divided when it is small: going back, a mean would write H x W copies of its gradient.
+    """Return the mean over the cells of a grid, `(N, K)`, at least float32 (Eq. 6)."""
+    # A sum, divided afterwards: the backward pass of a mean writes H x W copies of its gradient.
     sums_NK = gradients_NKHW.sum(dim=(2, 3), dtype=at_least_float32(gradients_NKHW))
     return sums_NK / (gradients_NKHW.shape[2] * gradients_NKHW.shape[3])
 
@@ -109,12 +130,12 @@ def of_targets(gradients_CKHW: Tensor, targets_N: Tensor, features_NKHW: Tensor)
     """Return the gradient of each image's target score, `(N, K, H, W)`, from those of all classes.
 
     Args:
-        gradients_CKHW: the same for all images; H and W may be 1, if they are so for all cells.
+        gradients_CKHW: the gradient of each class score, equal for all images; H and W may be 1 if
+            it is equal in all cells.
         targets_N: int64, a class for each image.
-        features_NKHW: whose order in memory the result takes, for which see
-            :func:`weighted_sums`.
+        features_NKHW: the result takes their memory format.
     """
-    # Going back, an index in brackets would put its parts together number by number.
+    # The backward pass of indexing by brackets accumulates its gradient number by number.
     if features_NKHW.is_contiguous(memory_format=torch.channels_last):
         gradients_CHWK = gradients_CKHW.permute(0, 2, 3, 1).contiguous()
         return gradients_CHWK.index_select(0, targets_N).permute(0, 3, 1, 2)
@@ -122,15 +143,15 @@ def of_targets(gradients_CKHW: Tensor, targets_N: Tensor, features_NKHW: Tensor)
 
 
 def attribution(gradients_NKHW: Tensor, features_NKHW: Tensor) -> Tensor:
-    """Return what each cell adds to a score: `sum_k A_k dS/dA_k`, signed, `(N, H, W)`.
+    """Return the contribution of each cell to a score: `sum_k A_k dS/dA_k`, signed, `(N, H, W)`.
 
-    HiResCAM before its ReLU (Draelos and Carin 2020). Where the head is linear, the cells sum to
-    the score but for its bias: a faithful map. Grad-CAM's is so only where gradients are the same
-    in all cells, as where the head averages each channel; then the two are one.
+    HiResCAM before its ReLU (Draelos and Carin 2020). With a linear head the contributions sum to
+    the score minus its bias, so the map is faithful. Grad-CAM is faithful only if the gradients are
+    equal in all cells, as with a head that averages each channel; then the two are equal.
 
     Args:
-        gradients_NKHW: H and W may be 1, if gradients are the same in all cells.
-        features_NKHW: of the grid that is explained.
+        gradients_NKHW: gradients of the scores; H and W may be 1 if they are equal in all cells.
+        features_NKHW: the feature maps.
     """
     if gradients_NKHW.shape[2:] == (1, 1):
         weights_NK = gradients_NKHW.flatten(1).to(at_least_float32(gradients_NKHW))
@@ -147,11 +168,11 @@ def weighted_maps(weights_NK: Tensor, features_NKHW: Tensor) -> Tensor:
 def class_maps(
     weights_NK: Tensor, features_NKHW: Tensor, labels_N: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Return :func:`batch_cam`'s maps from channel weights that are already there.
+    """Return the maps of :func:`batch_cam` from given channel weights.
 
-    The averaged features are never formed. By linearity, the class's weights applied to the mean of
-    its features are the mean of those weights applied to each image, so what is averaged is H x W,
-    not K x H x W, and absent classes cost nothing.
+    The averaged features are never formed. By linearity, the weights of a class applied to its mean
+    features equal the mean of those weights applied to the features of each image. So H x W values
+    are averaged instead of K x H x W, and absent classes cost nothing.
     """
     sums_NHW = class_sums(weights_NK, features_NKHW, labels_N, num_classes)
     means_CHW, counts_C = class_means(sums_NHW, labels_N, num_classes)
@@ -167,11 +188,11 @@ def class_sums(
 
 
 def class_means(values: Tensor, labels_N: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Return the mean of each class, zero for one without images; and how many each has.
+    """Return the mean of each class, zero for a class without images, and the class sizes.
 
     Args:
         values: `(N, ...)`, floating point.
-        labels_N: int64, the class of each.
+        labels_N: int64, the class of each value.
         num_classes: the number of classes C of the result.
 
     Returns:
@@ -185,10 +206,10 @@ def class_means(values: Tensor, labels_N: Tensor, num_classes: int) -> tuple[Ten
 
 
 def render(maps_BHW: Tensor, resolution: int) -> Tensor:
-    """Scale maps to where prototypes live: `resolution` pixels square, the maximum of each map 1.
+    """Upsample maps to `resolution` pixels square, and scale the maximum of each map to 1.
 
-    Bilinear upsampling, then division by the map's maximum (plus 1e-6, so that an empty map stays
-    empty). The paper compares maps with prototypes and does not say how it scales them.
+    Bilinear upsampling, then division by the map's maximum plus 1e-6, so that an empty map stays
+    empty. The paper compares maps with prototypes, and does not say how it scales them.
 
     Returns:
         `(B, resolution, resolution)`, in [0, 1].
@@ -201,33 +222,33 @@ def render(maps_BHW: Tensor, resolution: int) -> Tensor:
 
 
 def bilinear(cells: int, pixels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the matrix `(pixels, cells)` that upsamples a line.
+    """Return the matrix `(pixels, cells)` that upsamples one axis.
 
-    Two products with it take a fifth of the time of `F.interpolate` and its backward pass.
+    Two matrix products take a fifth of the time of `F.interpolate` and its backward pass.
     """
     eye_11CC = torch.eye(cells, dtype=dtype, device=device)[None, None]
     return F.interpolate(eye_11CC, (pixels, cells), mode="bilinear", align_corners=False)[0, 0]
 
 
 def weighted_sums(weights_NK: Tensor, features_NKHW: Tensor) -> Tensor:
-    """Return `sum_k weights_k A_k` per image, negative evidence included, `(N, H, W)`.
+    """Return `sum_k weights_k A_k` per image, negative values included, `(N, H, W)`.
 
-    At least float32. Of bfloat16 features they are computed in bfloat16, as logits are: terms are
-    added in float32, sums rounded to 8 bits.
+    The result is at least float32. Sums of bfloat16 features are computed in bfloat16, like logits:
+    accumulated in float32, then rounded to 8 bits.
     """
     return fused_weighted_sum(weights_NK, features_NKHW)[1]
 
 
 def fused_weighted_sum(weights_NK: Tensor, features_NKHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the features, to go on with, and :func:`weighted_sums` of them.
+    """Return the features, for use by the head, and their :func:`weighted_sums`.
 
-    To what comes back to the features that are returned the part of the sums is added in place.
-    Apart, that part would be written for itself and then added: three passes over memory instead
-    of one, and one more tensor of the features' size. So the features that are returned go into
-    one function, the head, which must not need its gradient for anything else, as it would if it
-    added them to something: a linear head does not.
+    The backward pass adds the gradient of the sums in place to the gradient from the head. A
+    separate operation would write its gradient to a tensor of the features' size and then add it:
+    three passes over memory instead of one. The returned features must be used by one function
+    only, the head, and the head must not need the gradient of its input for anything else. A
+    linear head does not.
     """
-    # bfloat16 has the range of float32: as exact as the logits, and no copy of the features.
+    # bfloat16 has the range of float32: as exact as the logits, without a copy of the features.
     kept = features_NKHW.dtype == torch.bfloat16
     dtype = torch.bfloat16 if kept else torch.promote_types(features_NKHW.dtype, weights_NK.dtype)
     with _exact(features_NKHW.device):
@@ -236,16 +257,16 @@ def fused_weighted_sum(weights_NK: Tensor, features_NKHW: Tensor) -> tuple[Tenso
 
 
 def _exact(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context without autocast; where there is none, none is entered: that takes time."""
+    """Return a context without autocast; without autocast, an empty one, which is faster."""
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 class _FusedWeightedSum(torch.autograd.Function):
-    """Features and their weighted sums; backwards in the features' own order in memory.
+    """Features and their weighted sums. The gradient has the memory format of the features.
 
-    In another order their gradient would slow down every layer that it goes back through.
+    Another format would slow down the backward pass of every layer before.
     """
 
     @staticmethod
@@ -253,7 +274,7 @@ class _FusedWeightedSum(torch.autograd.Function):
         ctx.save_for_backward(weights_NK, features_NKHW)
         ctx.set_materialize_grads(False)
         features_NKS = features_NKHW.flatten(2).to(weights_NK.dtype)
-        # The vector first: as a product of matrix and vector it takes up to eight times as long.
+        # Vector times matrix: matrix times vector takes up to eight times as long.
         sums_N1S = torch.bmm(weights_NK.unsqueeze(1), features_NKS)
         return features_NKHW.view_as(features_NKHW), sums_N1S.view(-1, *features_NKHW.shape[2:])
 
@@ -276,9 +297,9 @@ class _FusedWeightedSum(torch.autograd.Function):
 def _outer(
     weights_NK: Tensor, maps_NHW: Tensor, plus_NKHW: Tensor | None, like_NKHW: Tensor
 ) -> Tensor:
-    """Return `weights_k maps_hw` per image, added to what is given, of type and order of `like`.
+    """Return `plus + weights_k maps_hw` per image, with type and memory format of `like`.
 
-    What is given is added to in place, unless it is to be differentiated or shares its memory.
+    `plus` is modified in place, unless it will be differentiated or has another memory format.
     """
     last = like_NKHW.is_contiguous(memory_format=torch.channels_last)
     order = torch.channels_last if last else torch.contiguous_format
@@ -290,7 +311,7 @@ def _outer(
         plus_NKHW = plus_NKHW.clone(memory_format=order)
     if like_NKHW.dtype != torch.bfloat16:
         return plus_NKHW.addcmul_(weights_NK11, maps_N1HW)
-    # CPUs multiply matrices of bfloat16 faster than they multiply it number by number.
+    # CPUs multiply matrices of bfloat16 faster than elementwise.
     sums, weights, maps = (each.flatten(2) for each in (plus_NKHW, weights_NK11, maps_N1HW))
     if last:
         sums.transpose(1, 2).baddbmm_(maps.transpose(1, 2), weights.transpose(1, 2))
@@ -300,5 +321,5 @@ def _outer(
 
 
 def at_least_float32(tensor: Tensor) -> torch.dtype:
-    """Return the type to sum in: float32 under autocast, else the tensor's own."""
+    """Return the type to accumulate in: float32 for lower precision, else the tensor's own."""
     return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Which device a model runs on, and in which precision."""
+"""Device and precision of a run, and the settings that suit them."""
 
 import ctypes
 import os
@@ -21,27 +21,27 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(
-            f"device={name!r} is no device; use auto, cpu, cuda, cuda:N or mps."
+            f"device={name!r} is not a device; use auto, cpu, cuda, cuda:N or mps."
         ) from error
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise ConfigError(
-                f"device={name!r} is not there: this machine has {count} CUDA devices; use auto "
-                "or cpu."
+                f"device={name!r} is not available: this machine has {count} CUDA devices; use "
+                "auto or cpu."
             )
     elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"device={name!r} is not there; use auto or cpu.")
+        raise ConfigError(f"device={name!r} is not available on this machine; use auto or cpu.")
     elif device.type not in ("cpu", "mps"):
         raise ConfigError(f"device={name!r} is not supported; use auto, cpu, cuda, cuda:N or mps.")
     return device
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Return the context in which forward passes run: fp32 as they are, else autocast.
+    """Return the context of forward passes: autocast, or an empty context for fp32.
 
     Raises:
-        ConfigError: fp16 is asked for where gradients cannot be scaled for it.
+        ConfigError: fp16 on a device other than CUDA, where gradients cannot be scaled for it.
     """
     if precision == "fp32":
         return nullcontext()
@@ -52,34 +52,33 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 
 def compile_mode(device: torch.device) -> str | None:
-    """Return the mode of `torch.compile`: with CUDA graphs where there is CUDA, else its default.
+    """Return the mode of `torch.compile`: with CUDA graphs on CUDA, else its default.
 
-    Graphs hold the features' two passes, the many small kernels of a step. The head and the CAMs,
-    which are differentiated twice, stay outside.
+    The graphs contain forward and backward pass of the features, which are most kernels of a step.
+    The head and the CAMs are differentiated twice, and stay eager.
     """
     return "reduce-overhead" if device.type == "cuda" else None
 
 
 def prefers_channels_last(device: torch.device, precision: str) -> bool:
-    """Whether convolutions run faster channels last: on CUDA's tensor cores, in half precision."""
+    """Return whether convolutions run faster in channels-last format: CUDA in half precision."""
     return device.type == "cuda" and precision != "fp32"
 
 
 def evaluation_batch(device: torch.device) -> int:
-    """Return how many images to evaluate at a time: few kernels on a GPU, small tensors else."""
+    """Return the batch size for evaluation: large on a GPU, small for the caches of a CPU."""
     return 128 if device.type == "cpu" else 512
 
 
 def keep_freed_memory() -> bool:
-    """Have this process keep the memory that tensors on the CPU no longer need, for those to come.
+    """Stop glibc from returning freed memory to the system, for this process.
 
-    glibc gives large blocks back to the system, so each step asks for them again and waits for
-    their pages. The process then stays as large as it once was, which is no larger than without.
+    By default glibc returns large blocks, so that each step requests them again and waits for page
+    faults. With this setting the process stays at its peak size, which does not grow.
 
     Returns:
-        Whether it does: not with another C library than glibc, and not where the environment
-        already says what is to be done (`MALLOC_MMAP_MAX_`, `MALLOC_TRIM_THRESHOLD_`, or
-        `GLIBC_TUNABLES`).
+        Whether the setting was made. It is not made with another C library than glibc, nor if the
+        environment sets `MALLOC_MMAP_MAX_`, `MALLOC_TRIM_THRESHOLD_` or `GLIBC_TUNABLES`.
     """
     if os.environ.keys() & {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}:
         return False
@@ -91,4 +90,5 @@ def keep_freed_memory() -> bool:
 
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-"""Of `mallopt`: the free memory from which some is given back, -1 for none; blocks apart."""
+"""Parameters of `mallopt`: the amount of free memory above which some is returned (-1: never), and
+the number of blocks that are mapped separately."""

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, each naming the value that was wrong and the remedy.
+"""Errors that a user can correct. Each message names the wrong value and the remedy.
 
 All derive from :class:`BatchCamError`, so that a command line can print them without a traceback.
 """
@@ -9,11 +9,11 @@ from pathlib import Path
 
 
 class BatchCamError(ValueError):
-    """Something the user gave cannot be used."""
+    """An input of the user cannot be used."""
 
 
 class ConfigError(BatchCamError):
-    """A field of a configuration has a value that cannot work."""
+    """A configuration has an invalid value."""
 
 
 class DataError(BatchCamError):
@@ -56,6 +56,6 @@ def check_format(path: Path, found: object, known: int) -> None:
 
 
 def suggest_names(name: str, known: Iterable[str], limit: int = 3) -> str:
-    """Return ``" Did you mean a, b?"`` for the names nearest to `name`, or an empty string."""
+    """Return ``" Did you mean a, b?"`` with the nearest known names, or an empty string."""
     near = get_close_matches(name, list(known), n=limit, cutoff=0.5)
     return f" Did you mean {', '.join(near)}?" if near else ""

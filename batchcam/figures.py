@@ -1,7 +1,7 @@
-"""The pictures people look at: class CAMs beside their prototypes, errors, overlays on images.
+"""Figures: class CAMs beside their prototypes, errors, overlays on images.
 
-Figures are drawn without pyplot, so that they can be made in any thread and leave no state.
-Matplotlib is imported when the first is drawn: it would take half a second of every start.
+Figures are drawn without pyplot, so that they can be made in any thread and leave no global state.
+Matplotlib is imported when the first figure is drawn; the import takes half a second.
 
 Shapes: C classes, R pixels.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CAM_COLOURS = "magma"
 _MAX_CLASSES = 20
-"""Columns of a class figure. More would be too small to see; the first ones are drawn."""
+"""Columns of a class figure at most. Of more classes the first ones are drawn."""
 
 Image = npt.NDArray[np.uint8]
 
@@ -54,7 +54,7 @@ def misclassified(
     class_names: Sequence[str],
     title: str,
 ) -> Figure:
-    """Draw each class's CAM above the CAM of its errors, and what it was most often taken for."""
+    """Draw each class's CAM above the CAM of its errors, with the most frequent wrong class."""
     notes = confusion_notes(confusion_CC, class_names)
     return class_rows(
         [("CAM", maps_CRR, None), ("CAM of errors", error_maps_CRR, notes)], class_names, title
@@ -62,7 +62,7 @@ def misclassified(
 
 
 def confusion_notes(confusion_CC: Tensor, class_names: Sequence[str]) -> list[str]:
-    """Return for each class how many of its images were wrong, and what most were taken for."""
+    """Return for each class its number of errors, and the most frequent wrong class."""
     notes = []
     for label, row in enumerate(confusion_CC.clone()):
         row[label] = 0
@@ -74,7 +74,7 @@ def confusion_notes(confusion_CC: Tensor, class_names: Sequence[str]) -> list[st
 
 
 Row = tuple[str, Tensor, Sequence[str] | None]
-"""A row of a class figure: its label, `maps_CRR`, and a note under each map."""
+"""A row of a class figure: its label, its maps `(C, R, R)`, and a note below each map."""
 
 
 def class_rows(
@@ -102,9 +102,13 @@ def class_rows(
 def overlay(
     image_CHW: Image, map_RR: Tensor, title: str, prototype: tuple[str, Tensor] | None = None
 ) -> Figure:
-    """Draw an image beside itself under its CAM, and beside a prototype if one is given.
+    """Draw an image, the image under its CAM, and a prototype if one is given, side by side.
 
-    `image_CHW` is uint8, grey or RGB; `prototype` a line of text and `(R, R)` in [0, 1].
+    Args:
+        image_CHW: uint8, grey or RGB.
+        map_RR: the CAM, in [0, 1].
+        title: of the figure.
+        prototype: a line of text, and a map `(R, R)` in [0, 1].
     """
     picture = image_CHW.transpose(1, 2, 0)
     extent = (0.0, float(picture.shape[1]), float(picture.shape[0]), 0.0)
@@ -125,7 +129,10 @@ def overlay(
 
 
 def tile(maps_CRR: Tensor, prototypes_CRR: Tensor, min_side: int = 56) -> Image:
-    """Return prototypes above CAMs as one RGB array `(2R', C R', 3)`, fast to draw."""
+    """Return prototypes above CAMs as one RGB array `(2R', C R', 3)`, without drawing a figure.
+
+    R' is R times the smallest integer with which it is at least `min_side` pixels.
+    """
     scale = max(1, -(-min_side // maps_CRR.shape[-1]))
     rows = [np.concatenate(list(maps.numpy()), axis=1) for maps in (prototypes_CRR, maps_CRR)]
     grey = np.concatenate(rows, axis=0).repeat(scale, axis=0).repeat(scale, axis=1)
@@ -136,7 +143,7 @@ def tile(maps_CRR: Tensor, prototypes_CRR: Tensor, min_side: int = 56) -> Image:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, without the date, so that the same figure is the same file."""
+    """Write a figure as PNG, without metadata, so that equal figures give equal files."""
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 

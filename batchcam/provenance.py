@@ -1,4 +1,4 @@
-"""Where a number comes from: the command, the commit and the versions behind it."""
+"""The origin of a number: the command, the commit and the versions that produced it."""
 
 import platform
 import shlex
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def command_line() -> str:
-    """Return the command that started this process, as one could type it in a checkout."""
+    """Return the command that started this process, in a form that runs in a checkout."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None:  # Started by python -m.
         return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
@@ -20,7 +20,10 @@ def command_line() -> str:
 
 
 def git_commit() -> str | None:
-    """Return the commit of this project's checkout, "+dirty" if changed; None outside of one."""
+    """Return the commit of this project's checkout, with "+dirty" if it has changes.
+
+    None outside of a checkout.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run(
@@ -38,7 +41,11 @@ def git_commit() -> str | None:
 
 
 def package_versions(*more: str) -> dict[str, str]:
-    """Return the versions of what a result depends on, `more` packages included."""
+    """Return the versions of the packages that a result depends on, by name, and of Python.
+
+    Args:
+        more: further packages to include.
+    """
     packages = ("batchcam", "torch", "torchvision", "timm", "numpy", "scikit-learn")
     return {"python": platform.python_version()} | {
         name: version(name) for name in (*packages, *more)

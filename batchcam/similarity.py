@@ -1,8 +1,9 @@
-"""How alike a saliency map and a prototype are: the metric φ as L1, L2 and SSIM (Eqs. 7-10).
+"""The distance φ between a saliency map and a prototype: L1, L2 and SSIM (Eqs. 7-10).
 
 Each function compares maps pairwise and returns one value per map; nothing is averaged over the
-batch. Maps are float tensors of shape `(B, H, W)` scaled to [0, 1]. Where many are compared with
-few, `pairs_B` says which of the few each goes with: what is computed of these is computed once.
+batch. Maps are float tensors of shape `(B, H, W)` in [0, 1]. To compare many maps with few
+prototypes, `pairs_B` gives the index of each map's prototype; statistics of a prototype are then
+computed once.
 """
 
 from collections.abc import Sequence
@@ -12,13 +13,13 @@ import torch
 from torch import Tensor
 
 WINDOW, SIGMA = 7, 1.5
-"""Pixels. Side and deviation of the Gaussian window of SSIM; maps must be as large at least."""
+"""Pixels. Side and standard deviation of the Gaussian window of SSIM. Maps must be as large."""
 EPSILON_1, EPSILON_2 = 1e-4, 9e-4
-"""Stabilisers of luminance and of contrast: `K = (0.01, 0.03)` squared, for a data range of 1."""
+"""Stabilisers of luminance and contrast: `K = (0.01, 0.03)` squared, for a data range of 1."""
 
 
 class Distance(Protocol):
-    """The φ of Eqs. 11 and 12, 0 where maps are equal."""
+    """The φ of Eqs. 11 and 12: 0 for equal maps."""
 
     def __call__(self, x_BHW: Tensor, y_PHW: Tensor, *, pairs_B: Tensor | None = None) -> Tensor:
         """Return the distance of each map, shape `(B,)`.
@@ -26,20 +27,32 @@ class Distance(Protocol):
         Args:
             x_BHW: maps.
             y_PHW: maps to compare with.
-            pairs_B: int64, with which of them each map is compared; None: with its own, P is B.
+            pairs_B: int64, the index of the map that each is compared with; None: map b is
+                compared with map b.
         """
 
 
 def l1(x_BHW: Tensor, y_PHW: Tensor, *, pairs_B: Tensor | None = None) -> Tensor:
-    """Return the mean absolute difference per map, shape `(B,)`, in [0, 1] for maps in [0, 1]."""
+    """Return the mean absolute difference per map, shape `(B,)`, in [0, 1] for maps in [0, 1].
+
+    Example:
+        >>> import torch
+        >>> l1(torch.zeros(1, 8, 8), torch.full((1, 8, 8), 0.25))
+        tensor([0.2500])
+    """
     return (x_BHW - _paired(x_BHW, y_PHW, pairs_B)).abs().mean(dim=(1, 2))
 
 
 def l2(x_BHW: Tensor, y_PHW: Tensor, *, pairs_B: Tensor | None = None) -> Tensor:
     """Return the mean squared difference per map, shape `(B,)`, in [0, 1] for maps in [0, 1].
 
-    The paper names the "L2 norm" without a formula. The mean of squares is used, not the norm
-    itself: it is smooth at 0, and its scale does not change with the resolution.
+    The paper names the "L2 norm" without a formula. The mean of squares is used instead of the
+    norm: it is smooth at 0, and its scale does not depend on the resolution.
+
+    Example:
+        >>> import torch
+        >>> l2(torch.zeros(1, 8, 8), torch.full((1, 8, 8), 0.5))
+        tensor([0.2500])
     """
     return (x_BHW - _paired(x_BHW, y_PHW, pairs_B)).square().mean(dim=(1, 2))
 
@@ -60,17 +73,18 @@ def ssim(
 ) -> Tensor:
     """Return the structural similarity index per map: `L^alpha * C^beta * S^gamma` of Eqs. 7-10.
 
-    The paper's loss is `1 - ssim(x, y)`. Where Eqs. 8-10 speak of the mean and deviation of "the
-    images", they are taken in a Gaussian window around each pixel that a whole window fits around,
-    and the index is averaged over those pixels, as is customary for SSIM.
+    The paper's loss is `1 - ssim(x, y)`. Eqs. 8-10 use the mean and deviation of "the images". Here
+    they are computed in a Gaussian window around each pixel around which the whole window fits, and
+    the index is averaged over those pixels, as is customary for SSIM.
 
-    Equal to `pytorch_msssim.ssim(x, y, data_range=1, win_size=window, size_average=False)` on
-    `(B, 1, H, W)` where `alpha = beta = gamma = 1` and `epsilon_3 = epsilon_2 / 2`: contrast times
-    structure then is `(2 sigma_xy + epsilon_2) / (sigma_x^2 + sigma_y^2 + epsilon_2)`. The other
-    defaults are that library's `K = (0.01, 0.03)` squared, for a data range of 1.
+    With `alpha = beta = gamma = 1` and `epsilon_3 = epsilon_2 / 2` the result equals
+    `pytorch_msssim.ssim(x, y, data_range=1, win_size=window, size_average=False)` on
+    `(B, 1, H, W)`: contrast times structure is then
+    `(2 sigma_xy + epsilon_2) / (sigma_x^2 + sigma_y^2 + epsilon_2)`. The other defaults are that
+    library's `K = (0.01, 0.03)` squared, for a data range of 1.
 
-    For `gamma` other than 1 a negative structure term has no real power; it is clamped to 1e-6
-    there, and so are the (never negative) other terms under exponents other than 1.
+    A negative structure term has no real power for `gamma` other than 1. It is clamped to 1e-6
+    then, as are the other terms, which are never negative, for exponents other than 1.
 
     Args:
         x_BHW: maps, float, `(B, H, W)`, in [0, 1].
@@ -83,13 +97,19 @@ def ssim(
         epsilon_3: stabiliser of structure, > 0.
         window: side of the Gaussian window in pixels, odd.
         sigma: standard deviation of the window in pixels.
-        pairs_B: int64, with which of them each map is compared; None: with its own, P is B.
+        pairs_B: int64, the index of the map that each is compared with; None: map b is compared
+            with map b.
 
     Returns:
-        One value per map, shape `(B,)`, at most 1; 1 where the maps are equal.
+        One value per map, shape `(B,)`, at most 1; 1 for equal maps.
 
     Raises:
         ValueError: shapes differ, or a side is smaller than the window.
+
+    Example:
+        >>> import torch
+        >>> ssim(torch.ones(1, 8, 8), torch.ones(1, 8, 8))
+        tensor([1.0000])
     """
     y_BHW = _paired(x_BHW, y_PHW, pairs_B)
     mu_x, mean_xx, mean_xy = _window_means((x_BHW, x_BHW * x_BHW, x_BHW * y_BHW), window, sigma)
@@ -101,7 +121,7 @@ def ssim(
 
     luminance = (2 * both + epsilon_1) / (square_x + (square_y + epsilon_1))
     if beta == gamma == 1 and 2 * epsilon_3 == epsilon_2:
-        # The product of the two terms, without the roots: their slope at 0 is infinite.
+        # The product of the two terms without square roots, whose slope at 0 is infinite.
         contrast_structure = (2 * covariance + epsilon_2) / (var_x + (var_y + epsilon_2))
     else:
         product = (_root(var_x) * _root(var_y)).clamp(min=0)
@@ -122,7 +142,7 @@ METRICS: dict[str, Distance] = {"l1": l1, "l2": l2, "ssim": ssim_distance}
 
 
 def _paired(x_BHW: Tensor, y_PHW: Tensor, pairs_B: Tensor | None) -> Tensor:
-    """Return what each map is compared with, `(B, H, W)`."""
+    """Return the map that each map is compared with, `(B, H, W)`."""
     fits = x_BHW.dim() == y_PHW.dim() == 3 and x_BHW.shape[1:] == y_PHW.shape[1:]
     if not fits or len(x_BHW) != len(y_PHW if pairs_B is None else pairs_B):
         also = "" if pairs_B is None else f", paired by {tuple(pairs_B.shape)}"
@@ -134,10 +154,10 @@ def _paired(x_BHW: Tensor, y_PHW: Tensor, pairs_B: Tensor | None) -> Tensor:
 
 
 def _window_means(maps: Sequence[Tensor], window: int, sigma: float) -> Tensor:
-    """Return Gaussian-weighted means around each pixel that a whole window fits around.
+    """Return Gaussian-weighted means around each pixel around which the whole window fits.
 
-    As matrix products, along the rows and along the columns: a convolution of one channel takes
-    several times as long, most of it in its backward pass.
+    Computed by matrix products along rows and columns: a convolution of one channel takes several
+    times as long, mostly in its backward pass.
     """
     stack_SBHW = torch.stack(list(maps))
     height, width = stack_SBHW.shape[-2:]
@@ -151,10 +171,10 @@ def _window_means(maps: Sequence[Tensor], window: int, sigma: float) -> Tensor:
 def smoothing(
     side: int, window: int, sigma: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return the banded matrix `(side, side - window + 1)` that smooths a line of pixels.
+    """Return the banded matrix `(side, side - window + 1)` that smooths along one axis.
 
     Raises:
-        ValueError: the line is shorter than the window.
+        ValueError: the side is smaller than the window.
     """
     if side < window:
         raise ValueError(
@@ -168,7 +188,7 @@ def smoothing(
 
 
 def _root(variance: Tensor) -> Tensor:
-    # Rounding can leave a variance slightly below 0, and the root's slope at 0 is infinite.
+    # Rounding can make a variance slightly negative, and the slope of the root at 0 is infinite.
     return variance.clamp(min=1e-12).sqrt()
 
 

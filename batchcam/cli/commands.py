@@ -1,7 +1,7 @@
-"""What the subcommands of `batchcam` do: each is its flags, and a `run` that returns a status.
+"""The subcommands of `batchcam`: a record of flags each, with a `run` that returns the exit status.
 
-Flags of `train` are the fields of TrialConfig. Status 0 is success; `verify` gives 1 where the
-metrics did not come back.
+The flags of `train` are the fields of TrialConfig. Status 0 is success; `verify` returns 1 if the
+metrics differ.
 """
 
 import json
@@ -35,20 +35,20 @@ class Train:
 
     trial: Annotated[TrialConfig, tyro.conf.arg(name="")] = field(default_factory=TrialConfig)
     out: Path
-    """Folder of the bundle; must not exist yet, or be empty."""
+    """Folder of the bundle; must not exist, or be empty."""
     config: Path | None = None
     """A config.yaml to start from; the other flags override it."""
     resume: bool = False
-    """Go on with a run into the same folder that was cut."""
+    """Resume an interrupted run with the same --out."""
 
     def run(self) -> int:
-        """Train, save the state after each epoch beside the bundle to be, and write the bundle."""
+        """Train, save the state after each epoch beside the bundle's folder, write the bundle."""
         check_writable(self.out)
         out = self.out.resolve()  # "." has no name.
         state = out.with_name(f"{out.name}.{STATE_FILE}")
         if state.exists() and not self.resume:
             raise ConfigError(
-                f"{state} is left of a run that was cut; go on with --resume, or remove it."
+                f"{state} is the state of an interrupted run; continue with --resume, or remove it."
             )
         if self.resume and not state.exists():
             raise ConfigError(f"there is nothing to resume: {state} does not exist.")
@@ -74,11 +74,11 @@ class Evaluate:
     out: Path | None = None
     """Folder for evaluation.json, cams.png and errors.png."""
     data_root: Path | None = None
-    """Where the data set is, if not where it was in training."""
+    """Where the data set is, if it is not where it was in training."""
     device: str = "auto"
 
     def run(self) -> int:
-        """Print accuracy and SSIM per class; write JSON and figures where asked to."""
+        """Print accuracy and SSIM per class; with --out, write JSON and figures."""
         model = load(self.bundle).to(self.device)
         config = _with_data_root(model.config, self.data_root)
         prepared = prepare(config)
@@ -144,13 +144,13 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Draw the class CAMs of several bundles below one another, under the prototypes."""
+    """Draw the class CAMs of several bundles in rows below the prototypes."""
 
     bundles: tyro.conf.Positional[tuple[Path, ...]]
     out: Path
     """PNG to write."""
     data_root: Path | None = None
-    """Where the data set is, if not where it was in training."""
+    """Where the data set is, if it is not where it was in training."""
 
     def run(self) -> int:
         """Evaluate each bundle on the validation split, and draw a row of maps for each."""
@@ -183,15 +183,15 @@ class Compare:
 
 @dataclass(frozen=True, kw_only=True)
 class Explain:
-    """Classify pictures, draw what the decision rests on, and the prototype that it is nearest to.
+    """Classify pictures, and draw the CAM of each decision with the most similar prototype.
 
-    A CAM nearest to the prototype of another class than the predicted one deserves a look.
+    Check a picture whose CAM is most similar to the prototype of another class than the predicted.
     """
 
     bundle: tyro.conf.Positional[Path]
     images: tyro.conf.Positional[tuple[Path, ...]]
     out: Path
-    """Folder for one <picture>_cam.png each, and predictions.json."""
+    """Folder for a <picture>_cam.png per picture, and predictions.json."""
     device: str = "auto"
 
     def run(self) -> int:
@@ -215,21 +215,21 @@ class Explain:
             if drawing.exists():  # Two pictures of one name, from two folders.
                 drawing = self.out / f"{path.stem}_{number}_cam.png"
             record = {"image": str(path), "class": name, "probability": share, "cam": drawing.name}
-            shown, said = None, ""
+            panel, message = None, ""
             if nearest is not None and model.prototypes is not None:
                 which, similarity = int(nearest[0][number]), float(nearest[1][number])
                 other = model.prototypes[0][which]
                 record |= {"nearest_prototype": other, "prototype_ssim": similarity}
-                shown = (
+                panel = (
                     f"nearest prototype: {other}\nSSIM {similarity:.2f}",
                     model.prototypes[1][which],
                 )
-                said = f", its CAM nearest to the prototype of {other} (SSIM {similarity:.2f})"
+                message = f", its CAM nearest to the prototype of {other} (SSIM {similarity:.2f})"
             title_ = f"{name} ({share:.1%})"
             map_RR = torch.from_numpy(maps[number])
-            figures.save(figures.overlay(pictures[number].numpy(), map_RR, title_, shown), drawing)
+            figures.save(figures.overlay(pictures[number].numpy(), map_RR, title_, panel), drawing)
             records.append(record)
-            console.print(f"{path}: {name} ({share:.1%}){said} -> {drawing}")
+            console.print(f"{path}: {name} ({share:.1%}){message} -> {drawing}")
         (self.out / "predictions.json").write_text(
             json.dumps(records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
@@ -238,7 +238,7 @@ class Explain:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Retrain a bundle from its config.yaml, and say whether its metrics come back."""
+    """Retrain a bundle from its config.yaml, and compare the metrics."""
 
     bundle: tyro.conf.Positional[Path]
     accuracy_tolerance: float = 0.005
@@ -246,10 +246,10 @@ class Verify:
     ssim_tolerance: float = 0.02
     """Largest difference of class-level CAM-prototype SSIM that passes."""
     data_root: Path | None = None
-    """Where the data set is, if not where it was in training."""
+    """Where the data set is, if it is not where it was in training."""
 
     def run(self) -> int:
-        """Retrain for as many epochs as the bundle was, and compare."""
+        """Retrain for the number of epochs of the bundle, and compare."""
         model = load(self.bundle)
         # Read again: unlike load, training must refuse a run with loss terms that the file lacks.
         trained = TrialConfig.from_yaml(self.bundle / "config.yaml")
@@ -280,21 +280,21 @@ class Verify:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a bundle's model for those who do not have this project: timm's format, ONNX."""
+    """Write a bundle's model in formats that do not need this project: timm's format, ONNX."""
 
     bundle: tyro.conf.Positional[Path]
     out: Path
     """Folder for config.json and model.safetensors, as timm reads them, and model.onnx."""
 
     def run(self) -> int:
-        """Write what the model can be written as."""
+        """Write the model in every format that it supports."""
         model = load(self.bundle)
         check_writable(self.out)
         self.out.mkdir(exist_ok=True)
         written = export(model, self.out)
         if not written:
             raise BundleError(
-                f"{model.config.backbone} has no format that others read; load it by batchcam."
+                f"{model.config.backbone} has no other format; load the bundle with batchcam."
             )
         console.print(f"{', '.join(written)} written to {self.out}")
         return 0
@@ -308,8 +308,8 @@ def _check_same_data(model: LoadedModel, sha256: str) -> None:
     expected = model.metrics["dataset_sha256"]
     if sha256 != expected:
         raise BundleError(
-            f"the data found has the SHA-256 {sha256[:16]}…, the bundle was made from "
-            f"{expected[:16]}…; name the original data with --data-root."
+            f"the data set found has the SHA-256 {sha256[:16]}…, the bundle was made from "
+            f"{expected[:16]}…; give the original data set with --data-root."
         )
 
 
@@ -319,7 +319,7 @@ def _fit_with_progress(
     on_epoch: Callable[[EpochReport], bool | None],
     state: Path | None = None,
 ) -> TrialResult:
-    """Train with a bar on a terminal, and a line per epoch everywhere."""
+    """Train with a line per epoch, and on a terminal a progress bar."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

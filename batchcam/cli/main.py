@@ -1,6 +1,6 @@
 """The command line: `batchcam train | evaluate | compare | explain | verify | export`.
 
-Errors that a user can mend are printed without a traceback, and the exit status is 2.
+Errors that a user can correct are printed without a traceback, and the exit status is 2.
 """
 
 import argparse

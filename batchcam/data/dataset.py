@@ -23,8 +23,8 @@ from batchcam.errors import DataError
 class ImageData:
     """A data set in memory: three splits, and the constants that normalise them.
 
-    `mean` and `std` are per channel, in units where a pixel is in [0, 1]. `sha256` is the digest of
-    the pixels and labels before the validation split is cut, so it names the data set itself.
+    `mean` and `std` are per channel, of pixels scaled to [0, 1]. `sha256` is the digest of pixels
+    and labels before the validation split is cut off, so it identifies the data set itself.
     """
 
     name: str
@@ -55,7 +55,7 @@ class ImageData:
 
 
 def load_data(config: TrialConfig) -> ImageData:
-    """Load the data set that `config` names, check it, and cut its validation split.
+    """Load the data set that `config` names, check it, and cut off its validation split.
 
     Uses the fields `dataset`, `data_root`, `val_fraction` and `split_seed`.
 
@@ -95,7 +95,7 @@ def _channel_statistics(images: Pixels) -> tuple[tuple[float, ...], tuple[float,
         average = float(np.average(values, weights=counts))
         mean.append(average)
         deviation = float(np.sqrt(np.average((values - average) ** 2, weights=counts)))
-        std.append(deviation or 1.0)  # A constant channel carries nothing to scale.
+        std.append(deviation or 1.0)  # A constant channel has nothing to scale.
     return tuple(mean), tuple(std)
 
 

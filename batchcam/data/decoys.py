@@ -1,7 +1,7 @@
-"""Decoys: a patch in a corner that tells the class in training and lies in the test.
+"""Decoys: a patch in a corner whose grey gives the class away in training and misleads in the test.
 
 After Decoy-MNIST (Ross et al. 2017, "Right for the Right Reasons", Section 4.2). A model that
-classifies by the patch is right on the training images and wrong on the test images.
+classifies by the patch is accurate on the training images and fails on the test images.
 """
 
 from dataclasses import replace
@@ -13,22 +13,22 @@ from batchcam.data.splits import Labels, Split
 PATCH = 4
 """Pixels. Side of a decoy."""
 _STEP = 25
-"""Grey levels between the decoys of neighbouring classes: class c shows 255 - 25 c."""
+"""Difference in grey between the decoys of consecutive classes: class c has 255 - 25 c."""
 MAX_CLASSES = 255 // _STEP + 1
-"""Classes that can be told apart by the grey of a decoy."""
+"""The number of classes whose decoys have distinct greys."""
 
 
 def paint_decoys(split: Split, shown: Labels, generator: np.random.Generator) -> Split:
-    """Return the split with a decoy in a random corner of each image, and where it is in `masks`.
+    """Return the split with a decoy in a random corner of each image, marked in `masks`.
 
     Args:
-        split: images `(N, C, H, W)`, at least 8 pixels a side; left as it is.
-        shown: int64 `(N,)`, the class whose grey each decoy has, from 0 to 10: the image's own in
-            training, a random one in a test.
+        split: images `(N, C, H, W)`, at least 8 pixels a side; not modified.
+        shown: int64 `(N,)`, from 0 to 10, the class that determines the grey of each decoy: the
+            image's own class in training, a random class in a test.
         generator: draws the corners.
 
     Raises:
-        ValueError: there is not one class for each image, or a class has no grey.
+        ValueError: `shown` does not have one class for each image, or has a class above 10.
     """
     if shown.shape != split.labels.shape:
         raise ValueError(
@@ -50,5 +50,5 @@ def paint_decoys(split: Split, shown: Labels, generator: np.random.Generator) ->
 
 
 def paint_random_decoys(split: Split, num_classes: int, generator: np.random.Generator) -> Split:
-    """Return the split with decoys that show a random class each, as a test of them does."""
+    """Return the split with decoys of random classes, as in the test split."""
     return paint_decoys(split, generator.integers(0, num_classes, len(split)), generator)

@@ -17,9 +17,9 @@ from batchcam.data.splits import Split
 
 @dataclass(frozen=True)
 class Preprocess:
-    """The way from stored pictures to a model's input: scaled, resized, normalised.
+    """Maps stored pictures to a model's input: scales, resizes and normalises them.
 
-    `mean` and `std` are per channel, in units where a pixel is in [0, 1].
+    `mean` and `std` are per channel, of pixels scaled to [0, 1].
     """
 
     resolution: int
@@ -27,9 +27,9 @@ class Preprocess:
     std: tuple[float, ...]
 
     def __call__(self, images_NCHW: Tensor) -> Tensor:
-        """Turn uint8 images into float32 `(N, C, resolution, resolution)`, on their device.
+        """Return uint8 images as float32 `(N, C, resolution, resolution)`, on their device.
 
-        Resizing is bilinear, with anti-aliasing where it shrinks.
+        Resizing is bilinear, with anti-aliasing when it shrinks.
         """
         x_NCHW = resize(images_NCHW.float().div_(255), self.resolution)
         return (x_NCHW - _per_channel(self.mean, x_NCHW.device)) / _per_channel(
@@ -39,12 +39,12 @@ class Preprocess:
 
 @lru_cache(maxsize=64)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return constants as `(1, C, 1, 1)`; copied to the device once, for copying would wait."""
+    """Return constants as `(1, C, 1, 1)`, copied to the device once: a copy makes the host wait."""
     return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 def resize(x_NCHW: Tensor, resolution: int) -> Tensor:
-    """Resize float images to `resolution` pixels square; a copy only where the size differs."""
+    """Resize float images to `resolution` pixels square; images of that size are not copied."""
     if x_NCHW.shape[-2:] == (resolution, resolution):
         return x_NCHW
     return F.interpolate(
@@ -53,9 +53,9 @@ def resize(x_NCHW: Tensor, resolution: int) -> Tensor:
 
 
 def to_device(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Put a whole split on the device, once; on the CPU this shares memory and copies nothing."""
+    """Return the images and labels of a split on a device; on the CPU they share its memory."""
     with warnings.catch_warnings():
-        # Arrays from a shared object store are read-only. Nothing here ever writes to them.
+        # Arrays from a shared object store are read-only. No code writes to them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         images, labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
     return images.to(device), labels.to(device)
@@ -64,7 +64,7 @@ def to_device(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
 def batches(
     tensors: tuple[Tensor, ...], batch_size: int, order: Tensor | None = None
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield batches of tensors that go together, in the given order, the last one as it falls."""
+    """Yield batches of parallel tensors, in the given order; the last batch may be smaller."""
     for start in range(0, len(tensors[0]), batch_size):
         chosen = slice(start, start + batch_size) if order is None else order[start:][:batch_size]
         yield tuple(tensor[chosen] for tensor in tensors)

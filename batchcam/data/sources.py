@@ -1,7 +1,7 @@
-"""Where data sets come from: each loader finds, checks and reads one into uint8 arrays.
+"""Loaders of data sets. Each finds, checks and reads one data set into uint8 arrays.
 
-A loader takes the data root that the user gave, or None, and returns the training set, the test
-set and the class names. To add a data set, write its loader and name it in `LOADERS`.
+A loader takes the user's data root, or None, and returns the training set, the test set and the
+class names. To add a data set, write its loader and name it in `LOADERS`.
 """
 
 import gzip
@@ -73,8 +73,8 @@ _IDX_FILES: Mapping[str, Mapping[str, tuple[int, str]]] = {
     },
 }
 
-_DOWNLOAD_PATIENCE = 30
-"""Seconds without an answer after which a download has failed."""
+_DOWNLOAD_TIMEOUT = 30
+"""Seconds without an answer after which a download fails."""
 
 Loaded = tuple[Split, Split, tuple[str, ...]]
 
@@ -112,18 +112,21 @@ def _load_decoy_fashion_mnist(data_root: str | None) -> Loaded:
 
 
 def _with_decoys(loaded: Loaded) -> Loaded:
-    """Paint decoys, the same ones at every call, that tell the class in training alone."""
+    """Paint decoys that show the class in training and a random class in the test.
+
+    They are the same at every call.
+    """
     train, test, class_names = loaded
     generator = np.random.default_rng(0)
-    truthful = paint_decoys(train, train.labels, generator)
-    return truthful, paint_random_decoys(test, len(class_names), generator), class_names
+    painted = paint_decoys(train, train.labels, generator)
+    return painted, paint_random_decoys(test, len(class_names), generator), class_names
 
 
 def _load_idx(folder: str, data_root: str | None) -> tuple[Split, Split]:
     """Find, check and read the four IDX files of MNIST or Fashion-MNIST; download as a last resort.
 
-    A folder counts as holding the data set if it has any of the files: then all four must be
-    there and whole, since silently going on to another copy would hide the damage.
+    The first folder that has any of the files is used, and must have all four undamaged. Falling
+    back to another copy would hide the damage.
     """
     expected = _IDX_FILES[folder]
     places = _candidate_folders(folder, data_root)
@@ -156,12 +159,12 @@ def _candidate_folders(folder: str, data_root: str | None) -> list[Path]:
 def _download(folder: str, root: Path) -> None:
     from torchvision import datasets
 
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_DOWNLOAD_PATIENCE)  # torchvision itself would wait for ever.
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT)  # torchvision has no timeout of its own.
     try:
         getattr(datasets, folder)(str(root), download=True)
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(timeout)
 
 
 def _idx_path(place: Path, name: str) -> Path | None:
@@ -184,19 +187,19 @@ def _read_idx_folder(place: Path, expected: Mapping[str, tuple[int, str]]) -> tu
 
 def _read_checked(place: Path, name: str, size: int, sha256: str) -> bytes:
     path = _idx_path(place, name)
-    remedy = f"Delete the folder {place} to have it downloaded again, or restore the file."
+    remedy = f"Delete the folder {place} to download it again, or restore the file."
     if path is None:
-        raise DataError(f"{place / name} is missing, though its neighbours are there. {remedy}")
+        raise DataError(f"{place / name} is missing, though other files are there. {remedy}")
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}. {remedy}") from error
     if len(content) != size:
-        raise DataError(f"{path} has {len(content)} bytes where {size} are expected. {remedy}")
+        raise DataError(f"{path} has {len(content)} bytes, expected {size}. {remedy}")
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise DataError(
-            f"{path} has been altered: its SHA-256 is {found}, expected {sha256}. {remedy}"
+            f"{path} is not the published file: its SHA-256 is {found}, expected {sha256}. {remedy}"
         )
     return content
 
@@ -204,18 +207,18 @@ def _read_checked(place: Path, name: str, size: int, sha256: str) -> bytes:
 # --- A user's own pictures -------------------------------------------------------------------
 
 _MAX_STORED_SIDE = 256
-"""Pixels. Pictures are kept at most this large in memory; training resizes them from there."""
+"""Pixels. Pictures are stored at most this large in memory; training resizes them."""
 
 _DEEP_GREY = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-"""Pillow's modes of 16-bit grey, by byte order. Its own conversion would clip them at 255."""
+"""Pillow's modes of 16-bit grey, by byte order. Pillow's own conversion clips them at 255."""
 
 
 def _load_imagefolder(data_root: str | None) -> Loaded:
     """Load `<data-root>/train/<class>/*` and, if there, `<data-root>/test/<class>/*`.
 
-    Pictures are grey if every one of them is, else RGB. Each is scaled on its shorter side and cut
-    to the square in its middle; the side is the median of the training pictures' shorter sides,
-    at most 256 pixels. Without a test folder a fixed fifth of each class is held out for testing.
+    Pictures are grey if all of them are, else RGB. Each is scaled by its shorter side and cropped
+    to its central square. The side is the median of the shorter sides of the training pictures, at
+    most 256 pixels. Without a test folder a fixed fifth of each class is held out for testing.
     """
     if data_root is None:
         raise DataError(
@@ -259,7 +262,7 @@ def _list_pictures(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]
         ) from error
     if len(listing.classes) < 2:
         raise DataError(
-            f"{folder} has the single class {listing.classes[0]!r}; a classifier needs 2 or more."
+            f"{folder} has the single class {listing.classes[0]!r}; a classifier needs at least 2."
         )
     return tuple(listing.classes), list(listing.samples)
 
@@ -274,12 +277,15 @@ def _open_picture(path: str | Path) -> Image.Image:
 
 
 def read_picture(path: str | Path, side: int, grey: bool) -> Pixels:
-    """Read a picture file as uint8 `(C, side, side)`: upright, shorter side scaled, centre cut.
+    """Read a picture file as uint8 `(C, side, side)`: upright, scaled, cropped to its centre.
 
-    `C` is 1 where `grey`, else 3. 16-bit grey keeps its upper 8 bits.
+    Args:
+        path: the file.
+        side: pixels; the shorter side of the picture is scaled to it.
+        grey: return one channel instead of three. 16-bit grey keeps its upper 8 bits.
 
     Raises:
-        DataError: the file is missing or is no picture that Pillow can read.
+        DataError: the file is missing, or Pillow cannot read it as a picture.
     """
     with _open_picture(path) as opened:
         try:

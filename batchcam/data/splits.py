@@ -1,4 +1,4 @@
-"""A part of a data set in memory, and how one is cut in two.
+"""A part of a data set in memory, and the stratified split.
 
 Shapes: N images, C channels, H and W pixels.
 """
@@ -20,8 +20,8 @@ Masks = npt.NDArray[np.bool_]
 class Split:
     """Images `(N, C, H, W)` uint8 and their labels `(N,)` int64.
 
-    `masks`, `(N, H, W)`, is where something was painted that no model should look at, if it was:
-    for judging models, and for methods that are told.
+    `masks`, `(N, H, W)`, marks the pixels that a model should ignore, if they are known: for
+    evaluation, and for losses that use annotations.
     """
 
     images: Pixels
@@ -32,16 +32,21 @@ class Split:
         return len(self.labels)
 
     def take(self, index: Labels) -> Self:
-        """Return the part of the split that `index` chooses, in its order."""
+        """Return the items of the split that `index` selects, in that order."""
         masks = None if self.masks is None else self.masks[index]
         return replace(self, images=self.images[index], labels=self.labels[index], masks=masks)
 
 
 def stratified_split(labels: Labels, fraction: float, seed: int) -> tuple[Labels, Labels]:
-    """Return sorted indices of the part kept and the part held out, class by class.
+    """Return the sorted indices of the items kept and of those held out, stratified by class.
 
-    Of each class, `round(fraction * n)` items are held out, at least one and at most n - 1, so
-    that both parts contain every class however small.
+    Of the n items of a class, `round(fraction * n)` are held out, at least 1 and at most n - 1, so
+    that both parts contain every class.
+
+    Args:
+        labels: int64 `(N,)`.
+        fraction: to hold out, in (0, 1).
+        seed: of the draw.
 
     Raises:
         DataError: a class has a single item.
@@ -52,8 +57,8 @@ def stratified_split(labels: Labels, fraction: float, seed: int) -> tuple[Labels
         members = np.flatnonzero(labels == label)
         if len(members) < 2:
             raise DataError(
-                f"class {label} has a single training image; it needs at least 2, one to train on "
-                "and one to validate on."
+                f"class {label} has a single training image; it needs at least 2, one for training "
+                "and one for validation."
             )
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         held_out.append(generator.permutation(members)[:count])

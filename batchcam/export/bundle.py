@@ -1,14 +1,14 @@
-"""A bundle: a folder that holds a trained model and all that is needed to reuse or retrain it.
+"""Bundles: folders that hold a trained model, and everything needed to reuse or retrain it.
 
     config.yaml         the TrialConfig
     model.safetensors   the weights, and how to build the model around them
-    metrics.json        what was measured, with its provenance
+    metrics.json        the metrics, with their provenance
     cams.png            each class's CAM beside its prototype
     README.md           the model card
     prototypes.safetensors   the class prototypes of the training images
-    config.json         of a timm backbone: timm's own description, by which timm loads the folder
+    config.json         for timm backbones: timm's own description, with which timm loads the folder
 
-Nothing in it is ever unpickled: loading a bundle runs no code that came with it.
+No file is unpickled: loading a bundle runs no code from it.
 """
 
 import json
@@ -45,24 +45,24 @@ FILES = ("config.yaml", "model.safetensors", "metrics.json", "cams.png", "README
 FORMAT = 1
 """The newest format of a bundle that this version reads, and the one that it writes."""
 _MODEL_KEY = "batchcam"
-"""Key of the weights' metadata under which the model is described, as JSON."""
+"""Key of the description of the model, as JSON, in the metadata of the weights."""
 _NAMES_KEY = "names"
-"""Key of the prototypes' metadata under which their names are, as JSON."""
+"""Key of the names of the prototypes, as JSON, in their metadata."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A classifier from a bundle: predicts and explains images, on the CPU unless moved.
+    """A classifier from a bundle, which predicts and explains images; on the CPU unless moved.
 
     Attributes:
-        config: the configuration it was trained with.
-        metrics: the bundle's metrics.json.
+        config: the configuration that it was trained with.
+        metrics: the content of metrics.json.
         class_names: the name of each class, in the order of the logits.
-        model: the network itself, in `eval` mode.
-        preprocess: what turns uint8 images into the network's input.
+        model: the network, in `eval` mode.
+        preprocess: maps uint8 images to the network's input.
         channels: 1 for grey images, 3 for RGB.
-        prototypes: the class prototypes of the training images, `(P, R, R)` in [0, 1], by name;
-            None in bundles that were written without them.
+        prototypes: names and images of the training prototypes, `(P, R, R)` in [0, 1]; None for a
+            bundle without them.
     """
 
     config: TrialConfig
@@ -74,13 +74,13 @@ class LoadedModel:
     prototypes: tuple[tuple[str, ...], Tensor] | None = None
 
     def predict(self, images: npt.ArrayLike | Tensor) -> npt.NDArray[np.int64]:
-        """Return the predicted class of each image, `(N,)`; names are in `class_names`.
+        """Return the index of the predicted class of each image, `(N,)`; see `class_names`.
 
         Args:
             images: uint8, `(N, H, W)` for grey or `(N, channels, H, W)`, of any size.
 
         Raises:
-            BundleError: the images have another type, shape or number of channels.
+            BundleError: the images have a wrong type, shape or number of channels.
         """
         classes: npt.NDArray[np.int64] = self.probabilities(images).argmax(axis=1)
         return classes
@@ -95,11 +95,11 @@ class LoadedModel:
     ) -> npt.NDArray[np.float32]:
         """Return one CAM per image at the model's resolution, `(N, R, R)` in [0, 1].
 
-        Of the kind that the model was trained with: a Grad-CAM, or a HiResCAM.
+        The explainer is the one that the model was trained with: Grad-CAM or HiResCAM.
 
         Args:
             images: as for :meth:`predict`.
-            targets: the class to explain for each image, `(N,)`; the predicted ones if None.
+            targets: the class to explain for each image, `(N,)`; None: the predicted classes.
         """
         _, maps = self._run(images, targets)
         return maps
@@ -107,17 +107,17 @@ class LoadedModel:
     def nearest_prototypes(
         self, maps: npt.NDArray[np.float32]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Return the prototype that each CAM resembles most, `(N,)`, and their SSIM, `(N,)`.
+        """Return the index of the prototype most similar to each CAM, `(N,)`, and the SSIM, `(N,)`.
 
         Args:
-            maps: `(N, R, R)` in [0, 1], of :meth:`explain`.
+            maps: `(N, R, R)` in [0, 1], from :meth:`explain`.
 
         Raises:
             BundleError: the bundle has no prototypes.
         """
         if self.prototypes is None:
             raise BundleError(
-                "the bundle has no prototypes; one trained anew from its config.yaml has."
+                "the bundle has no prototypes; train it again from its config.yaml to have them."
             )
         _, prototypes_PRR = self.prototypes
         cams_NRR = torch.from_numpy(maps)
@@ -149,7 +149,7 @@ class LoadedModel:
     def _run(
         self, images: npt.ArrayLike | Tensor, targets: npt.ArrayLike | None
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        # Inference tensors, if the caller has that mode on, could not carry the CAM's gradients.
+        # Tensors made in the caller's inference mode could not carry the gradients of the CAM.
         with torch.inference_mode(mode=False):
             return self._explain(self._checked(images).to(self.device), targets)
 
@@ -176,7 +176,7 @@ class LoadedModel:
         try:
             tensor = images if isinstance(images, Tensor) else torch.as_tensor(np.array(images))
         except (TypeError, ValueError) as error:
-            raise BundleError(f"images are no array of pixels: {error}.") from error
+            raise BundleError(f"images are not an array of pixels: {error}.") from error
         if tensor.dtype != torch.uint8:
             raise BundleError(f"images are {tensor.dtype}; give uint8 pixels from 0 to 255.")
         if tensor.dim() == 3:
@@ -205,14 +205,14 @@ def save_bundle(
     command: str | None = None,
     extra_metrics: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write a finished run as a bundle, evaluating it on the test split, once.
+    """Write a finished run as a bundle. Evaluates it on the test split, once.
 
-    The folder appears whole or not at all.
+    The folder appears complete or not at all.
 
     Args:
         directory: a folder that does not exist yet, or is empty.
         result: the run.
-        command: what made it; the command line of this process if None.
+        command: the command that made the run; None: the command line of this process.
         extra_metrics: further entries of metrics.json.
 
     Returns:
@@ -249,10 +249,10 @@ def save_bundle(
 
 
 def check_writable(directory: Path) -> None:
-    """Make the parents of a folder that is to be written, and refuse one that cannot be.
+    """Create the parents of a folder to be written; refuse a folder that cannot be written.
 
     Raises:
-        BundleError: it is a file, is not empty, or its parent cannot be written to.
+        BundleError: it is a file, it is not empty, or its parent is not writable.
     """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -265,7 +265,7 @@ def check_writable(directory: Path) -> None:
         tempfile.TemporaryFile(dir=directory.parent).close()
     except (FileExistsError, NotADirectoryError) as error:
         raise BundleError(
-            f"{directory} cannot be made: {error.filename} is a file; choose another folder."
+            f"{directory} cannot be created: {error.filename} is a file; choose another folder."
         ) from error
     except OSError as error:
         raise BundleError(
@@ -275,10 +275,14 @@ def check_writable(directory: Path) -> None:
 
 
 def load(directory: str | Path) -> LoadedModel:
-    """Load a bundle. No data set is needed, no network, and no pickle is read.
+    """Load a bundle. Needs no data set and no network, and reads no pickle.
+
+    Args:
+        directory: the folder of the bundle.
 
     Raises:
-        BundleError: a file is missing, damaged, or does not fit the others.
+        BundleError: a file is missing, damaged, or inconsistent with the others.
+        ConfigError: config.yaml holds a bad field.
         FormatError: a newer version wrote the bundle.
     """
     directory = Path(directory)
@@ -286,7 +290,7 @@ def load(directory: str | Path) -> LoadedModel:
         raise BundleError(f"{directory} is not a folder; give the folder of a bundle.")
     missing = [name for name in FILES[:3] if not (directory / name).is_file()]
     if missing:
-        raise BundleError(f"{directory} is no bundle: it lacks {', '.join(missing)}.")
+        raise BundleError(f"{directory} is not a bundle: it lacks {', '.join(missing)}.")
     metrics = read_metrics(directory)
     config = TrialConfig.from_yaml(directory / "config.yaml", ignore_extra_terms=True)
     weights_path = directory / "model.safetensors"
@@ -393,7 +397,7 @@ def _by_name(names: tuple[str, ...], values_P: Tensor) -> dict[str, float]:
 
 
 def _errors(names: tuple[str, ...], confusion_CC: Tensor) -> dict[str, Any]:
-    """Return how many validation images each class has, and as what how many were taken."""
+    """Return validation images per class, and the number of each wrong prediction by class."""
     errors = {}
     for label, row in enumerate(confusion_CC.tolist()):
         taken = {names[other]: count for other, count in enumerate(row) if count and other != label}
@@ -424,7 +428,7 @@ def _save_timm_config(path: Path, result: TrialResult) -> None:
 
 
 def _save_prototypes(path: Path, result: TrialResult) -> None:
-    """Write the prototypes as they look: 8 bits a pixel."""
+    """Write the prototypes with 8 bits per pixel."""
     prototypes_PRR = result.prepared.prototypes("train", result.config.resolution)
     pixels_PRR = (prototypes_PRR * 255).round().to(torch.uint8).contiguous()
     names = {_NAMES_KEY: json.dumps(result.prepared.prototype_names)}

@@ -1,4 +1,4 @@
-"""A bundle for those who do not have this project: timm's own format, and ONNX.
+"""A bundle in formats that do not need this project: timm's own format, and ONNX.
 
 Shapes: N images, R pixels of the model's input.
 """
@@ -22,18 +22,18 @@ ONNX_FILE = "model.onnx"
 
 
 def export(loaded: LoadedModel, folder: Path) -> list[str]:
-    """Write a model in every format that it has, into a folder that exists.
+    """Write a model in every format that it supports, into an existing folder.
 
-    - `config.json`, `model.safetensors`: for backbones that are timm's, which
-      `timm.create_model("local-dir:FOLDER", pretrained=True)` reads.
-    - `model.onnx`: where the head is linear, so that a CAM needs no gradients, which ONNX has not.
-      See :func:`write_onnx`.
+    - `config.json`, `model.safetensors`: for timm backbones;
+      `timm.create_model("local-dir:FOLDER", pretrained=True)` reads them.
+    - `model.onnx`: if the head is linear, so that a CAM needs no gradients, which ONNX lacks. See
+      :func:`write_onnx`.
 
     Returns:
-        The files' names.
+        The names of the files.
 
     Raises:
-        BundleError: the model has no format that others read, or the extra `onnx` is missing.
+        BundleError: the extra `onnx` is missing.
     """
     written = []
     if isinstance(loaded.model, TimmCNN):
@@ -46,7 +46,7 @@ def export(loaded: LoadedModel, folder: Path) -> list[str]:
 
 
 def write_timm(loaded: LoadedModel, folder: Path) -> None:
-    """Write a timm backbone as timm saves its own, with class names and preprocessing."""
+    """Write a timm backbone in timm's format, with class names and preprocessing."""
     model = loaded.model
     assert isinstance(model, TimmCNN)
     path = folder / CONFIG_FILE
@@ -55,19 +55,19 @@ def write_timm(loaded: LoadedModel, folder: Path) -> None:
 
 
 def write_onnx(loaded: LoadedModel, path: Path) -> None:
-    """Write a model of a linear head as ONNX.
+    """Write a model with a linear head as ONNX.
 
-    Its input is `images`, uint8 `(N, channels, R, R)`; its outputs `probabilities`, `(N, C)`, and
-    `cams`, `(N, R, R)` in [0, 1], the CAM of each image's predicted class, of the kind that the
-    model was trained with.
+    The input is `images`, uint8 `(N, channels, R, R)`. The outputs are `probabilities`, `(N, C)`,
+    and `cams`, `(N, R, R)` in [0, 1]: the map of each image's predicted class, by the explainer
+    that the model was trained with.
 
     Raises:
         BundleError: the head is not linear, or the extra `onnx` is missing.
     """
     if not _is_linear(loaded):
         raise BundleError(
-            f"a CAM of {loaded.config.backbone} needs the gradient of its head, which ONNX has "
-            "not; use timm's format."
+            f"a CAM of {loaded.config.backbone} needs the gradient of its head, which ONNX lacks; "
+            "use timm's format."
         )
     if importlib.util.find_spec("onnxscript") is None:
         raise BundleError(f"{path.name} needs ONNX: pip install 'batchcam[onnx]'.")
@@ -87,7 +87,7 @@ def write_onnx(loaded: LoadedModel, path: Path) -> None:
 
 
 class _WithCam(nn.Module):
-    """Preprocessing, model and CAM in one, without gradients."""
+    """Preprocessing, model and CAM in one module, without gradients."""
 
     mean: Tensor
     std: Tensor

@@ -14,7 +14,7 @@ class ExplainableModel(nn.Module):
         raise NotImplementedError
 
     def head(self, features_NKHW: Tensor) -> Tensor:
-        """Map feature maps to logits `(N, C)`, each image by itself."""
+        """Map feature maps to logits `(N, C)`, each image independently of the others."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
@@ -22,27 +22,27 @@ class ExplainableModel(nn.Module):
         return self.head(self.features(images))
 
     def class_weights(self, cells: int) -> Tensor | None:
-        """Return the channel weights (Eq. 6) of each class, `(C, K)`, where the head is linear.
+        """Return the channel weights (Eq. 6) of each class, `(C, K)`, if the head is linear.
 
-        The gradient of a class score with respect to the features then is the same for every image:
-        it is read off the head's parameters, through which it stays differentiable, and no backward
-        pass is needed. None where the head is not linear.
+        The gradient of a class score with respect to the features is then equal for all images, and
+        known from the parameters of the head, with no backward pass. It stays differentiable with
+        respect to them. None if the head is not linear.
 
         Args:
-            cells: H W of the feature grid.
+            cells: the number of cells of the feature grid, H W.
         """
         del cells
         return None
 
     def class_gradients(self, rows: int, columns: int) -> Tensor | None:
-        """Return the gradient of each class score with respect to the features, as above.
+        """Return the gradient of each class score by the features, if the head is linear.
 
         Args:
             rows: H of the feature grid.
-            columns: W of it.
+            columns: W of the feature grid.
 
         Returns:
-            `(C, K, H, W)`, or `(C, K, 1, 1)` where it is the same in all cells, or None.
+            `(C, K, H, W)`, or `(C, K, 1, 1)` if it is equal in all cells, or None.
         """
         weights_CK = self.class_weights(rows * columns)
         return None if weights_CK is None else weights_CK[:, :, None, None]

@@ -1,4 +1,4 @@
-"""Which backbones a CAM can explain at which resolution, and the output stride they then have.
+"""Checks of whether a CAM can explain a backbone, and the choice of its output stride.
 
 Shapes: N images, K channels, H and W cells of the feature grid.
 """
@@ -16,22 +16,23 @@ _AUTO_STRIDES = (None, 16, 8)
 
 
 _AUTO_MIN_GRID = 3
-"""Cells per side. The paper's smallest grid, below which None is not allowed to go by itself."""
+"""Cells per side: the paper's smallest grid. An automatic output stride gives no smaller one if a
+stride with this grid exists."""
 
 
 _REMEDY = (
-    "use a larger resolution (112 suits most), a smaller output_stride (8) if the backbone has "
-    "one, or a convolutional backbone if it is none"
+    "use a larger resolution (112 suits most), a smaller output_stride (8) if the backbone "
+    "supports it, or a convolutional backbone"
 )
 
 
 def resolve_output_stride(
     backbone: str, resolution: int, in_chans: int = 1, output_stride: int | None = None
 ) -> int | None:
-    """Return the output stride to build `backbone` with, so that its CAM has a usable grid.
+    """Return the output stride with which the CAM of `backbone` has a usable grid.
 
-    One that is given is kept. None becomes the backbone's own if the grid then is 3x3 or larger,
-    else the largest dilated one for which it is.
+    A given output stride is kept. None becomes the backbone's own stride if its grid is at least
+    3x3, else the largest dilated stride with such a grid.
 
     Raises:
         BackboneError: the grid is 1x1 or the backbone fails at this resolution, with the remedy.
@@ -64,10 +65,10 @@ def resolve_output_stride(
 def feature_grid(
     backbone: str, resolution: int, in_chans: int = 1, output_stride: int | None = None
 ) -> tuple[int, int]:
-    """Return rows and columns of the CAM grid, from shapes alone: no memory, no arithmetic.
+    """Return rows and columns of the CAM grid, computed from shapes only, on the meta device.
 
     Raises:
-        BackboneError: the backbone fails at this resolution, or its features are no maps.
+        BackboneError: the backbone fails at this resolution, or its features are not maps.
     """
     with torch.device("meta"):
         model = create_model(backbone, in_chans=in_chans, output_stride=output_stride).eval()
@@ -89,11 +90,11 @@ def feature_grid(
 
 
 def check_explainable(model: ExplainableModel, resolution: int, in_chans: int) -> None:
-    """Refuse a model whose head lets one image's features influence another's logits.
+    """Refuse a model whose head lets the features of one image influence the logits of another.
 
-    Gradients of all images are read off one backward pass (see :func:`batchcam.cam.grad_cam`); a
-    batch normalisation after the features, in training mode, would mix them. The model itself is
-    left as it was.
+    The gradients of all images are read off one backward pass (see :func:`batchcam.cam.grad_cam`);
+    a batch normalisation after the features would mix them in training mode. The model is not
+    modified.
 
     Raises:
         BackboneError: the head mixes images.

@@ -29,8 +29,15 @@ def create_model(
         pretrained: load timm's pretrained weights, from the network or a local cache.
 
     Raises:
-        BackboneError: the name is unknown (with the nearest ones), the backbone has no such output
-            stride, or its pretrained weights cannot be had.
+        BackboneError: the name is unknown, the backbone does not support the output stride, or its
+            pretrained weights are not available.
+
+    Example:
+        >>> import torch
+        >>> model = create_model("simple_cnn", num_classes=3)
+        >>> features = model.features(torch.rand(2, 1, 28, 28))
+        >>> features.shape, model.head(features).shape
+        (torch.Size([2, 64, 14, 14]), torch.Size([2, 3]))
     """
     if backbone == SIMPLE_CNN:
         if output_stride not in (None, 2):
@@ -49,12 +56,12 @@ def create_model(
 
 
 def backbone_names() -> list[str]:
-    """Return every name that :func:`create_model` knows, whether it can be explained or not."""
+    """Return every name that :func:`create_model` accepts, including models without CAMs."""
     return [SIMPLE_CNN, *_timm_models().list_models()]
 
 
 def _timm_models() -> Any:
-    """Import timm where it is needed: it takes as long as PyTorch itself."""
+    """Import timm only when it is needed; the import takes as long as that of PyTorch."""
     import timm.models
 
     return timm.models
@@ -68,7 +75,7 @@ def _create_timm(
         model: nn.Module = _timm_models().create_model(
             backbone, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **options
         )
-    except Exception as error:  # timm lets through what its models and the hub client raise.
+    except Exception as error:  # timm passes on whatever its models and the hub client raise.
         if pretrained:
             raise BackboneError(
                 f"pretrained weights of {backbone} cannot be loaded ({type(error).__name__}: "

@@ -1,9 +1,9 @@
-"""Depthwise convolutions on small grids, as products with small dense matrices.
+"""Depthwise convolutions on small grids, computed as products with small dense matrices.
 
-ConvNeXt's kernels of 7x7 taps, dilated to keep a CAM grid of useful size, are larger than the grid
-they slide over: most taps only ever meet padding. On a CPU dilated depthwise convolutions have no
-fast kernel either. Written out as one matrix per channel, from input cells to output cells, the
-same convolution takes no more multiplications, and a fast matrix product does them.
+ConvNeXt's kernels of 7x7 taps, dilated to keep a useful CAM grid, are larger than the grid: most
+taps only meet padding. CPUs have no fast kernel for dilated depthwise convolutions either. As one
+matrix per channel, from input cells to output cells, the convolution needs no more multiplications,
+and a fast matrix product computes them.
 
 Shapes: N images, K channels, H and W cells, S = H W cells, T taps.
 """
@@ -16,21 +16,21 @@ from torch import Tensor, nn
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise convolution that is a matrix product where its input has no more cells than taps.
+    """A depthwise convolution that uses a matrix product if its input has no more cells than taps.
 
-    Equal to :class:`torch.nn.Conv2d` up to rounding, with the same parameters under the same names.
+    Equal to :class:`torch.nn.Conv2d` up to rounding, with the same parameters and names.
     """
 
     def forward(self, x_NKHW: Tensor) -> Tensor:
-        """Convolve `(N, K, H, W)`, keeping its size."""
+        """Convolve `(N, K, H, W)` without changing its size."""
         height, width = x_NKHW.shape[-2:]
         taps_KT = self.weight.flatten(1)
         if height * width > taps_KT.shape[1]:
             return super().forward(x_NKHW)
-        # torch.compile sees through the cache anyway, and would warn of it.
+        # torch.compile traces through the cache, and would warn of it.
         place = _placement if torch.compiler.is_compiling() else _remembered_placement
         placed = place((height, width), self.kernel_size, self.dilation, x_NKHW.device)
-        # A row of ones and zeros picks each tap: exact in any precision.
+        # Rows of ones and zeros select the taps: exact in any precision.
         matrix_KSS = (taps_KT @ placed.to(taps_KT.dtype)).view(-1, height * width, height * width)
         x_KNS = x_NKHW.flatten(2).transpose(0, 1).contiguous()
         out_KNS: Tensor = _ContiguousGradient.apply(torch.bmm(x_KNS, matrix_KSS.mT))
@@ -40,7 +40,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 class _ContiguousGradient(torch.autograd.Function):
-    """Lays a gradient out in memory as a batched matrix product wants it, else it loops."""
+    """The identity, with a contiguous gradient: the batched product of another layout is a loop."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -56,9 +56,9 @@ class _ContiguousGradient(torch.autograd.Function):
 
 
 def use_matrix_products(model: nn.Module) -> None:
-    """Let depthwise convolutions that keep the size be matrix products on small grids.
+    """Compute the depthwise convolutions that keep the size as matrix products on small grids.
 
-    Parameters stay what and where they are.
+    Changes the classes of these modules. Parameters and their names stay the same.
     """
     for module in model.modules():
         if type(module) is nn.Conv2d and _keeps_each_channel_and_size(module):
@@ -79,9 +79,9 @@ def _keeps_each_channel_and_size(conv: nn.Conv2d) -> bool:
 def _placement(
     grid: tuple[int, int], kernel: tuple[int, ...], dilation: tuple[int, ...], device: torch.device
 ) -> Tensor:
-    """Return where each tap stands in the matrix from input to output cells: `(T, S S)`, 0 or 1.
+    """Return the position of each tap in the matrix from input to output cells, `(T, S S)`, 0 or 1.
 
-    Rows of a matrix are output cells, columns input cells; a tap that meets padding stands nowhere.
+    Rows of the matrix are output cells, columns input cells. A tap that meets padding is 0.
     """
     rows_T, columns_T = (
         _along(size, taps, step) for size, taps, step in zip(grid, kernel, dilation, strict=True)
@@ -94,7 +94,7 @@ _remembered_placement = lru_cache(maxsize=32)(_placement)
 
 
 def _along(size: int, taps: int, step: int) -> Tensor:
-    """Return, along one axis, whether a tap takes an input to an output cell: `(T, out, in)`."""
+    """Return, for one axis, whether a tap connects an input to an output cell: `(T, out, in)`."""
     offset = torch.arange(size) - torch.arange(size)[:, None]
     reach = (torch.arange(taps) - taps // 2) * step
     return (offset == reach[:, None, None]).float()

@@ -13,12 +13,12 @@ from batchcam.models.base import ExplainableModel
 class SimpleCNN(ExplainableModel):
     """The paper's baseline: convolutions, flattened features, one linear layer (Section 3.2).
 
-    Four 3x3 convolutions, batch-normalised, with one pooling step among them, so that the CAM grid
-    is half the input: 14x14 at 28x28. Features are pooled to 7x7 before they are flattened,
-    whatever the resolution. The paper gives no layer sizes; these are ours.
+    Four 3x3 convolutions with batch normalisation, and one pooling step, so that the CAM grid has
+    half the side of the input: 14x14 at 28x28. Features are pooled to 7x7 before they are
+    flattened, at any resolution. The paper gives no layer sizes; these are ours.
 
-    Its weights lie in memory channels last, and so do its features: a quarter faster on CPUs. What
-    is pooled is made positive afterwards, which comes to the same, on a quarter of the cells.
+    Weights and features are in channels-last format, which is a quarter faster on CPUs. The ReLU
+    follows the max pooling: the result is the same, computed on a quarter of the cells.
     """
 
     def __init__(self, num_classes: int = 10, in_chans: int = 1) -> None:
@@ -43,16 +43,16 @@ class SimpleCNN(ExplainableModel):
         if rows % 7 or columns % 7:
             pooled = F.adaptive_avg_pool2d(features_NKHW, 7)
             return F.linear(pooled.flatten(1), self.classifier.weight, self.classifier.bias)
-        # Pooling and classifier in one, on the features as they lie in memory: pooling would cost
-        # more than the classifier, and its derivative as much as a convolution.
+        # Pooling and classifier in one product, on the features in their memory format. Pooling
+        # alone would cost more than the classifier, and its derivative as much as a convolution.
         weight_CHWK = self._cell_weights(rows, columns).permute(0, 2, 3, 1)
         features_NHWK = features_NKHW.permute(0, 2, 3, 1)
         return F.linear(features_NHWK.flatten(1), weight_CHWK.flatten(1), self.classifier.bias)
 
     def _cell_weights(self, rows: int, columns: int) -> Tensor:
-        """Return the classifier's weight of each cell, `(C, K, H, W)`, channels last.
+        """Return the classifier's weight of each cell, `(C, K, H, W)`, in channels-last format.
 
-        A grid of multiples of 7: each cell has its part in one of the 7x7.
+        Sides of the grid are multiples of 7, so that each cell belongs to one pooled cell.
         """
         shared = self.classifier.weight.view(-1, 64, 7, 7) / (rows * columns // 49)
         return F.interpolate(
@@ -60,13 +60,13 @@ class SimpleCNN(ExplainableModel):
         )
 
     def class_weights(self, cells: int) -> Tensor:
-        """See :class:`ExplainableModel`; a pooled cell is an average, which shares out its gain."""
+        """See :class:`ExplainableModel`; pooled cells are averages, so their gains are divided."""
         weight = self.classifier.weight
         means = weight.view(-1, 7 * 7) @ weight.new_full((7 * 7,), 1 / cells)
         return means.view(-1, 64)
 
     def class_gradients(self, rows: int, columns: int) -> Tensor:
-        """See :class:`ExplainableModel`: each cell has a part in the 7x7 that it is pooled into."""
+        """See :class:`ExplainableModel`; a cell contributes to the pooled cells that contain it."""
         if rows % 7 == 0 and columns % 7 == 0:
             return self._cell_weights(rows, columns)
         weight_CKAB = self.classifier.weight.view(-1, 64, 7, 7)

@@ -13,7 +13,8 @@ from batchcam.models.depthwise import use_matrix_products
 class TimmCNN(ExplainableModel):
     """Any convolutional timm model, cut between `forward_features` and `forward_head`.
 
-    Depthwise convolutions compute the same in another way: see :mod:`batchcam.models.depthwise`.
+    Depthwise convolutions are computed as matrix products where that is faster; see
+    :mod:`batchcam.models.depthwise`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,7 +34,7 @@ class TimmCNN(ExplainableModel):
         return logits
 
     def class_weights(self, cells: int) -> Tensor | None:
-        """See :class:`ExplainableModel`; known where a linear layer sees the channels' averages."""
+        """See :class:`ExplainableModel`; known if the head is linear on channel averages."""
         if self._averages is None:
             self._averages = _averages_channels(self.model)
         if not self._averages:
@@ -43,9 +44,9 @@ class TimmCNN(ExplainableModel):
 
 
 def _averages_channels(model: nn.Module) -> bool:
-    """Whether a timm model's head is its classifier on the channels' averages, and nothing more.
+    """Return whether the head of a timm model is its classifier on channel averages, and no more.
 
-    Found by asking it: no name or class says so for all of timm.
+    Determined by evaluating the head: no attribute tells it for all of timm.
     """
     classifier = model.get_classifier()  # type: ignore[operator]
     if not isinstance(classifier, nn.Linear):
@@ -60,7 +61,7 @@ def _averages_channels(model: nn.Module) -> bool:
             features = drawn.to(weight.device, weight.dtype)
             logits = model.forward_head(features)  # type: ignore[operator]
             averaged = classifier(features.mean(dim=(2, 3)))
-    except RuntimeError:  # Other channels than the classifier's: there is more in between.
+    except RuntimeError:  # The channels are not those of the classifier: a layer is in between.
         return False
     finally:
         model.train(was_training)

@@ -26,24 +26,26 @@ def test_auto_is_cuda_where_there_is_one() -> None:
 @no_cuda
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:3"])
 def test_cuda_is_refused_where_there_is_none(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"device='{name}' is not there.*0 CUDA.*auto or cpu"):
+    with pytest.raises(ConfigError, match=f"device='{name}' is not available.*0 CUDA.*auto or cpu"):
         resolve_device(name)
 
 
 def test_a_cuda_device_beyond_the_last_is_refused() -> None:
-    with pytest.raises(ConfigError, match="device='cuda:99' is not there: this machine has"):
+    with pytest.raises(ConfigError, match="device='cuda:99' is not available: this machine has"):
         resolve_device("cuda:99")
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has MPS")
 def test_mps_is_refused_where_there_is_none() -> None:
-    with pytest.raises(ConfigError, match="device='mps' is not there; use auto or cpu"):
+    with pytest.raises(
+        ConfigError, match="device='mps' is not available on this machine; use auto or cpu"
+    ):
         resolve_device("mps")
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", ""])
 def test_what_is_no_device_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"device='{name}' is no device; use auto, cpu, cuda"):
+    with pytest.raises(ConfigError, match=f"device='{name}' is not a device; use auto, cpu, cuda"):
         resolve_device(name)
 
 

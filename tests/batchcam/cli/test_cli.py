@@ -128,7 +128,7 @@ def test_a_run_that_was_cut_goes_on_with_resume(
     cut_after_two_epochs()
 
     # Neither forgotten by accident, nor mixed with another run.
-    assert "left of a run that was cut; go on with --resume" in _refused(capsys, *arguments)
+    assert "is the state of an interrupted run; continue with --resume" in _refused(capsys, *arguments)
     other = _refused(capsys, *arguments, "--resume", "--seed", "9")
     assert "was saved with seed=0, not 9" in other
 
@@ -170,7 +170,7 @@ def test_the_working_directory_can_be_the_bundle(
         (("--dataset", "imagefolder"), "imagefolder needs --data-root"),
         (("--dataset", "cifar"), "dataset='cifar' is unknown"),
         (("--precision", "fp16"), "precision='fp16' needs CUDA"),
-        (("--device", "cuda:77"), "device='cuda:77' is not there"),
+        (("--device", "cuda:77"), "device='cuda:77' is not available"),
         (("--config", "nowhere.yaml"), "nowhere.yaml cannot be read as YAML"),
         (("--learning-rate", "1e30", "--optimizer", "sgd"), "training diverged in epoch 1"),
     ],
@@ -256,7 +256,7 @@ def test_other_data_than_the_bundle_was_made_from_is_refused(
 ) -> None:
     _edit_metrics(copied, dataset_sha256="0" * 64)
     message = _refused(capsys, command, copied)
-    assert "the bundle was made from 0000000000000000…; name the original" in message
+    assert "the bundle was made from 0000000000000000…; give the original data set" in message
 
 
 @pytest.mark.parametrize("command", ["evaluate", "verify", "explain"])
@@ -264,7 +264,7 @@ def test_a_folder_that_is_no_bundle_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     more = ("picture.png", "--out", tmp_path / "out") if command == "explain" else ()
-    assert "is no bundle: it lacks config.yaml" in _refused(capsys, command, tmp_path, *more)
+    assert "is not a bundle: it lacks config.yaml" in _refused(capsys, command, tmp_path, *more)
 
 
 # --- compare ---------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     raw = _write(tmp_path / "root")
     path = raw / TRAIN_IMAGES
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match=rf"{path} has 31375 bytes where 31376.*Delete the folder"):
+    with pytest.raises(DataError, match=rf"{path} has 31375 bytes, expected 31376.*Delete the folder"):
         LOADERS["mnist"](str(tmp_path / "root"))
 
 
@@ -209,7 +209,7 @@ def test_an_altered_byte_is_found(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
-    with pytest.raises(DataError, match=rf"{path} has been altered: its SHA-256.*restore"):
+    with pytest.raises(DataError, match=rf"{path} is not the published file: its SHA-256.*restore"):
         LOADERS["mnist"](str(tmp_path / "root"))
 
 
@@ -218,7 +218,7 @@ def test_a_missing_neighbour_is_not_looked_for_elsewhere(tmp_path: Path) -> None
     raw = _write(tmp_path / "root")
     _write(tmp_path / "cwd" / "data")
     (raw / "train-labels-idx1-ubyte").unlink()
-    with pytest.raises(DataError, match=r"root/MNIST/raw/train-labels.* is missing, though its"):
+    with pytest.raises(DataError, match=r"root/MNIST/raw/train-labels.* is missing, though other files"):
         LOADERS["mnist"](str(tmp_path / "root"))
 
 
@@ -236,7 +236,7 @@ def test_a_damaged_gzip_file_is_refused(tmp_path: Path, damage: str) -> None:
             "flipped": content[:middle] + bytes(8) + content[middle + 8 :],
         }[damage]
     )
-    with pytest.raises(DataError, match=rf"{path} (cannot be read|has been altered)"):
+    with pytest.raises(DataError, match=rf"{path} (cannot be read|is not the published file)"):
         LOADERS["mnist"](str(tmp_path / "root"))
 
 
@@ -401,7 +401,9 @@ def test_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_single_class_is_refused(make_pictures: MakePictures) -> None:
-    with pytest.raises(DataError, match="has the single class 'cats'; a classifier needs 2"):
+    with pytest.raises(
+        DataError, match="has the single class 'cats'; a classifier needs at least 2"
+    ):
         LOADERS["imagefolder"](str(make_pictures(("cats",))))
 
 

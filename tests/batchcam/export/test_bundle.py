@@ -279,7 +279,7 @@ def test_a_bundle_of_a_timm_backbone_is_one_of_timms(
 @pytest.mark.parametrize("name", FILES[:3])
 def test_a_missing_file_is_named(copied: Path, name: str) -> None:
     (copied / name).unlink()
-    with pytest.raises(BundleError, match=f"is no bundle: it lacks {name}"):
+    with pytest.raises(BundleError, match=f"is not a bundle: it lacks {name}"):
         load(copied)
 
 
@@ -396,8 +396,8 @@ def test_metrics_that_are_no_json_are_refused(copied: Path, content: bytes) -> N
     [
         (np.zeros((2, 8, 8), np.float32), "images are torch.float32; give uint8 pixels"),
         (np.zeros((2, 8, 8), np.int64), "images are torch.int64; give uint8"),
-        ([[1, 2], [3]], r"no array of pixels"),
-        (None, r"no array of pixels"),
+        ([[1, 2], [3]], r"not an array of pixels"),
+        (None, r"not an array of pixels"),
         (np.zeros((8, 8), np.uint8), r"shape \(8, 8\); expected \(N, 1, H, W\) or \(N, H, W\)"),
         (np.zeros((2, 3, 8, 8), np.uint8), r"shape \(2, 3, 8, 8\); expected \(N, 1, H, W\)"),
         (np.zeros((2, 8, 8, 1), np.uint8), r"shape \(2, 8, 8, 1\); expected"),
@@ -456,7 +456,7 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("below", ["out", "deeper/out"])
 def test_a_file_as_a_parent_is_refused(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(BundleError, match=r"cannot be made: .*file.* is a file; choose another"):
+    with pytest.raises(BundleError, match=r"cannot be created: .*file.* is a file; choose another"):
         check_writable(tmp_path / "file" / below)
 
 

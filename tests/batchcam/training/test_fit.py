@@ -545,7 +545,7 @@ def test_fp16_is_refused_on_the_cpu(tiny_prepared: PreparedData, tiny_config: Tr
 def test_cuda_is_refused_where_there_is_none(
     tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
-    with pytest.raises(ConfigError, match="device='cuda' is not there"):
+    with pytest.raises(ConfigError, match="device='cuda' is not available"):
         fit(replace(tiny_config, device="cuda"), prepared=tiny_prepared)
 
 
