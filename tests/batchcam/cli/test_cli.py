@@ -128,7 +128,7 @@ def test_a_run_that_was_cut_goes_on_with_resume(
     cut_after_two_epochs()
 
     # Neither forgotten by accident, nor mixed with another run.
-    assert "is the state of an interrupted run; continue with --resume" in _refused(capsys, *arguments)
+    assert "interrupted run; continue with --resume" in _refused(capsys, *arguments)
     other = _refused(capsys, *arguments, "--resume", "--seed", "9")
     assert "was saved with seed=0, not 9" in other
 
