@@ -37,11 +37,16 @@ from studies.space import SearchSpace, Strides, feasible_strides, first_points, 
 from studies.trial import TrialSettings, run_trial
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run a study from a command line, and exit with 2 where the user can mend what went wrong."""
+def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Run a study from a command line; exit with status 2 for an error that the user can correct.
+
+    Args:
+        argv: the arguments; None: those of this process.
+        program: the name of the program in its help; None: that of this process.
+    """
     name = None
     try:
-        settings = tyro.cli(StudySettings, args=argv).named()
+        settings = tyro.cli(StudySettings, args=argv, prog=program).named()
         name = settings.study
         run_study(settings)
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ import torch
 
 from batchcam import figures
 from batchcam.data.preprocessing import to_device
-from studies.cli import run_command
+from studies.commands import run_command
 from studies.evidence.measures import explain
 from studies.evidence.right_reasons import RightReasons, choose
 from studies.evidence.runs import Run, state_of

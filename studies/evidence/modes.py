@@ -28,12 +28,13 @@ from batchcam.data.splits import Split
 from batchcam.prototypes import class_prototypes, resize_prototypes
 from batchcam.similarity import ssim
 from batchcam.training.evaluate import Evaluator
-from studies.cli import run_command
+from studies.commands import run_command
 from studies.evidence.measures import diversity
 from studies.evidence.runs import Run, complete, finished, state_of
-from studies.evidence.tables import Column, intervals, markdown, titles, values, write_csv
+from studies.evidence.tables import Column, intervals, titles, values, write_csv
 from studies.evidence.training import evaluate_test, train
 from studies.evidence.workers import Workers
+from studies.markdown import markdown_table
 
 METHODS: Mapping[str, dict[str, Any]] = {
     "cross-entropy": {"lambda_batch": 0.0},
@@ -190,7 +191,7 @@ def write_tables(out: Path, contents: Mapping[str, list[dict[str, Any]]]) -> Non
         for method, runs in contents.items()
     ]
     header = ["data set", "method", "seeds", *titles(_COLUMNS)]
-    (out / "modes.md").write_text(markdown(header, lines), encoding="utf-8")
+    (out / "modes.md").write_text(markdown_table(header, lines), encoding="utf-8")
     rows = [
         [run["study"], method, run["seed"], *values(_COLUMNS, run)]
         for method, runs in contents.items()

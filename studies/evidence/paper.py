@@ -26,7 +26,7 @@ from batchcam.config import TrialConfig
 from batchcam.data.preprocessing import to_device
 from batchcam.models import create_model, resolve_output_stride
 from batchcam.training.fit import TrialResult
-from studies.cli import run_command
+from studies.commands import run_command
 from studies.evidence import measures
 from studies.evidence.runs import Run, complete, finished, state_of
 from studies.evidence.tables import (
@@ -35,7 +35,6 @@ from studies.evidence.tables import (
     holm,
     interval,
     intervals,
-    markdown,
     paired,
     titles,
     values,
@@ -43,6 +42,7 @@ from studies.evidence.tables import (
 )
 from studies.evidence.training import evaluate_test, load_prepared, train
 from studies.evidence.workers import Workers
+from studies.markdown import markdown_table
 
 BASELINE = "cross-entropy"
 LAMBDAS: Mapping[str, tuple[float, ...]] = {
@@ -337,7 +337,7 @@ def write_tables(out: Path, cells: Sequence[Cell], rows: Rows) -> None:
     header = ["architecture", "data set", "loss", "λ", "seeds", "test accuracy, %"]
     header += ["− first row, points", "p", "p (Holm)", "paper, %"]
     (out / f"accuracy_{size}.md").write_text(
-        markdown(header, list(_accuracy_rows(cells, rows))), encoding="utf-8"
+        markdown_table(header, list(_accuracy_rows(cells, rows))), encoding="utf-8"
     )
     lines = []
     for cell in cells:
@@ -345,7 +345,7 @@ def write_tables(out: Path, cells: Sequence[Cell], rows: Rows) -> None:
         lead = [_model(cell), cell.dataset, cell.condition, str(len(contents))]
         lines.append([*lead, *intervals(_EXPLANATIONS, contents)])
     header = ["architecture", "data set", "loss", "seeds", *titles(_EXPLANATIONS)]
-    (out / f"explanations_{size}.md").write_text(markdown(header, lines), encoding="utf-8")
+    (out / f"explanations_{size}.md").write_text(markdown_table(header, lines), encoding="utf-8")
     names = ["validation_accuracy", "test_accuracy", *_EXPLANATIONS]
     table: list[list[object]] = [[*_RUN_COLUMNS, *names]]
     for cell, (run, contents) in rows.items():

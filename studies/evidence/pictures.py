@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from batchcam import figures
-from studies.cli import run_command
+from studies.commands import run_command
 from studies.evidence.paper import Cell, Paper, cells_of, choose, final_runs
 from studies.evidence.runs import state_of
 from studies.evidence.training import evaluate_test, load_prepared, train

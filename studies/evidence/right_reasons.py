@@ -24,13 +24,14 @@ from batchcam.data.splits import Split
 from batchcam.losses import used_terms
 from batchcam.losses.cross_entropy import CROSS_ENTROPY
 from batchcam.training.fit import TrialResult
-from studies.cli import run_command
+from studies.commands import run_command
 from studies.evidence.controls import CONTROLS, CORNERS_OUTSIDE, SIGHT_OUTSIDE
 from studies.evidence.measures import explain, mass_share
 from studies.evidence.runs import Run, complete, finished, state_of
-from studies.evidence.tables import Column, intervals, markdown, paired, titles, values, write_csv
+from studies.evidence.tables import Column, intervals, paired, titles, values, write_csv
 from studies.evidence.training import PENALTIES, RRR, RRR_BY_PROTOTYPES, load_prepared, train
 from studies.evidence.workers import Workers
+from studies.markdown import markdown_table
 
 _EXPLAINED = 500
 """Test images whose explanations are looked at."""
@@ -256,7 +257,7 @@ def write_table(out: Path, rows: list[Row]) -> None:
         lines.append([*lead, str(len(made)), *intervals(_COLUMNS, made), *differences])
         table += [[*lead, run["seed"], *values(_COLUMNS, run)] for run in made]
     header = ["data set", "method", "λ", "seeds", *titles(_COLUMNS), *_COMPARED_WITH.values()]
-    (out / "decoy.md").write_text(markdown(header, lines), encoding="utf-8")
+    (out / "decoy.md").write_text(markdown_table(header, lines), encoding="utf-8")
     write_csv(out / "decoy.csv", table)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from scipy import stats
 
+from studies.statistics import margin
+
 
 def interval(values: Sequence[float], scale: float = 1.0, digits: int = 2) -> str:
     """Format the mean of `values` with the margin of its Student's t 95 % interval.
@@ -24,7 +26,7 @@ def interval(values: Sequence[float], scale: float = 1.0, digits: int = 2) -> st
     if not values:
         return ""
     centre = f"{scale * mean(values):.{digits}f}"
-    return f"{centre} ± {scale * _margin(values):.{digits}f}" if len(values) > 1 else centre
+    return f"{centre} ± {scale * margin(values):.{digits}f}" if len(values) > 1 else centre
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def paired(values: Mapping[int, float], others: Mapping[int, float]) -> Paired |
         return Paired(0.0, 0.0, 1.0)
     spread = stdev(differences)
     p = float(stats.ttest_1samp(differences, 0.0).pvalue) if spread else 0.0
-    return Paired(mean(differences), _margin(differences), p)
+    return Paired(mean(differences), margin(differences), p)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -112,17 +114,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[number]))
         adjusted[number] = highest
     return adjusted
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; the columns after the first three are right-aligned."""
-    rule = [" --- " if column < 3 else " --: " for column in range(len(header))]
-    lines = [header, *rows]
-    text = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([text[0], "|" + "|".join(rule) + "|", *text[1:]]) + "\n"
-
-
-def _margin(values: Sequence[float]) -> float:
-    """Return half the width of the Student's t 95 % interval of the mean."""
-    quantile = float(stats.t.ppf(0.975, len(values) - 1))
-    return quantile * stdev(values) / float(len(values) ** 0.5)

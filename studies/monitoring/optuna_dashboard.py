@@ -1,22 +1,17 @@
-"""Optuna Dashboard on a study, with the picture of each trial's class CAMs.
+"""Optuna Dashboard on a study, with the class CAMs of each trial: `batchcam-study view`.
 
-    python -m studies.monitoring.optuna_dashboard results/mine
-
-Pictures are attached by the study's driver when a trial ends: Optuna takes nothing more about it
-afterwards. They are kept in `<study>/artifacts`.
+The study's driver attaches the picture of a trial before the trial ends, since Optuna accepts
+nothing about a trial afterwards. Pictures are kept in `<study>/artifacts`.
 """
 
 import logging
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
-import tyro
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 
 from batchcam.errors import ConfigError
-from studies.cli import run_command
 from studies.engine.checkpoints import PICTURE
 from studies.engine.optuna_storage import STORAGE_VARIABLE, open_optuna_storage, storage_kind
 from studies.engine.run import trial_id
@@ -29,7 +24,7 @@ ARTIFACTS = "artifacts"
 
 
 def attach_picture(trial: optuna.Trial, settings: StudySettings) -> None:
-    """Attach the newest picture of a trial, if it has any; nothing about it stops a study."""
+    """Attach the newest picture of a trial, if there is one. An error is logged, not raised."""
     source = f"{settings.checkpoints}/{trial_id(settings.key, trial.number)}/{PICTURE}"
     store = settings.folder / ARTIFACTS
     try:
@@ -43,43 +38,34 @@ def attach_picture(trial: optuna.Trial, settings: StudySettings) -> None:
                 study_or_trial=trial,
             )
     except FileNotFoundError:
-        pass  # It ended before its first epoch did.
-    except Exception:  # Whatever a storage that is lost leads to.
+        pass  # The trial ended before its first epoch.
+    except Exception:  # A lost storage raises various errors.
         log.warning("the picture of trial %d was not attached", trial.number, exc_info=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class OptunaView:
-    """Serve Optuna Dashboard on a study, until Ctrl-C."""
+def serve(folder: Path, port: int) -> None:
+    """Serve a study's storage and its pictures on 127.0.0.1, until Ctrl-C.
 
-    folder: tyro.conf.Positional[Path]
-    """Of the study, as results/mine."""
-    port: int = 8080
-    """On this machine only."""
-
-
-def main(view: OptunaView) -> None:
-    """Serve the study's storage and its pictures on 127.0.0.1."""
-    path = view.folder / SETTINGS_FILE
+    Raises:
+        ConfigError: the folder holds no study, or its trials are in another storage than the one
+            that the environment names.
+    """
+    path = folder / SETTINGS_FILE
     if not path.is_file():
-        raise ConfigError(f"{view.folder} holds no study; there is no {SETTINGS_FILE} in it.")
+        raise ConfigError(f"{folder} holds no study; there is no {SETTINGS_FILE} in it.")
     settings = load_settings(path)
     if settings.optuna_storage != storage_kind():
         raise ConfigError(
-            f"{view.folder} keeps Optuna's trials in {settings.optuna_storage}, but "
+            f"{folder} keeps Optuna's trials in {settings.optuna_storage}, but "
             f"{STORAGE_VARIABLE} names {storage_kind()}; set it as it was."
         )
     import optuna_dashboard
 
-    artifacts = view.folder / ARTIFACTS
+    artifacts = folder / ARTIFACTS
     artifacts.mkdir(exist_ok=True)
     optuna_dashboard.run_server(
-        open_optuna_storage(view.folder),
+        open_optuna_storage(folder),
         host="127.0.0.1",
-        port=view.port,
+        port=port,
         artifact_store=FileSystemArtifactStore(str(artifacts)),
     )
-
-
-if __name__ == "__main__":
-    run_command(main, OptunaView)

@@ -1,26 +1,18 @@
-"""The W&B dashboard of a study, as code: a saved workspace, made anew by the same command.
+"""The W&B dashboard of a study, as code: a saved workspace.
 
-    # Needs W&B's server, and a key:
-    python -m studies.monitoring.wandb_workspace results/mine
-    # Writes dashboard.json, to be looked at:
-    python -m studies.monitoring.wandb_workspace results/mine --offline
-
-A sweep that is online makes it when it begins; one that is not writes the JSON, and the first
-command makes it once the runs are synced.
+A sweep that is online creates it when it begins. A sweep that is offline writes dashboard.json;
+`batchcam-study dashboard` creates the workspace after the runs are synced.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
 import wandb
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 from wandb_workspaces import expr
 
 from batchcam.errors import ConfigError
-from studies.cli import run_command
 from studies.monitoring.wandb_runs import Mode
 from studies.settings import SETTINGS_FILE, StudySettings, load_settings
 from studies.space import SEARCHED, SearchSpace
@@ -163,15 +155,15 @@ def publish(study: str, project: str, space: SearchSpace) -> str:
     except Exception as error:  # Whatever a server that is not there, or says no, leads to.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"W&B did not take the dashboard of {study!r}: {reason}. Set WANDB_API_KEY, or make it "
-            "later by `python -m studies.monitoring.wandb_workspace`."
+            f"W&B did not take the dashboard of {study!r}: {reason}. Set WANDB_API_KEY, or create "
+            "it later with `batchcam-study dashboard`."
         ) from error
 
 
 def begin(settings: StudySettings, mode: Mode) -> str | None:
-    """Make the dashboard of a study that begins; return what to say of it.
+    """Create the dashboard of a study that begins; return a message for the user, or None.
 
-    Nothing about it stops a study.
+    An error becomes a warning: it never stops a study.
     """
     name, project = str(settings.study), settings.wandb_project
     if mode == "disabled":
@@ -185,28 +177,21 @@ def begin(settings: StudySettings, mode: Mode) -> str | None:
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dashboard:
-    """Make the W&B workspace of a study."""
+def create(folder: Path, *, offline: bool) -> str:
+    """Publish or write the workspace of a study that has begun; return its address or path.
 
-    folder: tyro.conf.Positional[Path]
-    """Of the study, as results/mine."""
-    offline: bool = False
-    """Write dashboard.json there, and talk to nobody."""
+    Args:
+        folder: of the study.
+        offline: write dashboard.json there, without any connection.
 
-
-def main(settings: Dashboard) -> None:
-    """Publish or write the workspace of a study that was begun."""
-    path = settings.folder / SETTINGS_FILE
+    Raises:
+        ConfigError: the folder holds no study, or W&B does not accept the workspace.
+    """
+    path = folder / SETTINGS_FILE
     if not path.is_file():
-        raise ConfigError(f"{settings.folder} holds no study; there is no {SETTINGS_FILE} in it.")
+        raise ConfigError(f"{folder} holds no study; there is no {SETTINGS_FILE} in it.")
     study = load_settings(path)
     name, project = str(study.study), study.wandb_project
-    if settings.offline:
-        print(write(workspace(name, project, "", study.space), settings.folder))
-    else:
-        print(publish(name, project, study.space))
-
-
-if __name__ == "__main__":
-    run_command(main, Dashboard)
+    if offline:
+        return str(write(workspace(name, project, "", study.space), folder))
+    return publish(name, project, study.space)

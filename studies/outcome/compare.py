@@ -1,9 +1,7 @@
-"""Several studies side by side, from what they exported.
+"""Several studies side by side, from what they exported: `batchcam-study compare`.
 
-    python -m studies.outcome.compare results/one results/other --out comparison.md
-
-It reads trials.csv, pareto.json and the bundles' metrics.json and config.yaml: a copy of these is
-enough, wherever the study ran.
+Reads trials.csv, pareto.json, and metrics.json and config.yaml of the bundles; a copy of these is
+enough.
 """
 
 import json
@@ -15,15 +13,13 @@ from typing import Any
 import moocore
 import numpy as np
 import pandas as pd
-import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from batchcam.config import TrialConfig
 from batchcam.errors import ConfigError, FormatError
-from studies.cli import run_command
-from studies.evidence.tables import markdown
+from studies.markdown import markdown_table
 from studies.monitoring.console import console
 from studies.outcome.export import BUNDLES, read_bundles
 from studies.trial import run_name
@@ -131,21 +127,19 @@ def show(out: Console, title: str, table: Rows) -> None:
     out.print(shown)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Compare:
-    """Show several studies side by side."""
+def compare(folders: Sequence[Path], out: Path | None = None) -> None:
+    """Print the tables of several studies, and write them as Markdown if a file is given.
 
-    folders: tyro.conf.Positional[tuple[Path, ...]]
-    """Of the studies, as results/one results/other."""
-    out: Path | None = None
-    """A Markdown file for the tables."""
+    Args:
+        folders: of the studies.
+        out: the Markdown file.
 
-
-def main(settings: Compare) -> None:
-    """Print the tables, and write them."""
-    studies = [read(folder) for folder in settings.folders]
+    Raises:
+        ConfigError: no folder is given, or a file of a study is missing or damaged.
+    """
+    studies = [read(folder) for folder in folders]
     if not studies:
-        raise ConfigError("name the folders of the studies to compare, as results/one.")
+        raise ConfigError("no study is given; name the folders to compare, such as results/one.")
     tables = {"Studies": studies_table(studies), "Chosen": bundles_table(studies)}
     for title, table in tables.items():
         show(console, title, table)
@@ -153,10 +147,6 @@ def main(settings: Compare) -> None:
     note = "" if len(datasets) == 1 else f"Different data sets: {', '.join(datasets)}.\n"
     if note:
         console.print(note.rstrip())
-    if settings.out is not None:
-        parts = [f"## {title}\n\n{markdown(*table)}" for title, table in tables.items()]
-        settings.out.write_text("\n".join([*parts, note] if note else parts), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    run_command(main, Compare)
+    if out is not None:
+        parts = [f"## {title}\n\n{markdown_table(*table)}" for title, table in tables.items()]
+        out.write_text("\n".join([*parts, note] if note else parts), encoding="utf-8")

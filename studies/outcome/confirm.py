@@ -6,15 +6,12 @@ not use, and the winner is chosen by the means.
 """
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 import optuna
-from scipy.stats import t as student_t
 
 from studies.engine.ledger_callback import ERRORS
 from studies.engine.protocol import TRIAL_ID, Objective, gains
@@ -24,6 +21,7 @@ from studies.objectives import OBJECTIVES
 from studies.outcome.export import BASELINE, KNEE, StudyError, TrialRecord, collect
 from studies.planning.resources import TrialResources, slots
 from studies.settings import MEMORY, StudySettings
+from studies.statistics import LEVEL, mean_interval
 
 FOLDER = "confirm"
 """Name of the folder, in the study's folder, for the ledgers of confirming runs."""
@@ -31,7 +29,6 @@ FOLDER = "confirm"
 CANDIDATE = "candidate"
 """In a run's parameters: the id of the trial that the run confirms."""
 
-_LEVEL = 0.95
 _FIRST_SEED = 1_000
 """Offset of the fresh seeds to the study's seed, beyond the seeds that users count through."""
 
@@ -75,7 +72,7 @@ class Confirmed:
             "confirmed": {
                 "candidate": self.candidate.trial_id,
                 "seeds": [run.config.seed for run in self.runs],
-                "level": _LEVEL,
+                "level": LEVEL,
                 **{
                     name: dict(zip(("mean", "low", "high"), values, strict=True))
                     for name, values in self.intervals.items()
@@ -186,20 +183,8 @@ def gather(
     for candidate in candidates:
         own = [run for of, run in runs if of == candidate.trial_id and run.state == "completed"]
         if len(own) > 1:
-            intervals = {name: interval([run.metrics[name] for run in own]) for name in OBJECTIVES}
+            intervals = {
+                name: mean_interval([run.metrics[name] for run in own]) for name in OBJECTIVES
+            }
             found.append(Confirmed(candidate, own, intervals))
     return found
-
-
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the mean of values and the bounds of its 95 % confidence interval.
-
-    The interval is Student's, with n - 1 degrees of freedom.
-
-    Raises:
-        StatisticsError: there are fewer than two values.
-    """
-    centre = mean(values)
-    factor = float(student_t.ppf((1 + _LEVEL) / 2, len(values) - 1))
-    half = factor * stdev(values) / math.sqrt(len(values))
-    return centre, centre - half, centre + half

@@ -32,6 +32,8 @@ from studies.engine.checkpoints import Checkpoints
 from studies.outcome.export import TrialRecord
 
 ROOT = Path(__file__).parents[2]
+STUDY_COMMAND = [str(Path(sys.executable).with_name("batchcam-study"))]
+"""The command of studies, as it is installed."""
 
 RAY_CPUS = 3
 """What trials have on the Ray that tests share; who asks for two of them is alone there."""

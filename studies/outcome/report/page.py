@@ -10,13 +10,13 @@ from typing import Any
 import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from scipy.stats import binomtest
 
 from batchcam.losses import TERMS
 from studies.outcome.report.charts import FILTERS, all_charts, distinct_bundles, filter_options
 from studies.outcome.report.content import Content, data_uri, read, searched_values, split_picture
 from studies.outcome.report.importance import MIN_TRIALS, Importance, importance
 from studies.space import SWITCHED
+from studies.statistics import fraction_interval
 from studies.trial import run_name
 
 REPORT = "report.html"
@@ -156,12 +156,6 @@ def findings(content: Content) -> list[str]:
     return text
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a share of `count` images (Wilson 1927)."""
-    interval = binomtest(round(share * count), count).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
-
-
 def _bundles(content: Content) -> list[dict[str, str]]:
     """Return the rows of the table of bundles."""
     rows = []
@@ -177,7 +171,7 @@ def _bundles(content: Content) -> list[dict[str, str]]:
             )
         elif "val_images_per_class" in metrics:
             count = sum(metrics["val_images_per_class"].values())
-            low, high = wilson(metrics["val_accuracy"], count)
+            low, high = fraction_interval(metrics["val_accuracy"], count)
             accuracy += f" ({low:.4f} to {high:.4f})"
         rows.append(
             {

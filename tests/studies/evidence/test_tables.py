@@ -3,7 +3,8 @@
 import pytest
 from scipy import stats
 
-from studies.evidence.tables import holm, interval, markdown, paired
+from studies.evidence.tables import holm, interval, paired
+from studies.markdown import markdown_table
 
 
 def test_an_interval_is_students_t() -> None:
@@ -39,5 +40,5 @@ def test_holm_multiplies_the_smallest_by_the_number_of_tests() -> None:
 
 
 def test_a_table_has_a_rule_under_its_header() -> None:
-    text = markdown(["a", "b", "c", "d"], [["1", "2", "3", "4"]])
+    text = markdown_table(["a", "b", "c", "d"], [["1", "2", "3", "4"]])
     assert text == "| a | b | c | d |\n| --- | --- | --- | --: |\n| 1 | 2 | 3 | 4 |\n"

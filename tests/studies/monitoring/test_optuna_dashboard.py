@@ -3,7 +3,6 @@
 import io
 import json
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -16,9 +15,7 @@ from PIL import Image
 
 from studies.monitoring.optuna_dashboard import ARTIFACTS, attach_picture
 from studies.settings import StudySettings
-from tests.studies.conftest import Command
-
-MODULE = "studies.monitoring.optuna_dashboard"
+from tests.studies.conftest import STUDY_COMMAND, Command
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -34,9 +31,8 @@ def ask(
     port = free_port()
     server = subprocess.Popen(
         [
-            sys.executable,
-            "-m",
-            MODULE,
+            *STUDY_COMMAND,
+            "view",
             "results/seen",
             "--port",
             str(port),
@@ -106,7 +102,7 @@ def test_a_store_that_cannot_be_written_stops_nothing(
 
 def test_a_folder_without_a_study_is_said(environment: dict[str, str], tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", MODULE, str(tmp_path)],
+        [*STUDY_COMMAND, "view", str(tmp_path)],
         env=environment,
         capture_output=True,
         text=True,

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,8 @@ from studies.monitoring.wandb_runs import Tracking, track
 from studies.monitoring.wandb_workspace import DASHBOARD, begin, workspace, write
 from studies.settings import StudySettings
 from studies.space import SearchSpace
-from tests.studies.conftest import Recorded
+from tests.studies.conftest import STUDY_COMMAND, Recorded
 
-MODULE = "studies.monitoring.wandb_workspace"
 PICTURE = np.zeros((4, 8, 3), dtype=np.uint8)
 Read = Callable[[Path], list[Recorded]]
 Reports = list[tuple[EpochReport, tune.Checkpoint]]
@@ -107,7 +105,7 @@ def test_a_server_that_is_lost_is_said_and_stops_nothing(
     said = begin(StudySettings(study="mine", out=tmp_path), "online")
     assert said is not None
     assert said.startswith("warning: W&B did not take the dashboard of 'mine': ")
-    assert "python -m studies.monitoring.wandb_workspace" in said
+    assert "batchcam-study dashboard" in said
 
 
 def test_the_command_writes_the_dashboard_of_a_study_that_was_begun(
@@ -116,9 +114,8 @@ def test_the_command_writes_the_dashboard_of_a_study_that_was_begun(
     settings = StudySettings(study="mine", out=tmp_path).begun()
     settings.folder.mkdir()
     command = [
-        sys.executable,
-        "-m",
-        MODULE,
+        *STUDY_COMMAND,
+        "dashboard",
         str(settings.folder),
         "--offline",
     ]

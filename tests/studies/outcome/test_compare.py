@@ -3,15 +3,15 @@
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from batchcam.errors import ConfigError
-from studies.evidence.tables import markdown
-from studies.outcome.compare import Compare, bundles_table, main, read, studies_table
+from studies.markdown import markdown_table
+from studies.outcome.compare import bundles_table, compare, read, studies_table
+from tests.studies.conftest import STUDY_COMMAND
 
 STUDY = Path(__file__).parents[3] / "results" / "fashion"
 
@@ -58,18 +58,18 @@ def test_tables_are_written_and_other_data_sets_are_said(tmp_path: Path) -> None
     table = other / "trials.csv"
     table.write_text(table.read_text().replace(",fashion_mnist,", ",digits,"))
     out = tmp_path / "comparison.md"
-    main(Compare(folders=(STUDY, other), out=out))
+    compare((STUDY, other), out)
     text = out.read_text()
-    assert markdown(*studies_table([read(STUDY), read(other)])) in text
+    assert markdown_table(*studies_table([read(STUDY), read(other)])) in text
     assert text.endswith("Different data sets: digits, fashion_mnist.\n")
 
 
 def test_a_folder_without_a_study_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not hold what a study exports"):
         read(tmp_path)
-    with pytest.raises(ConfigError, match="name the folders"):
-        main(Compare(folders=()))
-    command = [sys.executable, "-m", "studies.outcome.compare", str(tmp_path)]
+    with pytest.raises(ConfigError, match="no study is given; name the folders"):
+        compare(())
+    command = [*STUDY_COMMAND, "compare", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path} does not hold")

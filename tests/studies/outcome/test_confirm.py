@@ -1,7 +1,5 @@
-import math
 from collections.abc import Callable
 from dataclasses import replace
-from statistics import StatisticsError
 
 import optuna
 import pytest
@@ -14,7 +12,6 @@ from studies.outcome.confirm import (
     confirming_search,
     digest,
     gather,
-    interval,
 )
 from studies.outcome.export import TrialRecord
 from studies.settings import StudySettings
@@ -31,19 +28,6 @@ def front(make_record: MakeRecord) -> list[TrialRecord]:
         make_record("c", 0.75, 0.65),
         make_record("d", 0.6, 0.7),
     ]
-
-
-def test_interval_is_that_of_student() -> None:
-    # t(0.975, 2 degrees) = 4.3027; standard deviation 0.01.
-    mean, low, high = interval([0.90, 0.91, 0.92])
-    assert mean == pytest.approx(0.91)
-    assert high - mean == pytest.approx(4.302653 * 0.01 / math.sqrt(3), rel=1e-6)
-    assert mean - low == pytest.approx(high - mean)
-
-
-def test_one_value_has_no_interval() -> None:
-    with pytest.raises(StatisticsError):
-        interval([0.9])
 
 
 def test_those_chosen_come_first_then_the_nearest_to_the_ideal(front: list[TrialRecord]) -> None:

@@ -15,7 +15,7 @@ from studies.outcome.report.charts import (
     parallel_rows,
 )
 from studies.outcome.report.content import read, searched_values, split_picture
-from studies.outcome.report.page import findings, render, wilson
+from studies.outcome.report.page import findings, render
 
 MakeStudy = Any
 
@@ -137,8 +137,3 @@ def test_findings_name_the_compromise_and_what_it_costs(make_study: MakeStudy) -
     # Means over the fresh seeds, which are the same for all here, and not the bundles' own runs.
     assert "0.00 points more accurate" in confirmed[1]
     assert findings(read(make_study(bundles=False))) == ["The study has exported no bundles yet."]
-
-
-def test_interval_of_a_share_is_that_of_wilson() -> None:
-    # (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), with z = 1.96.
-    assert wilson(0.9, 100) == pytest.approx((0.82563, 0.94477), abs=1e-5)

@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from studies.outcome.report.page import write
+from tests.studies.conftest import STUDY_COMMAND
 
 pytestmark = pytest.mark.xdist_group("browser")
 
@@ -169,7 +169,7 @@ def test_a_study_of_few_trials_and_no_bundle_has_a_report(open_page: Open, make_
 
 def test_it_is_written_by_a_command(make_study: Any, tmp_path: Path) -> None:
     folder = make_study(3)
-    command = [sys.executable, "-m", "studies.outcome.report"]
+    command = [*STUDY_COMMAND, "report"]
     done = subprocess.run([*command, folder], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(folder / "report.html")
     assert (folder / "report.html").read_text().startswith("<!doctype html>")
