@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -31,11 +32,13 @@ IN_OPTUNA = {
 
 def drive(folder: Path, address: str, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
     """Start a driver of the study."""
+    # A Ray that an earlier test started in this process made later ones ask for a token.
+    mode = {name: value for name, value in os.environ.items() if name == "RAY_AUTH_MODE"}
     with (folder.parent / "log").open("a") as log:
         return subprocess.Popen(
             [sys.executable, "-m", descent.__name__, str(folder), address],
             cwd=ROOT,
-            env=environment,
+            env=environment | mode,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
