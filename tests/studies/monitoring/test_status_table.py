@@ -105,6 +105,7 @@ def test_without_a_terminal_nothing_is_shown(ledger: Ledger) -> None:
     assert console.file.getvalue() == "a line\n"
 
 
+@pytest.mark.faults
 def test_a_sweep_on_a_terminal_shows_the_table_and_leaves_the_lines(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
