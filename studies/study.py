@@ -121,7 +121,7 @@ def run_study(settings: StudySettings) -> Path:
             settings.folder,
             trainable,
             resources.request,
-            lambda: slots(resources),
+            lambda: slots(alive_nodes(), resources),
             progress=on_terminal(search),
             copy=memory,
             on_trial_end=partial(attach_picture, settings=settings),
