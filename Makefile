@@ -1,6 +1,6 @@
 # make sweep   a real sweep on the embedded data set, on this machine
-# make test    the tests
-# make faults  the tests that kill and break what a study stands on: minutes more
+# make test    the tests; make test COVERAGE=1 fails where they leave too much of the code unrun
+# make faults  the tests that kill or break what a study uses, or take long: minutes more
 # make speed   what a step, an epoch and the explanation cost here; make speed DEVICE=cuda on a GPU
 # make lint    style, types, the one-way imports, scripts and launch files
 # make lock    constraints.txt anew, from the newest versions that pyproject.toml allows
@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SWEEP ?=
+COVERAGE ?=
 DEVICE ?= cpu
 SPEED = $(BIN)/python -m studies.benchmarks
 
@@ -30,11 +31,12 @@ sweep: env
 
 test: env
 	$(BIN)/pytest -m "not faults" --numprocesses 2 --dist loadgroup --durations 12 \
-	  --cov --cov-report=term --cov-fail-under=90
+	  $(if $(COVERAGE),--cov --cov-report=term --cov-fail-under=90)
 
 faults: env
-	$(BIN)/pytest -m faults tests/cluster
-	$(BIN)/pytest -m faults tests/studies --numprocesses 2 --durations 12
+	$(BIN)/pytest -m faults tests/cluster --ignore tests/cluster/test_local.py
+	$(BIN)/pytest -m faults tests/batchcam tests/studies tests/cluster/test_local.py \
+	  --numprocesses 2 --dist loadgroup --durations 12
 
 speed: env
 	$(SPEED).steps --device $(DEVICE) --threads 2 --out results/speed/$(DEVICE)

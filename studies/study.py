@@ -31,7 +31,7 @@ from studies.outcome.report import page as report
 from studies.planning.forecast import forecast, print_forecast, sample_configs
 from studies.planning.probe import Probe, probe_all, probe_configs
 from studies.planning.ray_cluster import connect
-from studies.planning.resources import choose_resources, cluster_device, slots
+from studies.planning.resources import alive_nodes, choose_resources, cluster_device, slots
 from studies.settings import MEMORY, SETTINGS_FILE, StudySettings
 from studies.space import SearchSpace, Strides, feasible_strides, first_points, point_of, suggest
 from studies.trial import TrialSettings, run_trial
@@ -92,11 +92,14 @@ def run_study(settings: StudySettings) -> Path:
         probes = _probe(settings, prepared, strides)
         shares = [each.peak_bytes / each.device_bytes for each in probes if each.error is None]
         resources = choose_resources(
-            settings.cpus_per_trial, settings.gpus_per_trial, max(shares, default=None)
+            alive_nodes(),
+            settings.cpus_per_trial,
+            settings.gpus_per_trial,
+            max(shares, default=None),
         )
         if settings.dry_run:
             configs = sample_configs(settings, strides, settings.num_trials)
-            result = forecast(settings, configs, probes, prepared, slots(resources))
+            result = forecast(settings, configs, probes, prepared, slots(alive_nodes(), resources))
             print_forecast(console, settings, probes, resources, result)
             return settings.folder
         settings.folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +126,7 @@ def run_study(settings: StudySettings) -> Path:
             settings.folder,
             trainable,
             resources.request,
-            lambda: slots(resources),
+            lambda: slots(alive_nodes(), resources),
             progress=on_terminal(search),
             copy=memory,
             on_trial_end=partial(attach_picture, settings=settings),
@@ -184,10 +187,11 @@ def _compute_ahead(prepared: PreparedData, space: SearchSpace, strides: Strides)
 def _probe(settings: StudySettings, prepared: PreparedData, strides: Strides) -> list[Probe]:
     """Measure what a trial of each kind takes, where that decides anything."""
     said = settings.cpus_per_trial, settings.gpus_per_trial
-    needed = said[0] if cluster_device() == "cpu" else said[1]
+    device = cluster_device(alive_nodes())
+    needed = said[0] if device == "cpu" else said[1]
     if needed is not None and not settings.dry_run:
         return []
-    gpus = 1.0 if cluster_device() == "cuda" and said[1] != 0 else 0.0
+    gpus = 1.0 if device == "cuda" and said[1] != 0 else 0.0
     configs = list(probe_configs(settings.base_config(), settings.space, strides))
     return probe_all(configs, prepared, said[0] or 1.0, gpus)
 

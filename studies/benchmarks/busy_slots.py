@@ -32,7 +32,7 @@ from studies.monitoring.progress import on_terminal
 from studies.monitoring.wandb_runs import Tracking
 from studies.objectives import ACCURACY, SIMILARITY
 from studies.planning.ray_cluster import WORKER_ENVIRONMENT
-from studies.planning.resources import TrialResources, slots
+from studies.planning.resources import TrialResources, alive_nodes, slots
 from studies.trial import TrialSettings, run_trial
 
 
@@ -125,7 +125,7 @@ def by_engine(
             folder,
             trainable,
             resources.request,
-            lambda: slots(resources),
+            lambda: slots(alive_nodes(), resources),
             progress=on_terminal(search),
         )
         return ledger, time.perf_counter() - started

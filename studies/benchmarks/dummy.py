@@ -28,7 +28,7 @@ from studies.engine.run import Search, run_search
 from studies.monitoring.progress import on_terminal
 from studies.objectives import ACCURACY, SIMILARITY
 from studies.planning.ray_cluster import WORKER_ENVIRONMENT
-from studies.planning.resources import TrialResources, slots
+from studies.planning.resources import TrialResources, alive_nodes, slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ def main(study: DummyStudy) -> Ledger:
             study.out,
             study.trainable(),
             resources.request,
-            lambda: slots(resources),
+            lambda: slots(alive_nodes(), resources),
             progress=on_terminal(search),
         )
     finally:

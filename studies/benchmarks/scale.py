@@ -32,7 +32,7 @@ from studies.benchmarks.dummy import DummyStudy, curve
 from studies.engine.protocol import REPORTED
 from studies.engine.run import run_search
 from studies.monitoring.progress import on_terminal
-from studies.planning.resources import TrialResources, slots
+from studies.planning.resources import TrialResources, alive_nodes, slots
 
 _WINDOW = 100
 
@@ -236,7 +236,7 @@ def main(settings: Scale) -> None:
                 Path(scratch),
                 study.trainable(),
                 resources.request,
-                lambda: slots(resources),
+                lambda: slots(alive_nodes(), resources),
                 callbacks=[meter],
                 progress=on_terminal(search),
             )

@@ -19,7 +19,7 @@ from studies.engine.run import Search, Trainable, run_search
 from studies.monitoring.progress import on_terminal
 from studies.objectives import OBJECTIVES
 from studies.outcome.export import BASELINE, KNEE, StudyError, TrialRecord, collect
-from studies.planning.resources import TrialResources, slots
+from studies.planning.resources import TrialResources, alive_nodes, slots
 from studies.settings import MEMORY, StudySettings
 from studies.statistics import LEVEL, mean_interval
 
@@ -154,7 +154,7 @@ def confirm(
         folder,
         trainable,
         resources.request,
-        lambda: slots(resources),
+        lambda: slots(alive_nodes(), resources),
         progress=on_terminal(search),
         copy=memory,
     )

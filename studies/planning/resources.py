@@ -1,12 +1,16 @@
 """What a trial asks of the cluster, and how many threads it then uses."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from batchcam.errors import ConfigError
+
+Node = dict[str, float]
+"""The resources of one node by Ray's names, such as "CPU" and "GPU"."""
 
 _RESERVE = 1.2
 """What a trial may take beyond what a few batches showed."""
@@ -49,7 +53,10 @@ class TrialResources:
 
 
 def choose_resources(
-    cpus: float | None, gpus: float | None, memory_share: float | None = None
+    nodes: Sequence[Node],
+    cpus: float | None,
+    gpus: float | None,
+    memory_share: float | None = None,
 ) -> TrialResources:
     """Complete the user's request from what the cluster has, and what a trial was measured to take.
 
@@ -58,6 +65,7 @@ def choose_resources(
     it needs: for small models, many trials of one thread finish sooner than few of many.
 
     Args:
+        nodes: the nodes of the cluster, one or more; see :func:`alive_nodes`.
         cpus: CPUs of a trial, if the user said so.
         gpus: GPUs of a trial, if the user said so.
         memory_share: of the memory of its device that a trial takes, from 0 to 1.
@@ -65,9 +73,8 @@ def choose_resources(
     Raises:
         ConfigError: no node has what is asked for.
     """
-    nodes = alive_nodes()
     if gpus is None:
-        gpus = 0.0 if cluster_device() == "cpu" else packed_gpus(memory_share)
+        gpus = 0.0 if cluster_device(nodes) == "cpu" else packed_gpus(memory_share)
     if cpus is None:
         cpus = 1.0
         if gpus:
@@ -86,20 +93,20 @@ def choose_resources(
     return TrialResources(cpus, gpus, max(node.get("CPU", 0.0) for node in nodes))
 
 
-def slots(resources: TrialResources) -> int:
-    """Return how many trials the joined cluster runs at a time."""
+def slots(nodes: Sequence[Node], resources: TrialResources) -> int:
+    """Return how many trials these nodes run at a time, at least 1."""
 
-    def fit(node: dict[str, float]) -> int:
+    def fit(node: Node) -> int:
         by_cpu = node.get("CPU", 0.0) / resources.cpus
         by_gpu = node.get("GPU", 0.0) / resources.gpus if resources.gpus else math.inf
         return int(min(by_cpu, by_gpu) + 1e-9)
 
-    return max(1, sum(fit(node) for node in alive_nodes()))
+    return max(1, sum(fit(node) for node in nodes))
 
 
-def cluster_device() -> str:
-    """Return "cuda" where the joined cluster has GPUs, else "cpu"."""
-    return "cuda" if any(node.get("GPU", 0.0) for node in alive_nodes()) else "cpu"
+def cluster_device(nodes: Sequence[Node]) -> str:
+    """Return "cuda" where a node has a GPU, else "cpu"."""
+    return "cuda" if any(node.get("GPU", 0.0) for node in nodes) else "cpu"
 
 
 def packed_gpus(memory_share: float | None) -> float:
@@ -111,7 +118,7 @@ def packed_gpus(memory_share: float | None) -> float:
     return math.floor(10_000 / together) / 10_000 if together > 1 else 1.0
 
 
-def alive_nodes() -> list[dict[str, float]]:
-    """Return what each node of the joined cluster has."""
+def alive_nodes() -> list[Node]:
+    """Return the resources of each node of the cluster that is connected and alive."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [node["Resources"] for node in nodes if node["Alive"]]

@@ -119,7 +119,13 @@ def machine() -> dict[str, str]:
 
 @pytest.mark.parametrize("term", TERMS)
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        pytest.param(name, marks=() if name == "simple_cnn" else pytest.mark.faults)
+        for name in BACKBONES
+    ],
+)
 def test_steps_are_the_golden_ones(backbone: str, precision: str, term: str) -> None:
     content = json.loads((FOLDER / f"{backbone}_{precision}.json").read_text())
     golden, found = content["terms"][term], steps(backbone, precision, term)

@@ -56,6 +56,7 @@ def where(params: dict[str, Any]) -> None:
     tune.report({"node": ray.get_runtime_context().get_node_id()})
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("_joined")
 def test_trials_run_on_workers_only(cluster: LocalCluster, tmp_path: Path) -> None:
     results = tune.Tuner(
@@ -68,6 +69,7 @@ def test_trials_run_on_workers_only(cluster: LocalCluster, tmp_path: Path) -> No
     assert used <= {worker.node_id for worker in cluster.workers}
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("_joined")
 def test_nodes_come_and_go(cluster: LocalCluster) -> None:
     before = alive()
@@ -80,6 +82,7 @@ def test_nodes_come_and_go(cluster: LocalCluster) -> None:
     wait_until(lambda: alive().keys() == before.keys())
 
 
+@pytest.mark.faults
 def test_study_runs_on_the_cluster_that_is_named(cluster: LocalCluster, tmp_path: Path) -> None:
     settings = StudySettings(
         study="distributed",
@@ -119,6 +122,7 @@ def processes_with(mark: str) -> list[int]:
     return found
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_command_keeps_a_cluster_until_it_is_ended(

@@ -61,6 +61,38 @@ def sweep(environment: dict[str, str]) -> Command:
     return run
 
 
+# Images of fourteen pixels take a quarter of the arithmetic of the default.
+SMALL = ("--resolutions", "14", "--cpus-per-trial", "1", "--min-epochs", "1")
+STUDY = ("--study", "small", "--num-trials", "3", "--max-epochs", "2", *SMALL)
+"""The options of the study that tests share."""
+API_KEY = "0123456789abcdef" * 2 + "01234567"
+"""The W&B key of the user who ran it."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A study that has ended: its folder, and what the command printed."""
+
+    folder: Path
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def study(
+    sweep: Command, free_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    """A study of three trials by a user with a W&B key, and no way to the server.
+
+    Shared by all tests in the xdist group "ray": a test that changes it works on a copy.
+    """
+    folder = tmp_path_factory.mktemp("study")
+    url = f"http://127.0.0.1:{free_port()}"
+    done = sweep(*STUDY, cwd=folder, WANDB_API_KEY=API_KEY, WANDB_BASE_URL=url)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Finished(folder / "results" / "small", done.stdout, done.stderr)
+
+
 @dataclass(frozen=True)
 class Recorded:
     """What an offline W&B file holds."""

@@ -14,7 +14,7 @@ import pytest
 import batchcam
 from tests.studies.conftest import ROOT
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("ray"), pytest.mark.faults]
 
 
 @dataclass(frozen=True)

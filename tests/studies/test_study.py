@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -25,33 +25,9 @@ from studies.outcome.export import StudyError
 from studies.settings import StudySettings
 from studies.space import SearchSpace
 from studies.study import main, run_study
-from tests.studies.conftest import Command, Recorded
+from tests.studies.conftest import API_KEY, SMALL, STUDY, Finished, Recorded
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("ray")]
-
-# Fourteen pixels: a quarter of the arithmetic.
-SMALL = ("--resolutions", "14", "--cpus-per-trial", "1", "--min-epochs", "1")
-STUDY = ("--study", "small", "--num-trials", "3", "--max-epochs", "2", *SMALL)
-API_KEY = "0123456789abcdef" * 2 + "01234567"
-
-
-@dataclass(frozen=True)
-class Finished:
-    folder: Path
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture(scope="module")
-def study(
-    sweep: Command, free_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory
-) -> Finished:
-    """A study of three trials by a user with a W&B key, and no way to the server."""
-    folder = tmp_path_factory.mktemp("study")
-    url = f"http://127.0.0.1:{free_port()}"
-    done = sweep(*STUDY, cwd=folder, WANDB_API_KEY=API_KEY, WANDB_BASE_URL=url)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return Finished(folder / "results" / "small", done.stdout, done.stderr)
 
 
 @pytest.fixture
@@ -189,6 +165,7 @@ def test_second_study_of_a_name_is_refused_and_the_first_left_alone(
     assert snapshot(study.folder) == before
 
 
+@pytest.mark.faults
 def test_resuming_a_finished_study_exports_again_without_training(
     study: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +217,7 @@ def test_cluster_that_does_not_answer_is_refused(
     assert not ray.is_initialized()
 
 
+@pytest.mark.faults
 def test_local_study_does_not_join_a_cluster_that_is_there(
     environment: dict[str, str], free_port: Callable[[], int], tmp_path: Path
 ) -> None:
@@ -310,6 +288,7 @@ def in_process(tmp_path_factory: pytest.TempPathFactory) -> StudySettings:
     return settings
 
 
+@pytest.mark.faults
 def test_study_of_one_objective_has_one_best(in_process: StudySettings) -> None:
     front = json.loads((in_process.folder / "pareto.json").read_text())
     assert front["objectives"] == {"images_per_second": "maximise"}
@@ -321,10 +300,12 @@ def test_study_of_one_objective_has_one_best(in_process: StudySettings) -> None:
     assert chosen == {front["trials"][0]["trial_id"]}
 
 
+@pytest.mark.faults
 def test_disabled_w_and_b_leaves_nothing(in_process: StudySettings) -> None:
     assert not (in_process.folder / "wandb").exists()
 
 
+@pytest.mark.faults
 def test_study_is_extended_and_its_best_confirmed(
     in_process: StudySettings,
     tmp_path: Path,
@@ -359,6 +340,7 @@ def test_study_is_extended_and_its_best_confirmed(
     assert json.loads((tmp_path / "here" / "study.json").read_text())["num_trials"] == 3
 
 
+@pytest.mark.faults
 def test_earlier_winners_are_tried_first(
     in_process: StudySettings,
     tmp_path: Path,
@@ -383,16 +365,15 @@ def test_earlier_winners_are_tried_first(
 
 
 def test_winner_that_the_space_does_not_have_is_refused_before_anything_starts(
-    in_process: StudySettings, tmp_path: Path
+    study: Finished, tmp_path: Path
 ) -> None:
-    settings = StudySettings(
-        study="s", out=tmp_path, warm_start=(in_process.folder / "best" / "knee",)
-    )
+    settings = StudySettings(study="s", out=tmp_path, warm_start=(study.folder / "best" / "knee",))
     with pytest.raises(ConfigError, match=r"resolution=14 is not among .* --resolutions"):
         run_study(settings)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.faults
 def test_dry_run_says_what_a_study_takes_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -404,6 +385,7 @@ def test_dry_run_says_what_a_study_takes_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.faults
 def test_study_in_which_every_trial_fails_says_why_and_what_to_do(
     tmp_path: Path,
     read_csv: Callable[[Path], list[dict[str, str]]],

@@ -49,8 +49,8 @@ def _images(count: int) -> torch.Tensor:
     ("backbone", "stride", "cam"),
     [
         ("simple_cnn", None, "grad_cam"),
-        ("simple_cnn", None, "hires_cam"),
-        ("resnet18", 8, "grad_cam"),
+        pytest.param("simple_cnn", None, "hires_cam", marks=pytest.mark.faults),
+        pytest.param("resnet18", 8, "grad_cam", marks=pytest.mark.faults),
     ],
 )
 def test_onnx_gives_the_same_probabilities_and_cams(

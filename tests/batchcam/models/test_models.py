@@ -55,7 +55,17 @@ BACKBONES = (
 )
 
 
-@pytest.fixture(scope="module", params=BACKBONES, ids=lambda backbone: backbone.name)
+LARGE = {"resnet18", "convnextv2_tiny"}
+"""Backbones that take long; resnet10t and convnextv2_atto are of the same families."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(each, marks=pytest.mark.faults if each.name in LARGE else (), id=each.name)
+        for each in BACKBONES
+    ],
+)
 def backbone(request: pytest.FixtureRequest) -> Backbone:
     chosen: Backbone = request.param
     return chosen

@@ -1,7 +1,7 @@
 """Training: reproducible, resumable to the last bit, and honest about what goes wrong."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -571,10 +571,32 @@ def test_a_run_in_bf16_learns_too(
     assert first == pytest.approx(trained.history[0]["loss"], rel=0.1)
 
 
-@pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("clang++") is None,
-    reason="torch.compile needs a C++ compiler on the CPU",
+@pytest.fixture(
+    params=[
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.faults,
+                pytest.mark.skipif(
+                    shutil.which("g++") is None and shutil.which("clang++") is None,
+                    reason="torch.compile needs a C++ compiler on the CPU",
+                ),
+            ],
+        ),
+    ]
 )
+def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Set the default backend of `torch.compile`; without this fixture it is inductor."""
+    before = torch.compiler.get_default_backend()
+    torch.compiler.set_default_backend(request.param)
+    torch.compiler.reset()
+    yield
+    torch.compiler.set_default_backend(before)
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("_backend")
 def test_a_compiled_run_has_the_losses_of_an_eager_one(
     tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:

@@ -52,6 +52,7 @@ def test_plain_script_learns(prepared: PreparedData) -> None:
     assert plain.accuracy(model, batches) > 0.8
 
 
+@pytest.mark.faults
 def test_throughput_is_measured_in_pairs_and_replaced_when_measured_again(tmp_path: Path) -> None:
     settings = Throughput(
         out=tmp_path,
@@ -80,6 +81,7 @@ def test_start_up_ends_with_the_first_step(tmp_path: Path) -> None:
     assert 0 <= seconds["reused"]["median"] < seconds["process"]["median"]
 
 
+@pytest.mark.faults
 def test_time_to_a_target_stops_where_it_is_reached(
     prepared: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

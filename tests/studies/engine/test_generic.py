@@ -21,7 +21,7 @@ from studies.engine.protocol import gains, has_diverged
 from tests.studies.conftest import ROOT
 from tests.studies.engine import descent
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.faults]
 
 IN_OPTUNA = {
     "completed": TrialState.COMPLETE,

@@ -25,7 +25,14 @@ Open = Callable[[int], tuple[optuna.Study, BaseStorage]]
 Make = Callable[..., OptunaSearcher]
 
 
-@pytest.fixture(params=["memory", "journal", "sqlite", "postgresql"])
+@pytest.fixture(
+    params=[
+        "memory",
+        "journal",
+        pytest.param("sqlite", marks=pytest.mark.faults),
+        pytest.param("postgresql", marks=pytest.mark.faults),
+    ]
+)
 def open_study(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Open]:

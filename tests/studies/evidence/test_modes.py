@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
@@ -34,6 +35,7 @@ def test_k_means_finds_the_digits_of_a_pair() -> None:
     assert sum(shown) / len(digits) > 0.85
 
 
+@pytest.mark.faults
 def test_the_study_is_written_as_table_and_figure(tmp_path: Path) -> None:
     methods = ("cross-entropy", "BCPL, L1, class means", "BCPL, L1, k-means")
     settings = Modes(

@@ -124,6 +124,7 @@ def test_published_figures_stand_beside_cells_of_the_table(tmp_path: Path) -> No
     assert len(CONDITIONS) == 7
 
 
+@pytest.mark.faults
 def test_the_command_shares_its_runs_out_to_processes(tmp_path: Path) -> None:
     words = (
         f"{sys.executable} -m studies.evidence.paper --out {tmp_path} --datasets digits "

@@ -99,6 +99,7 @@ def test_every_method_is_a_set_of_configurations(method: str, tmp_path: Path) ->
 # --- The ceiling -----------------------------------------------------------------------------
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("on_digits")
 def test_rrr_is_trained_with_the_masks_and_its_weight_is_kept(tmp_path: Path) -> None:
     main(_settings(tmp_path, "RRR, given the masks"))

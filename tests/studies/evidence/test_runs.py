@@ -78,6 +78,7 @@ def _process(run: Run) -> dict[str, int]:
     return {"process": os.getpid(), "seed": run.config.seed}
 
 
+@pytest.mark.faults
 def test_runs_are_made_by_several_processes_at_once(tmp_path: Path) -> None:
     runs = [_run(seed) for seed in range(4)]
     contents = complete(tmp_path, runs, _process, Workers(threads=1, at_once=2))

@@ -105,6 +105,18 @@ def test_without_a_terminal_nothing_is_shown(ledger: Ledger) -> None:
     assert console.file.getvalue() == "a line\n"
 
 
+def test_on_a_terminal_the_table_is_shown_and_removed(ledger: Ledger) -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    with shown(console, _table(ledger, Clock())):
+        console.print("a line")
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "a line\n" in text
+    assert "0 of 5 trials ended" in text
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # The cursor is back.
+
+
+@pytest.mark.faults
 def test_a_sweep_on_a_terminal_shows_the_table_and_leaves_the_lines(
     environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -1,64 +1,80 @@
-from collections.abc import Iterator
-
 import pytest
 import ray
 
 from batchcam.errors import ConfigError
 from studies.planning.resources import (
+    Node,
     TrialResources,
+    alive_nodes,
     choose_resources,
     cluster_device,
     packed_gpus,
     slots,
 )
 
-pytestmark = pytest.mark.xdist_group("ray")
+NODE = {"CPU": 8.0, "memory": 1e9}
 
 
-@pytest.fixture(scope="module", params=[0, 2], ids=["no GPU", "2 GPUs"])
-def gpus(request: pytest.FixtureRequest) -> Iterator[int]:
-    """A node of 8 CPUs; Ray believes what it is told of GPUs."""
+@pytest.fixture(params=[0, 2], ids=["no GPU", "2 GPUs"])
+def gpus(request: pytest.FixtureRequest) -> int:
+    """The number of GPUs of a cluster of one node with 8 CPUs."""
     number: int = request.param
+    return number
+
+
+@pytest.fixture
+def nodes(gpus: int) -> list[Node]:
+    """The only node of the cluster. As in Ray, a node without a GPU has no such resource."""
+    return [NODE | {"GPU": float(gpus)} if gpus else NODE]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [0, 2])
+def test_nodes_of_the_connected_cluster_are_read(number: int) -> None:
+    # Ray accepts any number of GPUs that it is told.
     ray.init(address="local", num_cpus=8, num_gpus=number, include_dashboard=False)
-    yield number
-    ray.shutdown()
+    try:
+        (node,) = alive_nodes()
+    finally:
+        ray.shutdown()
+    assert (node["CPU"], node.get("GPU")) == (8.0, number or None)
 
 
-def test_trial_takes_one_gpu_and_its_share_of_cpus(gpus: int) -> None:
+def test_trial_takes_one_gpu_and_its_share_of_cpus(nodes: list[Node], gpus: int) -> None:
     expected = TrialResources(4.0, 1.0, 8.0) if gpus else TrialResources(1.0, 0.0, 8.0)
-    assert choose_resources(None, None) == expected
+    assert choose_resources(nodes, None, None) == expected
 
 
-def test_given_cpus_are_kept(gpus: int) -> None:
-    assert choose_resources(3.0, None) == TrialResources(3.0, 1.0 if gpus else 0.0, 8.0)
+def test_given_cpus_are_kept(nodes: list[Node], gpus: int) -> None:
+    assert choose_resources(nodes, 3.0, None) == TrialResources(3.0, 1.0 if gpus else 0.0, 8.0)
 
 
-def test_trials_can_share_a_gpu(gpus: int) -> None:
+def test_trials_can_share_a_gpu(nodes: list[Node], gpus: int) -> None:
     if not gpus:
         pytest.skip("nothing to share")
-    assert choose_resources(None, 0.5) == TrialResources(2.0, 0.5, 8.0)
-    assert choose_resources(None, 0.01) == TrialResources(1.0, 0.01, 8.0)
+    assert choose_resources(nodes, None, 0.5) == TrialResources(2.0, 0.5, 8.0)
+    assert choose_resources(nodes, None, 0.01) == TrialResources(1.0, 0.01, 8.0)
 
 
-def test_gpus_can_be_declined(gpus: int) -> None:
-    assert choose_resources(None, 0.0) == TrialResources(1.0, 0.0, 8.0), gpus
+def test_gpus_can_be_declined(nodes: list[Node], gpus: int) -> None:
+    assert choose_resources(nodes, None, 0.0) == TrialResources(1.0, 0.0, 8.0), gpus
 
 
 @pytest.mark.parametrize(("cpus", "asked"), [(9.0, None), (None, 3.0)])
 def test_more_than_any_node_has_is_refused(
-    gpus: int, cpus: float | None, asked: float | None
+    nodes: list[Node], gpus: int, cpus: float | None, asked: float | None
 ) -> None:
     message = rf"the largest node has 8 CPUs and {gpus} GPUs; lower --cpus-per-trial or --gpus"
     with pytest.raises(ConfigError, match=message):
-        choose_resources(cpus, asked)
+        choose_resources(nodes, cpus, asked)
 
 
-def test_memory_that_was_measured_decides_the_share(gpus: int) -> None:
+def test_memory_that_was_measured_decides_the_share(nodes: list[Node], gpus: int) -> None:
     # A fifth and its reserve: four fit on a device.
-    chosen = choose_resources(None, None, 0.2)
+    chosen = choose_resources(nodes, None, None, 0.2)
     assert chosen == (TrialResources(1.0, 0.25, 8.0) if gpus else TrialResources(2.0, 0.0, 8.0))
     # What was said goes before what was measured.
-    assert choose_resources(1.0, 0.0, 0.2) == TrialResources(1.0, 0.0, 8.0)
+    assert choose_resources(nodes, 1.0, 0.0, 0.2) == TrialResources(1.0, 0.0, 8.0)
 
 
 @pytest.mark.parametrize(
@@ -69,10 +85,10 @@ def test_as_many_trials_share_a_gpu_as_its_memory_holds(share: float | None, par
     assert packed_gpus(share) == part
 
 
-def test_slots_are_counted_node_by_node(gpus: int) -> None:
-    assert slots(TrialResources(3.0, 0.0, 8.0)) == 2
-    assert slots(TrialResources(1.0, 0.5, 8.0)) == (4 if gpus else 1)
-    assert cluster_device() == ("cuda" if gpus else "cpu")
+def test_slots_are_counted_node_by_node(nodes: list[Node], gpus: int) -> None:
+    assert slots(nodes, TrialResources(3.0, 0.0, 8.0)) == 2
+    assert slots(nodes, TrialResources(1.0, 0.5, 8.0)) == (4 if gpus else 1)
+    assert cluster_device(nodes) == ("cuda" if gpus else "cpu")
 
 
 def test_threads_are_whole_and_at_least_one() -> None:
