@@ -12,6 +12,7 @@ import tyro
 
 from batchcam.config import TrialConfig
 from batchcam.errors import ConfigError, FormatError, check_format, suggest_names
+from studies import paths
 from studies.engine.optuna_storage import STORAGE_VARIABLE, storage_kind
 from studies.engine.protocol import Objective
 from studies.objectives import ACCURACY, OBJECTIVES, SIMILARITY, objectives_of
@@ -19,12 +20,6 @@ from studies.space import SearchSpace
 
 FORMAT = 1
 """The newest format of study.json that this version reads, and the one that it writes."""
-
-SETTINGS_FILE = "study.json"
-"""Where, in the study's folder, its settings are kept for `--resume`."""
-
-MEMORY = "memory"
-"""Where, in the storage, the copy of a search's ledger and journal is."""
 
 _OF_THE_END = ("confirm", "seeds")
 """Settings of what comes after the search: where they are named on resuming, they hold."""
@@ -199,7 +194,7 @@ class StudySettings:
             "out": str(self.out),
             "warm_start": [str(path.resolve()) for path in self.warm_start],
         }
-        path = self.folder / SETTINGS_FILE
+        path = self.folder / paths.SETTINGS
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
@@ -210,7 +205,7 @@ class StudySettings:
         Raises:
             ConfigError: there is no such study, or a setting was given that differs from its.
         """
-        path = self.folder / SETTINGS_FILE
+        path = self.folder / paths.SETTINGS
         if not path.is_file():
             raise ConfigError(
                 f"there is no study to resume in {self.folder}; check --study, --out and --storage."
@@ -249,7 +244,7 @@ class StudySettings:
     @property
     def checkpoints(self) -> str:
         """The folder, or address, under which each trial has a folder for its checkpoints."""
-        folder = self.folder / "checkpoints"
+        folder = self.folder / paths.CHECKPOINTS
         return self.copy_of(folder) or str(folder)
 
     def copy_of(self, path: Path) -> str | None:

@@ -15,6 +15,7 @@ from batchcam.errors import BatchCamError, ConfigError
 from batchcam.export.bundle import check_writable
 from batchcam.losses import TERMS
 from batchcam.models import create_model, feature_grid
+from studies import paths
 from studies.engine.ledger import Ledger
 from studies.engine.ledger_callback import ERRORS
 from studies.engine.retry import StorageLostError
@@ -32,7 +33,7 @@ from studies.planning.forecast import forecast, print_forecast, sample_configs
 from studies.planning.probe import Probe, probe_all, probe_configs
 from studies.planning.ray_cluster import connect
 from studies.planning.resources import alive_nodes, choose_resources, cluster_device, slots
-from studies.settings import MEMORY, SETTINGS_FILE, StudySettings
+from studies.settings import StudySettings
 from studies.space import SearchSpace, Strides, feasible_strides, first_points, point_of, suggest
 from studies.trial import TrialSettings, run_trial
 
@@ -65,7 +66,7 @@ def run_study(settings: StudySettings) -> Path:
         StorageLostError: what must be written could not be, for a long time.
     """
     print_engine_warnings()
-    settings_file = settings.folder / SETTINGS_FILE
+    settings_file = settings.folder / paths.SETTINGS
     copy = settings.copy_of(settings_file)
     if settings.goes_on:
         if copy is not None and not settings_file.exists() and is_file(copy):
@@ -120,7 +121,7 @@ def run_study(settings: StudySettings) -> Path:
         )
         # with_parameters puts the prepared into the object store once; trials map them from there.
         trainable = tune.with_parameters(run_trial, settings=trial_settings, prepared=prepared)
-        memory = settings.copy_of(settings.folder / MEMORY)
+        memory = settings.copy_of(settings.folder / paths.MEMORY)
         ledger = run_search(
             search,
             settings.folder,
@@ -141,13 +142,13 @@ def run_study(settings: StudySettings) -> Path:
             means = [each.as_record for each in confirmed]
             chosen = export.choose(means, means, settings.objective_records)
         metrics = export.export_bundles(
-            settings.folder / "best", chosen, prepared, settings.study or ""
+            settings.folder / paths.BUNDLES, chosen, prepared, settings.study or ""
         )
         outcome = summary.Outcome(
             settings.objective_records, records, front, confirmed, chosen, metrics
         )
         summary.write_readme(
-            settings.folder / "README.md", settings, outcome, prepared.dataset.sha256
+            settings.folder / paths.README, settings, outcome, prepared.dataset.sha256
         )
         page = report.write(settings.folder)
         console.print(f"Report: {page}", soft_wrap=True)
@@ -159,12 +160,12 @@ def run_study(settings: StudySettings) -> Path:
 
 def _check_new(settings: StudySettings) -> None:
     """Refuse to overwrite a study."""
-    if (settings.folder / SETTINGS_FILE).is_file():
+    if (settings.folder / paths.SETTINGS).is_file():
         raise ConfigError(
             f"study {settings.study!r} exists in {settings.folder.parent}; go on with it by "
             "--resume, or choose another name."
         )
-    copy = settings.copy_of(settings.folder / SETTINGS_FILE)
+    copy = settings.copy_of(settings.folder / paths.SETTINGS)
     if copy is not None and is_file(copy):
         raise ConfigError(
             f"study {settings.study!r} exists in {settings.storage}; go on with it by --resume, or "
@@ -223,7 +224,7 @@ def _write_tables(
     """Write trials.csv and pareto.json; return the trials, and those of the Pareto front."""
     folder = settings.folder
     records = export.collect(ledger, settings.base_config(), settings.checkpoints)
-    export.write_trials(folder / "trials.csv", records)
+    export.write_trials(folder / paths.TRIALS, records)
     front = export.pareto_front(records, settings.objective_records)
     if not front:
         reasons = {record.error for record in records if record.error} or {"none was reported"}
@@ -232,5 +233,5 @@ def _write_tables(
             f"See {folder / 'trials.csv'} and {folder / ERRORS}; mend the cause and --resume, "
             "or start another study."
         )
-    export.write_pareto(folder / "pareto.json", front, settings.objective_records)
+    export.write_pareto(folder / paths.PARETO, front, settings.objective_records)
     return records, front

@@ -13,10 +13,11 @@ import pytest
 
 import batchcam
 from batchcam.config import TrialConfig
+from studies import paths
 from studies.engine.ledger import LEDGER, Ledger
 from studies.evidence import paper, right_reasons
 from studies.outcome.export import collect, pareto_front, read_bundles
-from studies.settings import SETTINGS_FILE, load_settings
+from studies.settings import load_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,7 +36,7 @@ def committed(pattern: str) -> list[Path]:
 
 CONFIGS = committed("**/config.yaml")
 BUNDLES = [path.parent for path in committed("**/model.safetensors")]
-STUDIES = [path.parent for path in committed(f"**/{SETTINGS_FILE}")]
+STUDIES = [path.parent for path in committed(f"**/{paths.SETTINGS}")]
 
 
 def test_there_are_files_of_each_kind() -> None:
@@ -75,8 +76,8 @@ def test_bundle_is_loaded_and_explains(folder: Path) -> None:
 
 @pytest.mark.parametrize("folder", STUDIES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_study_is_read_with_its_front_and_its_bundles(folder: Path) -> None:
-    settings = load_settings(folder / SETTINGS_FILE)
-    stored = json.loads((folder / SETTINGS_FILE).read_text())
+    settings = load_settings(folder / paths.SETTINGS)
+    stored = json.loads((folder / paths.SETTINGS).read_text())
     assert (settings.study, settings.key) == (stored["study"], stored["key"])
     assert list(settings.objectives) == stored["objectives"]
     ledger = Ledger(folder / LEDGER)

@@ -12,21 +12,20 @@ import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 
 from batchcam.errors import ConfigError
+from studies import paths
 from studies.engine.checkpoints import PICTURE
 from studies.engine.optuna_storage import STORAGE_VARIABLE, open_optuna_storage, storage_kind
 from studies.engine.run import trial_id
 from studies.engine.storage import copy_file
-from studies.settings import SETTINGS_FILE, StudySettings, load_settings
+from studies.settings import StudySettings, load_settings
 
 log = logging.getLogger(__name__)
-
-ARTIFACTS = "artifacts"
 
 
 def attach_picture(trial: optuna.Trial, settings: StudySettings) -> None:
     """Attach the newest picture of a trial, if there is one. An error is logged, not raised."""
     source = f"{settings.checkpoints}/{trial_id(settings.key, trial.number)}/{PICTURE}"
-    store = settings.folder / ARTIFACTS
+    store = settings.folder / paths.ARTIFACTS
     try:
         store.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
@@ -50,9 +49,9 @@ def serve(folder: Path, port: int) -> None:
         ConfigError: the folder holds no study, or its trials are in another storage than the one
             that the environment names.
     """
-    path = folder / SETTINGS_FILE
+    path = folder / paths.SETTINGS
     if not path.is_file():
-        raise ConfigError(f"{folder} holds no study; there is no {SETTINGS_FILE} in it.")
+        raise ConfigError(f"{folder} holds no study; there is no {paths.SETTINGS} in it.")
     settings = load_settings(path)
     if settings.optuna_storage != storage_kind():
         raise ConfigError(
@@ -61,7 +60,7 @@ def serve(folder: Path, port: int) -> None:
         )
     import optuna_dashboard
 
-    artifacts = folder / ARTIFACTS
+    artifacts = folder / paths.ARTIFACTS
     artifacts.mkdir(exist_ok=True)
     optuna_dashboard.run_server(
         open_optuna_storage(folder),

@@ -13,11 +13,11 @@ import wandb_workspaces.workspaces as ws
 from wandb_workspaces import expr
 
 from batchcam.errors import ConfigError
+from studies import paths
 from studies.monitoring.wandb_runs import Mode
-from studies.settings import SETTINGS_FILE, StudySettings, load_settings
+from studies.settings import StudySettings, load_settings
 from studies.space import SEARCHED, SearchSpace
 
-DASHBOARD = "dashboard.json"
 OBJECTIVES = ("val_accuracy", "cam_ssim")
 CURVES = ("val_accuracy", "cam_ssim", "cam_ssim_sample", "loss")
 MEDIA = "cams"
@@ -138,7 +138,7 @@ def _throughput() -> list[Any]:
 
 def write(made: ws.Workspace, folder: Path) -> Path:
     """Write the model of a workspace beside its study."""
-    path = folder / DASHBOARD
+    path = folder / paths.DASHBOARD
     path.write_text(made._to_model().model_dump_json(by_alias=True, indent=1, exclude_none=True))
     return path
 
@@ -187,9 +187,9 @@ def create(folder: Path, *, offline: bool) -> str:
     Raises:
         ConfigError: the folder holds no study, or W&B does not accept the workspace.
     """
-    path = folder / SETTINGS_FILE
+    path = folder / paths.SETTINGS
     if not path.is_file():
-        raise ConfigError(f"{folder} holds no study; there is no {SETTINGS_FILE} in it.")
+        raise ConfigError(f"{folder} holds no study; there is no {paths.SETTINGS} in it.")
     study = load_settings(path)
     name, project = str(study.study), study.wandb_project
     if offline:

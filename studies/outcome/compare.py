@@ -19,6 +19,7 @@ from rich.table import Table
 
 from batchcam.config import TrialConfig
 from batchcam.errors import ConfigError, FormatError
+from studies import paths
 from studies.markdown import markdown_table
 from studies.monitoring.console import console
 from studies.outcome.export import BUNDLES, read_bundles
@@ -59,12 +60,12 @@ def read(folder: Path) -> Exported:
         ConfigError: a file is missing or damaged.
     """
     try:
-        trials = pd.read_csv(folder / "trials.csv")
-        front = json.loads((folder / "pareto.json").read_text(encoding="utf-8"))["trials"]
+        trials = pd.read_csv(folder / paths.TRIALS)
+        front = json.loads((folder / paths.PARETO).read_text(encoding="utf-8"))["trials"]
         values = [
             [each["metrics"][name] for name in ("val_accuracy", "cam_ssim")] for each in front
         ]
-        bundles = read_bundles(folder / "best")
+        bundles = read_bundles(folder / paths.BUNDLES)
         return Exported(folder.resolve().name, trials, np.array(values, dtype=float), bundles)
     except FormatError:
         raise

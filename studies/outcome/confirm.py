@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import optuna
 
+from studies import paths
 from studies.engine.ledger_callback import ERRORS
 from studies.engine.protocol import TRIAL_ID, Objective, gains
 from studies.engine.run import Search, Trainable, run_search
@@ -20,10 +21,9 @@ from studies.monitoring.progress import on_terminal
 from studies.objectives import OBJECTIVES
 from studies.outcome.export import BASELINE, KNEE, StudyError, TrialRecord, collect
 from studies.planning.resources import TrialResources, alive_nodes, slots
-from studies.settings import MEMORY, StudySettings
+from studies.settings import StudySettings
 from studies.statistics import LEVEL, mean_interval
 
-FOLDER = "confirm"
 """Name of the folder, in the study's folder, for the ledgers of confirming runs."""
 
 CANDIDATE = "candidate"
@@ -145,10 +145,10 @@ def confirm(
     Raises:
         StudyError: no candidate has two completed runs.
     """
-    folder = settings.folder / FOLDER / digest(candidates, settings.seeds)
+    folder = settings.folder / paths.CONFIRM / digest(candidates, settings.seeds)
     folder.mkdir(parents=True, exist_ok=True)
     search = confirming_search(settings, candidates, settings.seeds)
-    memory = settings.copy_of(folder / MEMORY)
+    memory = settings.copy_of(folder / paths.MEMORY)
     ledger = run_search(
         search,
         folder,

@@ -8,9 +8,10 @@ import pytest
 import tyro
 
 from batchcam.errors import ConfigError, FormatError
+from studies import paths
 from studies.engine.optuna_storage import STORAGE_VARIABLE
 from studies.objectives import OBJECTIVES
-from studies.settings import FORMAT, SETTINGS_FILE, StudySettings
+from studies.settings import FORMAT, StudySettings
 from studies.space import SearchSpace
 from studies.study import main
 
@@ -212,7 +213,7 @@ def test_address_of_the_storage_is_not_written_down(
     settings = StudySettings(study="s", out=tmp_path).begun()
     settings.folder.mkdir()
     settings.save()
-    text = (settings.folder / SETTINGS_FILE).read_text()
+    text = (settings.folder / paths.SETTINGS).read_text()
     assert '"optuna_storage": "postgresql"' in text
     assert "secret" not in text
     assert replace(settings, resume=True).resumed() == replace(settings, resume=True)
@@ -251,13 +252,13 @@ def test_checkpoints_are_in_the_studys_folder_or_in_its_storage(
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"out": "."}', "null"])
 def test_damaged_settings_are_named(begun: StudySettings, content: str) -> None:
-    (begun.folder / SETTINGS_FILE).write_text(content)
+    (begun.folder / paths.SETTINGS).write_text(content)
     with pytest.raises(ConfigError, match=r"study\.json does not hold a study's settings"):
         replace(begun, resume=True).resumed()
 
 
 def test_settings_carry_a_format_and_are_read_without_one(begun: StudySettings) -> None:
-    path = begun.folder / SETTINGS_FILE
+    path = begun.folder / paths.SETTINGS
     content = json.loads(path.read_text())
     assert content.pop("format") == FORMAT
     path.write_text(json.dumps(content))
@@ -265,7 +266,7 @@ def test_settings_carry_a_format_and_are_read_without_one(begun: StudySettings) 
 
 
 def test_newer_settings_are_refused_with_the_remedy(begun: StudySettings) -> None:
-    path = begun.folder / SETTINGS_FILE
+    path = begun.folder / paths.SETTINGS
     content = json.loads(path.read_text()) | {"format": FORMAT + 1, "of_tomorrow": 1}
     path.write_text(json.dumps(content))
     with pytest.raises(FormatError, match=r"study\.json has the format 2, .* up to 1; upgrade"):

@@ -18,11 +18,12 @@ from batchcam.config import TrialConfig
 from batchcam.errors import ConfigError, FormatError
 from batchcam.export.model_card import loss_terms
 from batchcam.losses import compares_cams
+from studies import paths
 from studies.engine.checkpoints import PICTURE
 from studies.engine.ledger import LEDGER, Ledger
 from studies.engine.storage import copy_file
 from studies.outcome.export import TrialRecord, collect, pareto_front, read_bundles
-from studies.settings import SETTINGS_FILE, StudySettings, load_settings
+from studies.settings import StudySettings, load_settings
 from studies.space import SEARCHED
 from studies.trial import run_name
 
@@ -70,10 +71,10 @@ def read(folder: Path) -> Content:
     Raises:
         ConfigError: the folder is not a study's, no trial has reported, or a bundle is damaged.
     """
-    path = folder / SETTINGS_FILE
+    path = folder / paths.SETTINGS
     if not path.is_file():
         raise ConfigError(
-            f"{folder} holds no study: it contains no {SETTINGS_FILE}; name a study's folder."
+            f"{folder} holds no study: it contains no {paths.SETTINGS}; name a study's folder."
         )
     settings = replace(load_settings(path), out=folder.resolve().parent)
     ledger = Ledger(folder / LEDGER)
@@ -85,7 +86,7 @@ def read(folder: Path) -> Content:
             "write the report after the first epoch of a trial."
         )
     try:
-        bundles = read_bundles(folder / "best")
+        bundles = read_bundles(folder / paths.BUNDLES)
     except FormatError:
         raise
     except (OSError, ValueError) as error:

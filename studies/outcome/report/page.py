@@ -12,14 +12,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from batchcam.losses import TERMS
+from studies import paths
 from studies.outcome.report.charts import FILTERS, all_charts, distinct_bundles, filter_options
 from studies.outcome.report.content import Content, data_uri, read, searched_values, split_picture
 from studies.outcome.report.importance import MIN_TRIALS, Importance, importance
 from studies.space import SWITCHED
 from studies.statistics import fraction_interval
 from studies.trial import run_name
-
-REPORT = "report.html"
 
 _TITLES = {"val_accuracy": "validation accuracy", "cam_ssim": "SSIM of class CAMs"}
 _CONFUSIONS = 8
@@ -33,7 +32,7 @@ def write(folder: Path) -> Path:
     Raises:
         ConfigError: the folder is not a study's, no trial has reported, or a bundle is damaged.
     """
-    path = folder / REPORT
+    path = folder / paths.REPORT
     path.write_text(render(read(folder)), encoding="utf-8")
     return path
 

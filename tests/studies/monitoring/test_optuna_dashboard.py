@@ -13,7 +13,8 @@ import optuna
 import pytest
 from PIL import Image
 
-from studies.monitoring.optuna_dashboard import ARTIFACTS, attach_picture
+from studies import paths
+from studies.monitoring.optuna_dashboard import attach_picture
 from studies.settings import StudySettings
 from tests.studies.conftest import STUDY_COMMAND, Finished
 
@@ -83,7 +84,7 @@ def test_a_picture_that_is_not_there_stops_nothing(
     trial = optuna.create_study(storage=optuna.storages.InMemoryStorage()).ask()
     attach_picture(trial, settings)
     assert "not attached" not in caplog.text
-    assert not list((settings.folder / ARTIFACTS).iterdir())
+    assert not list((settings.folder / paths.ARTIFACTS).iterdir())
 
 
 def test_a_store_that_cannot_be_written_stops_nothing(
@@ -91,7 +92,7 @@ def test_a_store_that_cannot_be_written_stops_nothing(
 ) -> None:
     settings = StudySettings(study="mine", out=tmp_path).begun()
     settings.folder.mkdir()
-    (settings.folder / ARTIFACTS).write_text("a file where the folder should be")
+    (settings.folder / paths.ARTIFACTS).write_text("a file where the folder should be")
     attach_picture(SimpleNamespace(number=3), settings)  # type: ignore[arg-type]
     assert "the picture of trial 3 was not attached" in caplog.text
 

@@ -14,8 +14,9 @@ from ray import tune
 
 from batchcam.config import TrialConfig
 from batchcam.training.fit import EpochReport
+from studies import paths
 from studies.monitoring.wandb_runs import Tracking, track
-from studies.monitoring.wandb_workspace import DASHBOARD, begin, workspace, write
+from studies.monitoring.wandb_workspace import begin, workspace, write
 from studies.settings import StudySettings
 from studies.space import SearchSpace
 from tests.studies.conftest import STUDY_COMMAND, Recorded
@@ -32,7 +33,7 @@ def _fresh_w_and_b() -> Iterator[None]:
 
 
 def _panels(folder: Path) -> list[dict[str, Any]]:
-    model = json.loads((folder / DASHBOARD).read_text())
+    model = json.loads((folder / paths.DASHBOARD).read_text())
     sections = model["spec"]["section"]["panelBankConfig"]["sections"]
     return [panel for section in sections for panel in section["panels"]]
 
@@ -92,7 +93,7 @@ def test_a_study_that_begins_offline_writes_its_dashboard(tmp_path: Path) -> Non
     settings = StudySettings(study="mine", out=tmp_path)
     settings.folder.mkdir()
     assert begin(settings, "disabled") is None
-    assert not (settings.folder / DASHBOARD).exists()
+    assert not (settings.folder / paths.DASHBOARD).exists()
     assert begin(settings, "offline") is None
     assert _panels(settings.folder)
 
@@ -129,5 +130,5 @@ def test_the_command_writes_the_dashboard_of_a_study_that_was_begun(
     settings.save()
     done = run()
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(settings.folder / DASHBOARD)
+    assert done.stdout.strip() == str(settings.folder / paths.DASHBOARD)
     assert _panels(settings.folder)
