@@ -1,7 +1,8 @@
-"""A sampler whose choices survive a crash."""
+"""TPE whose draws are reproducible after a crash."""
 
+import copy
 import zlib
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import moocore
@@ -11,28 +12,31 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 _KNOWN = 400
-"""Trials that have ended, of which the sampler is told."""
+"""Ended trials that TPE is shown at most."""
 
 
 class ReproducibleTPE(optuna.samplers.BaseSampler):
-    """Optuna's TPE, whose draws depend on the seed, the trial, the parameter, and what is known.
+    """Optuna's TPE with draws that depend only on seed, trial number, parameter name and history.
 
-    An ordinary sampler carries a random state from trial to trial, which dies with the process.
-    Here each draw has a generator of its own: a study that was resumed proposes what it would have.
+    An ordinary sampler carries a random state from trial to trial, which is lost with the process.
+    Here each draw has a random generator of its own, so a resumed study proposes what it would
+    have proposed without the interruption.
 
-    TPE goes through all that is known for each parameter of each trial. So that the two-thousandth
-    is proposed as fast as the five-hundredth, it is shown those that run and at most `_KNOWN` that
-    have ended: the best, and the latest.
+    TPE reads the whole history for each parameter of each trial. To propose the 2,000th trial as
+    fast as the 500th, it is shown at most `_KNOWN` ended trials: the best, and the latest.
+
+    Args:
+        seed: of all draws.
     """
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-        self._view: tuple[int, _View] | None = None
+        self._shown: tuple[int, optuna.Study] | None = None
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """Return none: the space is conditional, each parameter is drawn by itself."""
+        """Return none: the space is conditional, so each parameter is drawn independently."""
         del study, trial
         return {}
 
@@ -53,10 +57,14 @@ class ReproducibleTPE(optuna.samplers.BaseSampler):
         """Draw one parameter with TPE."""
         entropy = (self._seed, trial.number, zlib.crc32(param_name.encode()))
         seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-        sampler = optuna.samplers.TPESampler(seed=seed, multivariate=False)
-        if self._view is None or self._view[0] != trial.number:
-            self._view = trial.number, _View(study, _worth_knowing(study))
-        return sampler.sample_independent(self._view[1], trial, param_name, param_distribution)
+        tpe = optuna.samplers.TPESampler(seed=seed, multivariate=False)
+        if self._shown is None or self._shown[0] != trial.number:
+            self._shown = trial.number, _in_memory(study, trial)
+        # TPE ignores the trial that it draws for, by its number. The trials in memory are numbered
+        # from 0; this trial is none of them.
+        other = copy.copy(trial)
+        other.number = -1
+        return tpe.sample_independent(self._shown[1], other, param_name, param_distribution)
 
     def after_trial(
         self,
@@ -65,43 +73,36 @@ class ReproducibleTPE(optuna.samplers.BaseSampler):
         state: TrialState,
         values: Sequence[float] | None,
     ) -> None:
-        """Do nothing: what there is to know is in the storage."""
+        """Do nothing: the storage holds the whole history."""
         del study, trial, state, values
 
 
-class _View(optuna.Study):
-    """A study of which only some trials are seen."""
-
-    def __init__(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
-        self.__dict__.update(study.__dict__)
-        self._seen = trials
-
-    def _get_trials(
-        self,
-        deepcopy: bool = True,
-        states: Container[TrialState] | None = None,
-        use_cache: bool = False,
-    ) -> list[FrozenTrial]:
-        del deepcopy, use_cache
-        return [trial for trial in self._seen if states is None or trial.state in states]
+def _in_memory(study: optuna.Study, trial: FrozenTrial) -> optuna.Study:
+    """Return a study in memory that holds the trials that TPE is to learn from, in their order."""
+    shown = optuna.create_study(
+        storage=optuna.storages.InMemoryStorage(), directions=study.directions
+    )
+    known = _worth_knowing(study)
+    shown.add_trials([each for each in known if each.number != trial.number])
+    return shown
 
 
 def _worth_knowing(study: optuna.Study) -> list[FrozenTrial]:
-    """Return the trials that run, the best that were completed, and the latest of the others."""
-    trials = study.get_trials(deepcopy=False)
-    ended = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    """Return the running trials, the best completed ones, and the latest other ended ones."""
+    states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+    trials = study.get_trials(deepcopy=False, states=states)
+    ended = [each for each in trials if each.state != TrialState.RUNNING]
     if len(ended) <= _KNOWN:
         return trials
-    completed = [trial for trial in ended if trial.state == TrialState.COMPLETE]
+    completed = [each for each in ended if each.state == TrialState.COMPLETE]
     kept: set[int] = set()
     if completed:
-        values = np.array([trial.values for trial in completed], dtype=float)
-        _, unique = np.unique(values, axis=0, return_inverse=True)
-        distinct = np.unique(values, axis=0)
+        values = np.array([each.values for each in completed], dtype=float)
+        distinct, row = np.unique(values, axis=0, return_inverse=True)
         up = [each == optuna.study.StudyDirection.MAXIMIZE for each in study.directions]
-        ranks = moocore.pareto_rank(distinct, maximise=up)[unique.ravel()]
+        ranks = moocore.pareto_rank(distinct, maximise=up)[row.ravel()]
         best = np.argsort(ranks, kind="stable")[: _KNOWN // 2]
         kept = {completed[index].number for index in best}
-    latest = [trial.number for trial in ended if trial.number not in kept]
+    latest = [each.number for each in ended if each.number not in kept]
     kept |= set(latest[len(kept) - _KNOWN :])
-    return [trial for trial in trials if trial.state == TrialState.RUNNING or trial.number in kept]
+    return [each for each in trials if each.state == TrialState.RUNNING or each.number in kept]

@@ -4,7 +4,9 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
+from optuna.testing.pytest_samplers import BasicSamplerTestCase, MultiObjectiveSamplerTestCase
 from optuna.trial import TrialState
 
 from studies.engine import sampler
@@ -88,7 +90,7 @@ def test_draws_of_one_trial_are_independent() -> None:
     assert min(drawn) < 0.3 < 0.7 < max(drawn)
 
 
-def test_sampler_is_told_of_the_best_and_the_latest_and_of_what_runs(
+def test_sampler_is_shown_running_trials_the_best_and_the_latest_ended_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sampler, "_KNOWN", 4)
@@ -98,3 +100,38 @@ def test_sampler_is_told_of_the_best_and_the_latest_and_of_what_runs(
     running = study.ask()
     known = [trial.number for trial in sampler._worth_knowing(study)]
     assert known == [0, 3, 5, 6, running.number]
+
+
+def test_draws_are_those_of_earlier_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values were drawn at commit 346d551: a study that began then goes on as it would have."""
+    monkeypatch.setattr(sampler, "_KNOWN", 20)
+    study = optuna.create_study(directions=["maximize"] * 2, sampler=ReproducibleTPE(7))
+    drawn: list[dict[str, Any]] = []
+    for number in range(40):
+        trial = study.ask()
+        drawn.append(draw(trial))
+        if number % 5 == 4:
+            study.tell(trial, state=TrialState.PRUNED)
+        elif number % 11 == 10:
+            study.tell(trial, state=TrialState.FAIL)
+        elif number % 13 != 12:  # Else it runs on.
+            tell(study, trial, drawn[-1])
+    assert drawn[36:] == [
+        {"x": 0.43877845067055876, "rate": 0.00011106336395066693, "kind": "a"},
+        {"x": 0.32099844085955154, "rate": 0.08818565257763719, "kind": "a"},
+        {"x": 0.31804087438889406, "rate": 0.04290216815350638, "kind": "a"},
+        {"x": 0.6385283921801387, "rate": 0.013965277693627617, "kind": "a"},
+    ]
+
+
+class TestOptunasSuite(BasicSamplerTestCase, MultiObjectiveSamplerTestCase):
+    """Optuna's own tests of samplers.
+
+    Its tests of relative sampling are left out: the sampler draws every parameter independently.
+    """
+
+    @pytest.fixture
+    def sampler(self) -> Callable[[], BaseSampler]:
+        return lambda: ReproducibleTPE(0)
+
+    multi_objective_sampler = sampler
