@@ -1,9 +1,9 @@
-"""The bridge to Optuna: which configuration to try next, and what has become of the others.
+"""The bridge to Optuna: proposes configurations, and reports the final state of each trial.
 
-Ray's own `OptunaSearch` tells Optuna that a trial which was stopped early is complete, forgets
-those that a crash interrupted, and drops what is not a number. Here Optuna's storage always holds
-what is true: COMPLETE ran to its last epoch, PRUNED was stopped early, FAIL failed or diverged,
-RUNNING is running or is to go on when the study is resumed.
+Ray's own `OptunaSearch` reports a trial that was stopped early as complete, forgets trials that a
+crash interrupted, and drops values that are not numbers. Here Optuna's storage is the authoritative
+record of trial states: COMPLETE reached its last epoch, PRUNED was stopped early, FAIL failed or
+diverged, RUNNING is running or will be resumed with the study.
 """
 
 import sys
@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from studies.engine.ledger import State
+from studies.engine.optuna_internals import StoredTrials
 from studies.engine.optuna_storage import STORAGE_ERRORS
 from studies.engine.protocol import EPOCH, NUMBER, OUT_OF_MEMORY, Objective, has_objectives
 from studies.engine.retry import retry
@@ -80,8 +81,7 @@ class OptunaSearcher(Searcher):
     ) -> None:
         super().__init__()
         self._study = study
-        self._storage = storage
-        self._study_id = storage.get_study_id_from_name(study.study_name)
+        self._trials = StoredTrials(study, storage)
         self._space = space
         self._objectives = tuple(objectives)
         self._max_epochs = max_epochs
@@ -123,9 +123,9 @@ class OptunaSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tell Optuna how a trial ended, or take it up again where memory was short."""
+        """Report the end of a trial to Optuna, or propose it again if it ran out of memory."""
         number = self._live.pop(trial_id, None)
-        if number is None:  # Ray tells it twice where a callback fails at the end of a trial.
+        if number is None:  # Ray calls this twice if a callback fails at the end of a trial.
             return
         result = result or {}
         if result.get(OUT_OF_MEMORY) and self._enlarge(number) is not None:
@@ -134,30 +134,30 @@ class OptunaSearcher(Searcher):
         self.tell(number, result, error)
 
     def tell(self, number: int, metrics: Mapping[str, Any], error: bool = False) -> State:
-        """Tell Optuna the end of a trial with its last metrics; return how it ended.
+        """Report the end of a trial with its last metrics to Optuna; return how it ended.
 
-        The metrics are recorded as a report: Ray passes none of that at which a trial is stopped.
-        Telling it again changes nothing.
+        The metrics are recorded as a report too: Ray passes on no report of the epoch at which a
+        trial is stopped. Calling this again changes nothing.
         """
         ended = how_ended(metrics, self._objectives, self._max_epochs, error)
         if number in self._again:
             self._again.remove(number)
 
         def tell() -> None:
-            trial = self._open(number)
+            trial = self._trials.take_up(number)
             several = len(self._objectives) > 1
             values = None
             if ended == "completed":
                 values = [float(metrics[each.name]) for each in self._objectives]
-            # What an earlier try or process has set stays.
+            # A constraint that an earlier attempt or process has set stays.
             elif several and ended == "stopped" and EPOCHS_MISSING not in trial.constraints:
                 trial.set_constraint(EPOCHS_MISSING, self._max_epochs - metrics[EPOCH])
-            self._study.tell(trial, values, state=_IN_OPTUNA[ended], skip_if_finished=True)
+            self._study.tell(number, values, state=_IN_OPTUNA[ended], skip_if_finished=True)
 
         if not self.is_told(number):
             if not error:
                 self._report(number, metrics)
-            self._on_trial_end(self._open(number))
+            self._on_trial_end(self._trials.take_up(number))
             retry(tell, _WHAT, STORAGE_ERRORS)
         return ended
 
@@ -166,19 +166,17 @@ class OptunaSearcher(Searcher):
         if value is None or EPOCH not in metrics or metrics.get(OUT_OF_MEMORY):
             return
         retry(
-            lambda: self._storage.set_trial_intermediate_value(
-                self._optuna_id(number), int(metrics[EPOCH]), float(value)
-            ),
+            lambda: self._trials.set_intermediate_value(number, int(metrics[EPOCH]), float(value)),
             _WHAT,
             STORAGE_ERRORS,
         )
 
     def is_told(self, number: int) -> bool:
-        """Return whether a trial has ended, as Optuna knows it."""
+        """Return whether a trial has ended according to Optuna."""
         return self._frozen(number).state.is_finished()
 
     def failed(self) -> list[int]:
-        """Return the numbers of the trials that failed, as Optuna knows them."""
+        """Return the numbers of the trials that failed according to Optuna."""
         trials = retry(
             lambda: self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,)),
             _WHAT,
@@ -186,16 +184,16 @@ class OptunaSearcher(Searcher):
         )
         return [trial.number for trial in trials]
 
-    def retry(self, number: int) -> None:
-        """Propose a trial that failed once more, as another trial; once, however often told."""
+    def propose_again(self, number: int) -> None:
+        """Propose a failed trial once more, as another trial. Further calls change nothing."""
 
         def is_proposed() -> bool:
             trials = self._study.get_trials(deepcopy=False)
             return any(trial.user_attrs.get(_RETRY_OF) == number for trial in trials)
 
         def propose() -> None:
-            if not is_proposed():  # A try that seemed to fail may have proposed it all the same.
-                params = self._storage.get_trial(self._optuna_id(number)).params
+            if not is_proposed():  # An attempt that seemed to fail may have proposed it.
+                params = self._trials.read(number).params
                 self._study.enqueue_trial(params, user_attrs={_RETRY_OF: number})
 
         if not retry(is_proposed, _WHAT, STORAGE_ERRORS):
@@ -204,7 +202,7 @@ class OptunaSearcher(Searcher):
 
     def _next(self) -> optuna.Trial | None:
         if self._again:
-            return self._open(self._again.popleft())
+            return self._trials.take_up(self._again.popleft())
         if len(self._asked) >= self.num_trials:
             return None
         tries = 0
@@ -212,30 +210,21 @@ class OptunaSearcher(Searcher):
         def ask() -> optuna.Trial:
             nonlocal tries
             tries += 1
-            # A try that seemed to fail may have made a trial all the same.
+            # An attempt that seemed to fail may have created a trial.
             if tries > 1:
                 for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                     if trial.number not in self._asked:
-                        return self._open(trial.number)
+                        return self._trials.take_up(trial.number)
             return self._study.ask()
 
         return retry(ask, _WHAT, STORAGE_ERRORS)
 
     def _frozen(self, number: int) -> FrozenTrial:
-        return retry(
-            lambda: self._storage.get_trial(self._optuna_id(number)), _WHAT, STORAGE_ERRORS
-        )
-
-    def _open(self, number: int) -> optuna.Trial:
-        """Return a trial that is in the storage; values that it has are not drawn again."""
-        return optuna.Trial(self._study, self._optuna_id(number))
-
-    def _optuna_id(self, number: int) -> int:
-        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+        return retry(lambda: self._trials.read(number), _WHAT, STORAGE_ERRORS)
 
 
 def enqueue(study: optuna.Study, points: Sequence[Mapping[str, Any]]) -> None:
-    """Have a study try these points before any other; those it has already are left out."""
+    """Make a study try these points first; points that it has already are left out."""
     for point in points:
         add = partial(study.enqueue_trial, dict(point), skip_if_exists=True)
         retry(add, _WHAT, STORAGE_ERRORS)

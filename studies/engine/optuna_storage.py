@@ -6,15 +6,18 @@ environment only, and is written nowhere.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 import sqlalchemy.exc
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import get_lock_file
+from optuna.storages.journal import (
+    BaseJournalBackend,
+    JournalFileBackend,
+    JournalFileSymlinkLock,
+)
 from sqlalchemy.engine import make_url
 
 from batchcam.errors import ConfigError
@@ -109,19 +112,34 @@ def open_optuna_storage(folder: Path) -> BaseStorage:
         ) from error
 
 
-class _Journal(JournalFileBackend):
-    """A journal that stays whole where a write fails halfway, as on a disk that is full.
+class Journal(BaseJournalBackend):
+    """Optuna's journal file, which stays readable if a write fails halfway, as on a full disk.
 
-    Optuna would append to the torn line and then read the file no more.
+    Optuna's own backend would append to the torn line, and could not read the file afterwards. The
+    file has Optuna's format.
+
+    Args:
+        path: the file; created if it does not exist.
     """
 
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = JournalFileSymlinkLock(str(path))
+        self._file = JournalFileBackend(str(path), lock_obj=self._lock)
+
+    def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
+        """Return the events from a number on."""
+        return self._file.read_logs(log_number_from)
+
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append events, after dropping what an earlier try left."""
-        path = Path(self._file_path)
-        if _torn(path):
-            with get_lock_file(self._lock):
-                _drop_torn(path)
-        super().append_logs(logs)
+        """Append events, after removing the torn line of an earlier attempt."""
+        if _torn(self._path):
+            self._lock.acquire()
+            try:
+                _drop_torn(self._path)
+            finally:
+                self._lock.release()
+        self._file.append_logs(logs)
 
 
 def _torn(path: Path) -> bool:
@@ -138,10 +156,10 @@ def _drop_torn(path: Path) -> None:
         file.truncate(whole)
 
 
-def open_journal(path: Path) -> JournalFileBackend:
-    """Open a journal after dropping what a crash left: a line cut short, and a lock."""
+def open_journal(path: Path) -> Journal:
+    """Open a journal after removing what a crash left: a torn line, and a lock."""
     Path(f"{path}.lock").unlink(missing_ok=True)
-    journal = _Journal(str(path))
+    journal = Journal(path)
     if _torn(path):
         _drop_torn(path)
     return journal

@@ -37,4 +37,4 @@ def recover(
     for number in searcher.failed():
         failed = ledger.get(number)
         if failed is None or not has_diverged(failed.error):
-            searcher.retry(number)
+            searcher.propose_again(number)

@@ -270,15 +270,15 @@ def test_trial_that_failed_is_tried_once_more_and_does_not_count(
     bridge.on_trial_complete("a", error=True)
     for _ in range(2):
         bridge = make(num_trials=2)
-        bridge.retry(0)
-        bridge.retry(0)
+        bridge.propose_again(0)
+        bridge.propose_again(0)
         assert bridge.num_trials == 3
     again = run(bridge, "b")
     assert again == {**failed, "number": 1}
     run(bridge, "c")
     assert bridge.suggest("d") == Searcher.FINISHED
     bridge = make(num_trials=2)
-    bridge.retry(0)
+    bridge.propose_again(0)
     assert bridge.suggest("e") == Searcher.FINISHED
     states = [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
     assert [trial.state for trial in trials()] == states

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from batchcam.errors import ConfigError
@@ -151,3 +153,15 @@ def test_lock_of_a_process_that_was_killed_is_removed(tmp_path: Path) -> None:
 def test_journal_that_is_not_there_is_made(tmp_path: Path) -> None:
     open_journal(tmp_path / "new").append_logs([{"a": 1}])
     assert (tmp_path / "new").read_text() == '{"a":1}\n'
+
+
+def test_optunas_own_backend_reads_the_journal_while_it_is_written(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+    for _ in range(3):
+        study.tell(study.ask(), [0.5, 0.5])
+    theirs = optuna.load_study(
+        study_name="s", storage=JournalStorage(JournalFileBackend(str(tmp_path / JOURNAL)))
+    )
+    assert len(theirs.trials) == 3
+    study.tell(study.ask(), [0.7, 0.1])
+    assert theirs.trials[-1].values == [0.7, 0.1]
