@@ -1,26 +1,20 @@
-"""Where Optuna's study is kept, and a sampler whose choices survive a crash.
+"""Open the storage of Optuna's study.
 
-By default a journal file beside the results, which Optuna Dashboard can open while the study runs;
-with `BATCHCAM_OPTUNA_STORAGE` a database. The address may hold a password, so it comes from the
-environment only, and is written nowhere.
+The storage is a journal file beside the results, or a database if `BATCHCAM_OPTUNA_STORAGE` names
+one. The address may hold a password, so it comes from the environment only, and is written nowhere.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import optuna
 import sqlalchemy.exc
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import (
-    BaseJournalBackend,
-    JournalFileBackend,
-    JournalFileSymlinkLock,
-)
 from sqlalchemy.engine import make_url
 
 from batchcam.errors import ConfigError
+from studies.engine.journal import Journal, open_journal
 from studies.engine.protocol import Direction
 from studies.engine.retry import retry
 
@@ -31,7 +25,7 @@ _OPEN_SECONDS = 20.0
 
 
 STORAGE_ERRORS = (OSError, optuna.exceptions.StorageInternalError, sqlalchemy.exc.DBAPIError)
-"""What a storage raises that is gone for a while."""
+"""What a storage raises that is temporarily gone."""
 
 
 def storage_kind() -> str:
@@ -63,15 +57,18 @@ def open_optuna_study(
 ) -> tuple[optuna.Study, BaseStorage]:
     """Open Optuna's study of this name, or create it with these directions of its objectives.
 
-    Returns the study and the storage that it is kept in.
+    For the study's only driver: a lock and a torn line that a crash left in the journal are
+    removed. Returns the study and its storage.
 
     Raises:
-        ConfigError: the database's driver is missing, its address is wrong, or its encoding.
-        StorageLostError: it does not answer.
+        ConfigError: the database's driver is missing, or its address or encoding is wrong.
+        StorageLostError: the database does not answer.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     def open_study() -> tuple[optuna.Study, BaseStorage]:
+        if storage_kind() == "journal":
+            open_journal(folder / JOURNAL)
         storage = open_optuna_storage(folder)
         study = optuna.create_study(
             study_name=study_name,
@@ -86,14 +83,16 @@ def open_optuna_study(
 
 
 def open_optuna_storage(folder: Path) -> BaseStorage:
-    """Open what Optuna's study is kept in: a journal in the folder, or the database that is named.
+    """Open the storage of Optuna's study: the journal in the folder, or the database.
+
+    A driver may be using the storage at the same time.
 
     Raises:
-        ConfigError: the database's driver is missing, or its encoding is none.
+        ConfigError: the database's driver is missing, or its encoding is wrong.
     """
     kind = storage_kind()
     if kind == "journal":
-        return JournalStorage(open_journal(folder / JOURNAL))
+        return JournalStorage(Journal(folder / JOURNAL))
     try:
         # Pre-ping: a connection that died while the server was away is replaced, not used.
         return RDBStorage(os.environ[STORAGE_VARIABLE], engine_kwargs={"pool_pre_ping": True})
@@ -110,56 +109,3 @@ def open_optuna_storage(folder: Path) -> BaseStorage:
             f"{STORAGE_VARIABLE} names a database whose encoding is SQL_ASCII, which is none; name "
             "one that was made by createdb --encoding=UTF8 --template=template0."
         ) from error
-
-
-class Journal(BaseJournalBackend):
-    """Optuna's journal file, which stays readable if a write fails halfway, as on a full disk.
-
-    Optuna's own backend would append to the torn line, and could not read the file afterwards. The
-    file has Optuna's format.
-
-    Args:
-        path: the file; created if it does not exist.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = JournalFileSymlinkLock(str(path))
-        self._file = JournalFileBackend(str(path), lock_obj=self._lock)
-
-    def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
-        """Return the events from a number on."""
-        return self._file.read_logs(log_number_from)
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append events, after removing the torn line of an earlier attempt."""
-        if _torn(self._path):
-            self._lock.acquire()
-            try:
-                _drop_torn(self._path)
-            finally:
-                self._lock.release()
-        self._file.append_logs(logs)
-
-
-def _torn(path: Path) -> bool:
-    with path.open("rb") as file:
-        if file.seek(0, os.SEEK_END) == 0:
-            return False
-        file.seek(-1, os.SEEK_END)
-        return file.read() != b"\n"
-
-
-def _drop_torn(path: Path) -> None:
-    whole = path.read_bytes().rfind(b"\n") + 1
-    with path.open("r+b") as file:
-        file.truncate(whole)
-
-
-def open_journal(path: Path) -> Journal:
-    """Open a journal after removing what a crash left: a torn line, and a lock."""
-    Path(f"{path}.lock").unlink(missing_ok=True)
-    journal = Journal(path)
-    if _torn(path):
-        _drop_torn(path)
-    return journal

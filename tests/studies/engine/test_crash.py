@@ -15,8 +15,9 @@ import pytest
 from optuna.trial import TrialState
 
 import batchcam
+from studies.engine.journal import open_journal
 from studies.engine.ledger import LEDGER, Ledger, TrialHistory
-from studies.engine.optuna_storage import JOURNAL, open_journal
+from studies.engine.optuna_storage import JOURNAL
 from tests.studies.conftest import RAY_CPUS, ROOT
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.faults]

@@ -15,8 +15,9 @@ import pytest
 from optuna.trial import TrialState
 
 from studies.engine.halving import ParetoHalving
+from studies.engine.journal import open_journal
 from studies.engine.ledger import LEDGER, Ledger, TrialHistory
-from studies.engine.optuna_storage import JOURNAL, open_journal
+from studies.engine.optuna_storage import JOURNAL
 from studies.engine.protocol import gains, has_diverged
 from tests.studies.conftest import ROOT
 from tests.studies.engine import descent

@@ -1,13 +1,8 @@
-import resource
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import optuna
 import pytest
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from batchcam.errors import ConfigError
@@ -15,14 +10,12 @@ from studies.engine import optuna_storage as proposals
 from studies.engine.optuna_storage import (
     JOURNAL,
     STORAGE_VARIABLE,
-    open_journal,
     open_optuna_study,
     storage_kind,
 )
-from studies.engine.retry import StorageLostError, retry
+from studies.engine.retry import StorageLostError
 from studies.engine.sampler import ReproducibleTPE
 from tests.studies.conftest import PostgreSQL
-from tests.studies.engine.test_sampler import draw
 
 
 @pytest.mark.parametrize(
@@ -98,70 +91,3 @@ def test_study_is_made_once_and_opened_again(tmp_path: Path) -> None:
     assert (tmp_path / JOURNAL).is_file()
     assert [trial.state for trial in again.trials] == [TrialState.RUNNING]
     assert again.directions == [optuna.study.StudyDirection.MAXIMIZE] * 2
-
-
-def test_journal_that_was_cut_goes_on_from_the_line_before(tmp_path: Path) -> None:
-    study = open_study(tmp_path)
-    draw(study.ask())
-    path = tmp_path / JOURNAL
-    whole = path.read_bytes()
-    for kept in range(len(whole) - 1, whole[:-1].rfind(b"\n") + 1, -20):
-        path.write_bytes(whole[:kept])
-        study = open_study(tmp_path)
-        (trial,) = study.trials
-        assert "rate" in trial.params
-        assert "kind" not in trial.params
-        study.ask()
-        assert len(open_study(tmp_path).trials) == 2
-
-
-def test_disk_that_is_full_for_a_while_does_not_tear_the_journal(tmp_path: Path) -> None:
-    study = open_study(tmp_path)
-    for _ in range(20):
-        draw(study.ask())
-    path = tmp_path / JOURNAL
-    size = path.stat().st_size + 10
-    room, unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def make_room() -> None:
-        for _ in range(1000):
-            if path.stat().st_size == size:
-                break
-            time.sleep(0.01)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, unlimited))
-
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, unlimited))
-    friend = threading.Thread(target=make_room)
-    friend.start()
-    try:
-        assert retry(study.ask, "the journal").number == 20
-    finally:
-        friend.join()
-    assert len(open_study(tmp_path).trials) == 21
-
-
-def test_lock_of_a_process_that_was_killed_is_removed(tmp_path: Path) -> None:
-    open_study(tmp_path)
-    (tmp_path / f"{JOURNAL}.lock").symlink_to(tmp_path / JOURNAL)
-    done = threading.Thread(target=lambda: open_study(tmp_path).ask(), daemon=True)
-    done.start()
-    done.join(timeout=20)
-    assert not done.is_alive()
-    assert len(open_study(tmp_path).trials) == 1
-
-
-def test_journal_that_is_not_there_is_made(tmp_path: Path) -> None:
-    open_journal(tmp_path / "new").append_logs([{"a": 1}])
-    assert (tmp_path / "new").read_text() == '{"a":1}\n'
-
-
-def test_optunas_own_backend_reads_the_journal_while_it_is_written(tmp_path: Path) -> None:
-    study = open_study(tmp_path)
-    for _ in range(3):
-        study.tell(study.ask(), [0.5, 0.5])
-    theirs = optuna.load_study(
-        study_name="s", storage=JournalStorage(JournalFileBackend(str(tmp_path / JOURNAL)))
-    )
-    assert len(theirs.trials) == 3
-    study.tell(study.ask(), [0.7, 0.1])
-    assert theirs.trials[-1].values == [0.7, 0.1]

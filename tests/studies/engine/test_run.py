@@ -9,8 +9,9 @@ import pytest
 import ray
 from optuna.trial import TrialState
 
+from studies.engine.journal import open_journal
 from studies.engine.ledger import LEDGER, Ledger
-from studies.engine.optuna_storage import JOURNAL, open_journal
+from studies.engine.optuna_storage import JOURNAL
 from studies.engine.protocol import RESOURCE_MULTIPLIER, report, report_out_of_memory
 from studies.engine.run import Search, run_search, trial_id
 from studies.objectives import ACCURACY, SIMILARITY

@@ -12,7 +12,7 @@ from optuna.testing.pytest_samplers import BasicSamplerTestCase, MultiObjectiveS
 from optuna.trial import TrialState, create_trial
 
 from studies.engine import sampler
-from studies.engine.optuna_storage import open_journal
+from studies.engine.journal import open_journal
 from studies.engine.protocol import Direction
 from studies.engine.sampler import ReproducibleTPE
 
