@@ -1,5 +1,7 @@
-"""timm's description of a model, from which timm builds it again around its weights."""
+"""The files from which timm builds a model again: config.json and weights by timm's names."""
 
+import shutil
+import tempfile
 from pathlib import Path
 
 from torch import Tensor
@@ -9,36 +11,39 @@ from batchcam.models import ExplainableModel, TimmCNN
 
 CONFIG_FILE = "config.json"
 _PREFIX = "model."
-"""What the names of a timm model's weights begin with inside of ours."""
+"""Prefix of the timm model's weights in the state dict of our model."""
 
 
 def write_config(
     model: TimmCNN, class_names: tuple[str, ...], channels: int, preprocess: Preprocess, path: Path
 ) -> None:
-    """Write what timm says of its own models: architecture, its arguments, classes, preprocessing.
+    """Write timm's config.json: architecture, arguments, class names and preprocessing.
 
-    With `model.safetensors` beside it, of :func:`own_weights`, its folder is one that
+    With the weights of :func:`own_weights` beside it as `model.safetensors`, the folder is one that
     `timm.create_model("local-dir:FOLDER", pretrained=True)` reads.
     """
-    from timm.models._hub import save_config_for_hf
+    from timm.models import save_for_hf
 
     side = preprocess.resolution
-    save_config_for_hf(
-        model.get_submodule("model"),
-        str(path),
-        model_config={"label_names": list(class_names)},
-        data_config={
-            "input_size": (channels, side, side),
-            "mean": preprocess.mean,
-            "std": preprocess.std,
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-        },
-    )
+    # timm has no public function that writes the configuration without the weights.
+    with tempfile.TemporaryDirectory() as folder:
+        save_for_hf(
+            model.get_submodule("model"),
+            folder,
+            model_config={"label_names": list(class_names)},
+            data_config={
+                "input_size": (channels, side, side),
+                "mean": preprocess.mean,
+                "std": preprocess.std,
+                "interpolation": "bilinear",
+                "crop_pct": 1.0,
+            },
+        )
+        shutil.copyfile(Path(folder) / CONFIG_FILE, path)
 
 
 def own_weights(model: ExplainableModel) -> dict[str, Tensor]:
-    """Return a model's weights on the CPU, of a timm model by the names that timm gives them."""
+    """Return a model's weights on the CPU; those of a timm model have the names that timm uses."""
     prefix = _PREFIX if isinstance(model, TimmCNN) else ""
     return {
         name.removeprefix(prefix): value.contiguous().cpu()
@@ -47,12 +52,12 @@ def own_weights(model: ExplainableModel) -> dict[str, Tensor]:
 
 
 def load_weights(model: ExplainableModel, weights: dict[str, Tensor]) -> None:
-    """Load what :func:`own_weights` returned.
+    """Load weights that :func:`own_weights` returned.
 
     Raises:
-        RuntimeError: names or shapes are not the model's.
+        RuntimeError: the names or shapes differ from those of the model.
     """
     if isinstance(model, TimmCNN) and weights.keys() != model.state_dict().keys():
-        # Bundles were once written by our names.
+        # Older bundles have the names of our state dict.
         weights = {_PREFIX + name: value for name, value in weights.items()}
     model.load_state_dict(weights)

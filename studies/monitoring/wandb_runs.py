@@ -1,8 +1,8 @@
-"""Weights & Biases: each trial is a run, and nothing about it can stop or delay a trial.
+"""Record each trial as a run of Weights & Biases. A failure of W&B never stops a trial.
 
-Without an API key, or with one but no way to the server, runs are written offline, to be sent later
-with `wandb sync`. There is never a prompt. Keys are read from the environment (or netrc) by W&B
-itself, and pass through nothing of ours.
+Runs are recorded offline without an API key or if the server cannot be reached; `wandb sync` sends
+them later. W&B never prompts. It reads its API key from the environment or netrc by itself; this
+code does not handle the key.
 """
 
 import logging
@@ -27,12 +27,12 @@ MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
 _REACH_SECONDS = 5
 _INIT_SECONDS = 30
 _FINISH_SECONDS = 30
-"""W&B would wait for ever for a server that was lost; what it has not sent stays on the disk."""
+"""W&B waits for ever for a lost server by default. Records that were not sent stay on the disk."""
 
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where the runs of a study go; holds no secret, for Ray writes it to disk."""
+    """Where the runs of a study are recorded. Holds no secret, because Ray writes it to disk."""
 
     project: str
     group: str
@@ -41,9 +41,10 @@ class Tracking:
 
 
 def choose_mode() -> tuple[Mode, str]:
-    """Return how runs are recorded, and why, in words for the user.
+    """Return how runs are recorded, and the reason as a message for the user.
 
-    `WANDB_MODE` decides if it is set; else offline without a key or without a way to the server.
+    `WANDB_MODE` decides if it is set. Otherwise runs are offline without an API key or if the
+    server cannot be reached.
     """
     wanted = os.environ.get("WANDB_MODE")
     if wanted in MODES:
@@ -51,7 +52,7 @@ def choose_mode() -> tuple[Mode, str]:
     try:
         if not wandb.login(prompt=False, verify=False):
             return "offline", "no API key"
-    except wandb.Error as error:  # A key that cannot be one.
+    except wandb.Error as error:  # The key is malformed.
         return "offline", str(error).splitlines()[0]
     url = _server()
     unreachable = _unreachable(url)
@@ -61,8 +62,13 @@ def choose_mode() -> tuple[Mode, str]:
 
 
 def _server() -> str:
-    """Return the server's address, by what the environment and `wandb login` say of it."""
-    return wandb.setup().settings.base_url
+    """Return the server's address according to the environment and `wandb login --host`."""
+    # A new Settings object reads neither the file that `wandb login` writes nor the environment.
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser()
+    settings = wandb.Settings(settings_system=str(folder / "settings"))
+    settings.update_from_system_settings()
+    settings.update_from_env_vars(dict(os.environ))
+    return settings.base_url
 
 
 def _unreachable(url: str) -> str | None:
@@ -77,26 +83,26 @@ def _unreachable(url: str) -> str | None:
 
 
 class Run:
-    """A trial's W&B run; every call is safe, whatever has become of the run."""
+    """The W&B run of a trial. No method raises if W&B fails."""
 
     def __init__(self, run: Any | None) -> None:
         self._run = run
 
     def log(self, report: EpochReport, picture: Image) -> None:
-        """Record an epoch: its metrics, and the picture of its class CAMs under the prototypes."""
+        """Record the metrics of an epoch, and the picture of class CAMs under their prototypes."""
         if self._run is None:
             return
         try:
             image = wandb.Image(picture, caption="class prototypes above, CAMs below")
-            # An error is small where accuracy is high: by it the dashboard draws the Pareto front.
+            # The dashboard draws the Pareto front of the error, which is minimised.
             error = 1 - report.metrics["val_accuracy"]
             content = {**report.metrics, "val_error": error, "cams": image}
             self._run.log(content, step=report.epoch)
-        except Exception:  # Losing a record must not lose the trial.
+        except Exception:  # A record may be lost; the trial may not.
             log.warning("W&B did not take epoch %d", report.epoch, exc_info=True)
 
     def finish(self, failed: bool) -> None:
-        """End the run. Actors are reused: a run left open would swallow the next trial's."""
+        """End the run. Actors are reused, and an open run would receive the next trial's epochs."""
         if self._run is None:
             return
         try:
@@ -113,16 +119,16 @@ def track(
     config: dict[str, Any],
     tags: Sequence[str] = (),
 ) -> Iterator[Run]:
-    """Open the W&B run of a trial, and finish it when the trial ends, however it ends.
+    """Open the W&B run of a trial; finish it when the trial ends or fails.
 
-    `config` is flat, since W&B's parallel coordinates show top-level keys only.
+    `config` must be flat: W&B's parallel coordinates show top-level keys only.
     """
     run = Run(_init(tracking, trial_id, name, config, tags))
     failed = True
     try:
         yield run
         failed = False
-    except SystemExit:  # Ray ends a trial that the scheduler stopped this way.
+    except SystemExit:  # Ray ends a trial that the scheduler stopped with SystemExit.
         failed = False
         raise
     finally:
@@ -154,11 +160,10 @@ def _init(
                     silent=True,
                     init_timeout=_INIT_SECONDS,
                     finish_timeout=_FINISH_SECONDS,
-                    x_disable_stats=True,
                 ),
             )
         except Exception:
             log.warning("W&B could not start a run %s", mode, exc_info=True)
             with suppress(Exception):  # Its service may have died.
-                wandb.teardown()  # It would refuse the id, which it holds to be in use.
+                wandb.teardown()  # Otherwise W&B refuses the run's id as one in use.
     return None

@@ -64,6 +64,19 @@ def test_with_a_key_and_a_server_that_answers_runs_are_online(
         assert choose_mode() == ("online", url)
 
 
+def test_server_is_that_of_wandb_login_unless_the_environment_names_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    file, variable = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
+    (tmp_path / "settings").write_text(f"[default]\nbase_url = {file}\n")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_API_KEY", API_KEY)
+    assert choose_mode()[1].startswith(f"{file} cannot be reached: ")
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_BASE_URL", variable)
+    assert choose_mode()[1].startswith(f"{variable} cannot be reached: ")
+
+
 @pytest.mark.parametrize("mode", ["offline", "disabled", "online"])
 def test_mode_of_the_environment_decides(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)
