@@ -1,9 +1,9 @@
-"""What a bundle says of itself to people: the names of its run, and its model card."""
+"""The model card of a bundle, and the short names of its run and its loss."""
 
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from batchcam.config import TrialConfig
 from batchcam.explainers import EXPLAINERS
@@ -11,6 +11,8 @@ from batchcam.losses import ExtraTerms, used_terms
 from batchcam.losses.cross_entropy import CROSS_ENTROPY
 from batchcam.models import TimmCNN
 from batchcam.training.fit import TrialResult
+
+_TASK = "image-classification"
 
 
 def title(config: TrialConfig, extra_terms: ExtraTerms = ()) -> str:
@@ -38,24 +40,30 @@ def loss_terms(config: TrialConfig) -> list[str]:
 
 
 def _front_matter(name: str, config: TrialConfig, metrics: Mapping[str, Any]) -> str:
-    measured = [
-        {"type": "accuracy", "value": metrics["test_accuracy"]},
-        {"type": "ssim", "name": "CAM-prototype SSIM", "value": metrics["test_cam_ssim"]},
-    ]
-    result = {
-        "task": {"type": "image-classification"},
-        "dataset": {"name": config.dataset, "type": config.dataset, "split": "test"},
-        "metrics": measured,
-    }
-    content = {
-        "library_name": "batchcam",
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "explainable-ai", "grad-cam", "batch-cam"],
-        "datasets": [config.dataset],
-        "metrics": ["accuracy"],
-        "model-index": [{"name": name, "results": [result]}],
-    }
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    def result(metric: str, value: float, title: str | None = None) -> EvalResult:
+        return EvalResult(
+            task_type=_TASK,
+            dataset_type=config.dataset,
+            dataset_name=config.dataset,
+            dataset_split="test",
+            metric_type=metric,
+            metric_value=value,
+            metric_name=title,
+        )
+
+    data = ModelCardData(
+        library_name="batchcam",
+        pipeline_tag=_TASK,
+        tags=[_TASK, "explainable-ai", "grad-cam", "batch-cam"],
+        datasets=[config.dataset],
+        metrics=["accuracy"],
+        model_name=name,
+        eval_results=[
+            result("accuracy", metrics["test_accuracy"]),
+            result("ssim", metrics["test_cam_ssim"], "CAM-prototype SSIM"),
+        ],
+    )
+    return data.to_yaml()
 
 
 def _elsewhere(result: TrialResult) -> str:
@@ -77,7 +85,8 @@ def model_card(result: TrialResult, metrics: Mapping[str, Any]) -> str:
         else ""
     )
     return f"""---
-{_front_matter(name, config, metrics)}---
+{_front_matter(name, config, metrics)}
+---
 
 # {name}
 
