@@ -16,7 +16,7 @@ EXPECTED = Path(__file__).parent / "timm_config.json"
 def test_config_is_that_of_earlier_releases(tmp_path: Path, layout: torch.memory_format) -> None:
     model = create_model("resnet18", num_classes=3, in_chans=1)
     assert isinstance(model, TimmCNN)
-    model.to(memory_format=layout)  # type: ignore[call-overload]
+    model.to(memory_format=layout)
     write_config(
         model, ("a", "b", "ü"), 1, Preprocess(32, (0.5,), (0.25,)), tmp_path / "config.json"
     )
