@@ -1,4 +1,4 @@
-"""Random batches, and a trainer's own step on them: its cost does not depend on the pictures."""
+"""Random batches, and the trainer's own step on them; its cost does not depend on the images."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ EXTENSIONS: Mapping[str, Mapping[str, Any]] = {
 
 
 def random_data(images: int, num_classes: int, side: int, seed: int = 0) -> PreparedData:
-    """Return grey noise of `side` pixels square, its classes equally frequent."""
+    """Return grey noise of `side` pixels square, with equally frequent classes."""
     generator = np.random.default_rng(seed)
 
     def split(count: int) -> Split:
@@ -63,7 +63,7 @@ class Bench:
     @classmethod
     def build(cls, config: TrialConfig, device: torch.device, num_classes: int = 10) -> "Bench":
         """Return a bench of `config`'s model, batch size, precision and compilation."""
-        count = max(config.batch_size, num_classes)  # Supports are made of images of every class.
+        count = max(config.batch_size, num_classes)  # Supports need images of every class.
         prepared = random_data(count, num_classes, config.resolution, config.seed)
         torch.manual_seed(config.seed)
         trainer = Trainer(config, prepared, device)
@@ -95,7 +95,7 @@ class Bench:
 def config(
     backbone: str, batch_size: int, *, compiled: bool = False, precision: str = "fp32"
 ) -> TrialConfig:
-    """Return the configuration of a bench at 28x28 pixels; steps that hardly move the weights."""
+    """Return the configuration of a bench at 28x28 pixels, with a learning rate near 0."""
     return TrialConfig(
         backbone=backbone,
         batch_size=batch_size,
@@ -107,7 +107,7 @@ def config(
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Return the most memory in tensors that `run` held at once, over what was there before."""
+    """Return the peak memory of tensors during `run`, in bytes, above the memory before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -115,7 +115,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    for _ in range(2):  # Of what was there before a recording, the end is not recorded: gradients.
+    for _ in range(2):  # The first recording lacks the release of tensors from before: gradients.
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             run()
     results = recorded.profiler.kineto_results

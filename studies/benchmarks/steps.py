@@ -1,13 +1,13 @@
-"""What a training step costs, and what the explanation in the loss adds to it.
+"""The cost of a training step, and the part of the explanation in it.
 
 python -m studies.benchmarks.steps --out results/speed
 
 A step is the trainer's own, on a batch of noise: preprocessing, both passes, the optimiser. The
-seven objectives train one model in turns (see `studies.benchmarks.pairs`). Beside them, BCPL is
+seven losses train one model in turns (see `studies.benchmarks.pairs`). Beside them, BCPL is
 timed against its predecessor, and against cross-entropy with pytorch-grad-cam in the loop.
 
-What is measured is kept in steps.json, condition by condition, as is the table made of it: a run
-that is cut goes on where it was, and one of another commit measures anew.
+Each condition is written to steps.json when it is measured, and so is the table. An interrupted run
+resumes; a run at another commit measures again.
 """
 
 import json
@@ -43,14 +43,14 @@ from studies.benchmarks.pairs import CLOCKS, Seconds, median_ratio, time_interle
 BCPL = "BCPL, L1"
 BACKBONES = ("simple_cnn", "resnet18", "convnextv2_tiny")
 TARGETS = {"BCPL": 1.02, "Prototype Loss": 1.03, "SSIM": 1.05, "memory": 1.05}
-"""The most that a step is to cost over one of cross-entropy."""
+"""Targets: the highest ratio of a step's cost to that of cross-entropy."""
 SPEEDUPS = {
     ("predecessor", "simple_cnn"): 20.0,
     ("predecessor", "resnet18"): 3.0,
     ("pytorch-grad-cam", "simple_cnn"): 1.9,
     ("pytorch-grad-cam", "resnet18"): 1.9,
 }
-"""The least by which BCPL's step is to be faster, by the first word of the rival and backbone."""
+"""Targets: the lowest ratio of a rival's step to BCPL's, by first word of rival and backbone."""
 
 Rivals = Literal["losses", "extensions", "baselines", "predecessor_model"]
 _OURS = ("losses", "extensions")
@@ -58,7 +58,7 @@ _OURS = ("losses", "extensions")
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """Measure what a training step costs, and what the explanation in the loss adds to it."""
+    """Measure the cost of a training step, and the part of the explanation in it."""
 
     out: Path
     """Folder for steps.json, steps.md and steps.png."""
@@ -69,9 +69,9 @@ class Steps:
     precisions: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
     """Of the passes forwards."""
     rivals: tuple[Rivals, ...] = ("losses", "baselines")
-    """What is timed: the seven objectives; those that go beyond the paper; BCPL beside other ways
-    to CAMs; and (minutes for a step) the predecessor whose pass for each image goes through the
-    whole model."""
+    """What is timed: the seven losses of the paper; further losses; BCPL beside other ways to CAMs;
+    and the predecessor whose pass for each image goes through the whole model (minutes per
+    step)."""
     batch_size: int = 128
     """Images in a batch."""
     seconds: float = 60.0
@@ -85,14 +85,14 @@ class Steps:
     device: str = "cpu"
     """auto, cpu, cuda or cuda:N."""
     again: bool = False
-    """Measure what is measured already."""
+    """Measure again what is measured already."""
     seed: int = 0
     """Of weights, noise and the order in a round."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What is measured together: rivals in turns, on one model."""
+    """Rivals that are measured together, in turns, on one model."""
 
     rivals: Rivals
     backbone: str
@@ -109,7 +109,7 @@ class Condition:
 
 
 def conditions(settings: Steps) -> Iterator[Condition]:
-    """Yield what `settings` asks for, cheap ones first; baselines are eager, in fp32, on CNNs."""
+    """Yield the conditions of `settings`, cheap first; baselines are eager, in fp32, on CNNs."""
     for rivals, backbone in product(settings.rivals, settings.backbones):
         large = backbone.startswith("convnext")
         batch_size = max(1, settings.batch_size // 4) if large else settings.batch_size
@@ -208,13 +208,13 @@ def summary(seconds: Seconds, base: str) -> dict[str, Any]:
 
 
 def target(rival: str) -> float:
-    """Return the most that a step with this objective is to cost over one of cross-entropy."""
+    """Return the target of a step with this loss: its ratio to a step of cross-entropy."""
     name, metric = rival.split(", ")
     return TARGETS["SSIM"] if metric == "SSIM" else TARGETS[name]
 
 
 def main(settings: Steps) -> None:
-    """Measure what is not measured yet; write the table and the figure of all there is."""
+    """Measure the missing conditions; write table and figure of all."""
     torch.set_num_threads(settings.threads)
     settings.out.mkdir(parents=True, exist_ok=True)
     commit = git_commit()  # Of the code that is loaded, whatever is committed meanwhile.
@@ -237,7 +237,7 @@ def main(settings: Steps) -> None:
 
 
 def _place(entry: dict[str, Any]) -> tuple[Any, ...]:
-    """Return by what conditions are ordered, whenever they were measured: small models first."""
+    """Return the sort key of a condition: small models first."""
     backbone = entry["backbone"]
     rank = BACKBONES.index(backbone) if backbone in BACKBONES else len(BACKBONES)
     return (
@@ -281,7 +281,7 @@ def table(entries: list[dict[str, Any]], clock: str) -> list[str]:
 
 
 def draw(entries: list[dict[str, Any]], clock: str) -> Figure:
-    """Return the figure: each objective's step over one of cross-entropy, with its interval."""
+    """Return the figure: each loss's step relative to cross-entropy, with its interval."""
     shown = [entry for entry in entries if entry["rivals"] == "losses"]
     names = [name for name in LOSSES if name != CROSS_ENTROPY]
     figure = Figure(figsize=(9, 1.2 + 0.55 * len(shown)), layout="constrained")

@@ -1,4 +1,4 @@
-"""Controls of the losses that go by supports: those know where decoys lie, as the losses do not."""
+"""Ablations of the losses that use supports: their support masks are told the decoy positions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,28 +14,28 @@ from batchcam.data.prepared import PreparedData
 from batchcam.models import create_model, resolve_output_stride
 
 CORNERS_OUTSIDE = "corners_outside"
-"""In a run's `beyond`: no class has support where decoys are painted, in pixels or cells."""
+"""Key in a run's `beyond`: no class has support where decoys are painted, in pixels or cells."""
 SIGHT_OUTSIDE = "sight_outside"
-"""In a run's `beyond`: nor in any cell of the CAM grid whose features depend on a decoy."""
+"""Key in a run's `beyond`: nor in any cell of the CAM grid whose features depend on a decoy."""
 CONTROLS = (CORNERS_OUTSIDE, SIGHT_OUTSIDE)
 
 
 @dataclass(frozen=True)
 class CellsOutside(PreparedData):
-    """PreparedData by which no class has support in some cells."""
+    """Prepared data in which no class has support in some cells."""
 
     cells: Callable[[tuple[int, int]], Tensor] = field(kw_only=True)
-    """Which, bool, of a grid."""
+    """Returns these cells of a grid, bool."""
 
     def off_support_mask(self, grid: tuple[int, int]) -> Tensor:
-        """Return :meth:`PreparedData.outside`, and 1 in those cells."""
+        """Return :meth:`PreparedData.off_support_mask` with 1 in those cells."""
         off_support_CHW = super().off_support_mask(grid)
         off_support_CHW[:, self.cells(grid)] = 1
         return off_support_CHW
 
 
 def controlled(prepared: PreparedData, config: TrialConfig, control: str) -> PreparedData:
-    """Return prepared with the supports of a control, one of :data:`CONTROLS`."""
+    """Return the data with the supports of a control, one of :data:`CONTROLS`."""
     if control == SIGHT_OUTSIDE:
         channels = prepared.dataset.channels
         stride = resolve_output_stride(
@@ -59,7 +59,7 @@ def controlled(prepared: PreparedData, config: TrialConfig, control: str) -> Pre
 
 
 def touched_cells(grid: tuple[int, int], size: tuple[int, ...]) -> Tensor:
-    """Return which cells of a grid lie, in part or whole, where decoys are painted, bool."""
+    """Return the cells of a grid that overlap a place where decoys are painted, bool."""
     touched_HW = torch.zeros(grid, dtype=torch.bool)
     rows, columns = (ceil(PATCH * cells / side) for cells, side in zip(grid, size, strict=True))
     for vertical in (slice(rows), slice(-rows, None)):
@@ -69,9 +69,10 @@ def touched_cells(grid: tuple[int, int], size: tuple[int, ...]) -> Tensor:
 
 
 def seeing_cells(backbone: str, resolution: int, channels: int, stride: int | None) -> Tensor:
-    """Return which cells' features change when decoys do, bool: those that have one in sight.
+    """Return the cells whose receptive field contains a decoy, bool.
 
-    Found by asking a model that is not trained; pixels are those of its input.
+    Determined with an untrained model: the cells whose features change with the decoys. Decoys are
+    4x4 pixels of the model's input.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)

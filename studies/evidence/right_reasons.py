@@ -1,10 +1,10 @@
-"""The Decoy study: do models look at the class, or at a patch that gives it away?
+"""The Decoy study: do models attend to the class, or to a patch that gives it away?
 
 python -m studies.evidence.right_reasons --out results/right_reasons
 
-Each method's λ is chosen on validation images whose patches show random classes; the test images,
-whose patches do too, are read for the chosen λ alone. Runs that are there are not made again:
-stopped at any time, the same command goes on.
+Each method's λ is chosen on validation images whose patches show random classes. The patches of the
+test images show random classes too; the test images are read for the chosen λ only. Finished runs
+are not repeated: an interrupted command resumes where it stopped.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,19 +34,19 @@ from studies.evidence.workers import Workers
 from studies.markdown import markdown_table
 
 _EXPLAINED = 500
-"""Test images whose explanations are looked at."""
+"""The number of test images whose explanations are measured."""
 CLEAN = "cross-entropy, clean data"
 ENERGY_CLEAN = "prototype energy, clean data"
 EXCHANGE_CLEAN = "prototype exchange, clean data"
 GIVEN_MASKS = "RRR, given the masks"
 _CLEAN = (CLEAN, ENERGY_CLEAN, EXCHANGE_CLEAN)
-"""What is trained without decoys."""
+"""Methods that are trained without decoys."""
 _BEYOND = (*PENALTIES, *CONTROLS)
-"""What a run can be trained with beside the fields of its configuration."""
+"""Keys of a run's `beyond`: settings beside the fields of its configuration."""
 _COMPARED = (0.1, 1.0, 10.0, 100.0)
 _EXCHANGED = (0.1, 0.3, 1.0, 3.0)
 METHODS: Mapping[str, tuple[dict[str, Any], ...]] = {
-    # Fields of TrialConfig and of _BEYOND, a choice of them for each λ that is tried.
+    # Fields of TrialConfig and of _BEYOND, one entry for each λ that is tried.
     CLEAN: ({},),
     "cross-entropy": ({},),
     "Prototype Loss, SSIM": tuple({"metric": "ssim", "lambda_proto": w} for w in _COMPARED),
@@ -61,14 +61,14 @@ METHODS: Mapping[str, tuple[dict[str, Any], ...]] = {
         for w in (1.0, 3.0, 10.0, 30.0, 100.0)
     ),
     "prototype exchange": tuple({"lambda_exchange": w} for w in _EXCHANGED),
-    # The λ that loses least on both data sets together, by the validation images.
+    # The λ with the smallest loss of accuracy on both data sets, by the validation images.
     "prototype exchange, one λ for both": ({"lambda_exchange": 0.3},),
     "prototype exchange and BCPL, SSIM": tuple(
         {"lambda_exchange": w, "lambda_batch": 0.1, "metric": "ssim", "prototype": "median"}
         for w in _EXCHANGED
     ),
-    # What our losses cost by themselves, and what they would do if supports left out the corners,
-    # or all cells that have a corner in sight.
+    # What our losses cost on clean data, and what they would achieve if supports excluded the
+    # corners, or all cells whose receptive field contains a corner.
     EXCHANGE_CLEAN: tuple({"lambda_exchange": w} for w in _EXCHANGED),
     ENERGY_CLEAN: tuple({"lambda_energy": w} for w in (10.0, 30.0, 100.0)),
     "prototype exchange, told of the corners": tuple(
@@ -81,21 +81,21 @@ METHODS: Mapping[str, tuple[dict[str, Any], ...]] = {
         {"lambda_energy": w, SIGHT_OUTSIDE: 1.0} for w in (3.0, 10.0, 30.0, 100.0)
     ),
     GIVEN_MASKS: tuple({RRR: w} for w in _COMPARED),
-    # The prototype energy by pixels: what prototypes say takes the place of the annotation.
+    # The prototype energy by pixels: masks from prototypes replace the annotation.
     "RRR, masks from prototypes": tuple({RRR_BY_PROTOTYPES: w} for w in (0.1, 1.0, 10.0)),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class RightReasons:
-    """Train every method on images with decoys, and see what it looks at."""
+    """Train every method on images with decoys, and measure what it attends to."""
 
     out: Path
     """Folder for runs/, decoy.md and decoy.csv."""
     datasets: tuple[str, ...] = ("mnist", "fashion_mnist")
-    """What decoys are painted on."""
+    """Data sets that decoys are painted on."""
     methods: tuple[str, ...] = tuple(METHODS)
-    """What to train."""
+    """Methods to train."""
     seeds: int = 5
     """Of the final runs; λ is chosen with seed 0."""
     epochs: int = 3
@@ -108,7 +108,7 @@ class RightReasons:
     """auto, cpu, cuda or cuda:N."""
     workers: Workers = field(default_factory=Workers)
     table_only: bool = False
-    """Train nothing; write the table of what is there."""
+    """Train nothing; write the table of the finished runs."""
 
 
 def main(settings: RightReasons) -> None:
@@ -116,7 +116,7 @@ def main(settings: RightReasons) -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
     cells = list(product(settings.datasets, settings.methods))
     chosen = choose(settings, cells)
-    # Seed by seed: stopped halfway, all methods have as many.
+    # Seed by seed: if interrupted, all methods have equally many.
     final = [
         replace(run, stage="final", config=replace(run.config, seed=seed))
         for seed in range(settings.seeds)
@@ -138,7 +138,7 @@ def _made(settings: RightReasons, runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def candidates(settings: RightReasons, dataset: str, method: str) -> list[Run]:
-    """Return the runs by which a method's λ is chosen: one for each value that is tried."""
+    """Return the runs that a method's λ is chosen from: one for each value."""
     study = dataset if method in _CLEAN else f"decoy_{dataset}"
     base = TrialConfig(
         dataset=study,
@@ -163,7 +163,7 @@ def candidates(settings: RightReasons, dataset: str, method: str) -> list[Run]:
 def choose(settings: RightReasons, cells: list[tuple[str, str]]) -> dict[tuple[str, str], Run]:
     """Return for each data set and method the candidate of the highest validation accuracy.
 
-    Methods without one, for candidates that are not made, are left out.
+    A method with unfinished candidates is left out.
     """
     tried = {cell: candidates(settings, *cell) for cell in cells}
     _made(settings, [run for runs in tried.values() if len(runs) > 1 for run in runs])
@@ -179,7 +179,7 @@ def choose(settings: RightReasons, cells: list[tuple[str, str]]) -> dict[tuple[s
 
 
 def train_and_judge(run: Run, models: Path) -> dict[str, float]:
-    """Train a run and judge it, on the test images too if it is a final one."""
+    """Train and evaluate a run; a final run on the test images too."""
     prepared = load_prepared(run.config.dataset, run.config.prototype)
     result = train(run, prepared, state_of(run, models))
     clean = load_prepared(run.study.removeprefix("decoy_"), "mean").dataset
@@ -202,7 +202,7 @@ def train_and_judge(run: Run, models: Path) -> dict[str, float]:
 
 
 def _on_patch(result: TrialResult, decoyed: Split) -> dict[str, float]:
-    """Return which share of explanations lies on the patches, the mean over the first images."""
+    """Return the fraction of explanations on the patches, averaged over the first images."""
     some = decoyed.take(np.arange(min(_EXPLAINED, len(decoyed))))
     assert some.masks is not None
     masks = torch.from_numpy(some.masks)
@@ -217,7 +217,7 @@ def _on_patch(result: TrialResult, decoyed: Split) -> dict[str, float]:
 
 
 def _accuracy(result: TrialResult, split: Split) -> float:
-    """Return the accuracy on a split, in the precision that the run was trained in."""
+    """Return the accuracy on a split, in the precision of the run's training."""
     prepared = replace(result.prepared, dataset=replace(result.prepared.dataset, test=split))
     judged = prepared.split("test", result.config.resolution, result.device)
     return result.evaluator.evaluate(judged).accuracy
@@ -226,7 +226,7 @@ def _accuracy(result: TrialResult, split: Split) -> float:
 Row = tuple[str, Run, list[dict[str, Any]]]
 _DECIDES = "test_accuracy_random_decoys"
 _COMPARED_WITH = {CLEAN: "− clean data, points", GIVEN_MASKS: "− RRR, points"}
-"""Methods, and the column of the differences to each."""
+"""Reference methods, and the titles of the columns of differences to each."""
 _COLUMNS = {
     _DECIDES: Column("decoy test, %", scale=100),
     "test_accuracy_clean": Column("clean test, %", scale=100),
@@ -237,9 +237,9 @@ _COLUMNS = {
 
 
 def write_table(out: Path, rows: list[Row]) -> None:
-    """Write decoy.md and decoy.csv: means over seeds with 95 % intervals of Student's t.
+    """Write decoy.md and decoy.csv: means over seeds with Student's 95 % intervals.
 
-    Differences are of the decoy test, seed by seed.
+    Differences are of the accuracy on the decoy test, paired by seed.
     """
     accuracies = {
         (dataset, chosen.method): {run["seed"]: run["metrics"][_DECIDES] for run in made}
