@@ -20,7 +20,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-import torch._dynamo
 import tyro
 from matplotlib.figure import Figure
 
@@ -124,7 +123,7 @@ def conditions(settings: Steps) -> Iterator[Condition]:
 
 def measure(condition: Condition, settings: Steps) -> dict[str, Any]:
     """Return a condition's entry in steps.json."""
-    torch._dynamo.reset()  # Else the models of earlier conditions count as recompilations.
+    torch.compiler.reset()  # Otherwise the models of earlier conditions count as recompilations.
     device = resolve_device(condition.device)
     settled = config(
         condition.backbone,

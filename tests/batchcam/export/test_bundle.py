@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -182,6 +183,26 @@ def test_the_model_card_is_read_by_model_hubs(bundle_dir: Path) -> None:
     assert results["accuracy"].metric_value == metrics["test_accuracy"]
     assert results["ssim"].metric_value == metrics["test_cam_ssim"]
     assert results["accuracy"].dataset_split == "test"
+
+
+def test_front_matter_is_that_of_earlier_versions(bundle_dir: Path) -> None:
+    _, front_matter, _ = (bundle_dir / "README.md").read_text().split("---\n", 2)
+    metrics = json.loads((bundle_dir / "metrics.json").read_text())
+    accuracy = {"type": "accuracy", "value": metrics["test_accuracy"]}
+    ssim = {"type": "ssim", "name": "CAM-prototype SSIM", "value": metrics["test_cam_ssim"]}
+    result = {
+        "task": {"type": "image-classification"},
+        "dataset": {"name": "digits", "type": "digits", "split": "test"},
+        "metrics": [accuracy, ssim],
+    }
+    assert yaml.safe_load(front_matter) == {
+        "library_name": "batchcam",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "explainable-ai", "grad-cam", "batch-cam"],
+        "datasets": ["digits"],
+        "metrics": ["accuracy"],
+        "model-index": [{"name": "simple_cnn on digits, BCPL 0.2 (L1)", "results": [result]}],
+    }
 
 
 def test_the_model_card_tells_numbers_and_the_command(bundle_dir: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.storages import RDBStorage
+from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.trial import TrialState
 
 from studies.benchmarks.dummy import curve, space
@@ -122,11 +122,14 @@ def test_database_that_is_away_is_waited_for(
         [1, 2],
     ]
     # What is proposed is what would have been.
-    study = optuna.create_study(directions=["maximize"] * 2, sampler=ReproducibleTPE(0))
+    memory = InMemoryStorage()
+    study = optuna.create_study(
+        storage=memory, directions=["maximize"] * 2, sampler=ReproducibleTPE(0)
+    )
     assert configs == run(
         OptunaSearcher(
             study,
-            study._storage,
+            memory,
             space,
             objectives=(ACCURACY, SIMILARITY),
             max_epochs=EPOCHS,

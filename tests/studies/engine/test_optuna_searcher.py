@@ -11,6 +11,7 @@ from ray import cloudpickle
 from ray.tune.search import Searcher
 
 from studies.benchmarks.dummy import curve, space
+from studies.engine.optuna_internals import StoredTrials
 from studies.engine.optuna_searcher import EPOCHS_MISSING, OptunaSearcher, enqueue
 from studies.engine.optuna_storage import STORAGE_VARIABLE, open_optuna_study
 from studies.engine.protocol import OUT_OF_MEMORY, Objective
@@ -146,9 +147,12 @@ def test_proposals_do_not_depend_on_how_often_the_study_was_opened(
     make: Make, objectives: tuple[Objective, ...]
 ) -> None:
     sampler = ReproducibleTPE(0)
-    study = optuna.create_study(directions=["maximize"] * len(objectives), sampler=sampler)
+    memory = InMemoryStorage()
+    study = optuna.create_study(
+        storage=memory, directions=["maximize"] * len(objectives), sampler=sampler
+    )
     whole = OptunaSearcher(
-        study, study._storage, space, objectives=objectives, max_epochs=EPOCHS, num_trials=16
+        study, memory, space, objectives=objectives, max_epochs=EPOCHS, num_trials=16
     )
     for number in range(16):
         epochs = 2 if number % 3 else EPOCHS
@@ -301,9 +305,9 @@ def test_end_whose_telling_was_cut_is_told_again(
 ) -> None:
     bridge = make()
     config = suggest(bridge, "a")
-    study, _ = open_study(len(bridge._objectives))
+    study, storage = open_study(len(bridge._objectives))
     (running,) = study.trials
-    optuna.Trial(study, running._trial_id).set_constraint(EPOCHS_MISSING, 1)
+    StoredTrials(study, storage).take_up(running.number).set_constraint(EPOCHS_MISSING, 1)
     bridge.on_trial_complete("a", curve(config["x"], config["y"], 3))
     (trial,) = trials()
     assert (trial.state, trial.constraints) == (TrialState.PRUNED, {EPOCHS_MISSING: 1})

@@ -13,6 +13,7 @@ from optuna.trial import TrialState, create_trial
 
 from studies.engine import sampler
 from studies.engine.journal import open_journal
+from studies.engine.optuna_internals import StoredTrials
 from studies.engine.protocol import Direction
 from studies.engine.sampler import ReproducibleTPE
 
@@ -82,7 +83,7 @@ def test_trial_that_was_cut_as_it_was_drawn_is_completed_as_it_would_have_been(
     trial.suggest_float("x", 0.0, 1.0)
     again = make(cut, 3)
     (running,) = again.get_trials(states=[TrialState.RUNNING])
-    assert draw(optuna.Trial(again, running._trial_id)) == expected
+    assert draw(StoredTrials(again, cut).take_up(running.number)) == expected
 
 
 def test_draws_of_one_trial_are_independent() -> None:
