@@ -92,7 +92,7 @@ def test_database_that_is_away_is_waited_for(
     moment: int,
     make: Callable[[], OptunaSearcher],
     postgresql: PostgreSQL,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     bridge, configs = make(), []
     for step, config in enumerate(steps(bridge)):
@@ -100,7 +100,9 @@ def test_database_that_is_away_is_waited_for(
         if step == moment:
             friend = away(postgresql)
     friend.join()
-    gone, back = capsys.readouterr().out.splitlines()
+    gone, back = (
+        record.getMessage() for record in caplog.records if record.name.startswith("studies")
+    )
     assert gone.startswith("Optuna's storage cannot be used (")
     assert "secret" not in gone
     assert back.startswith("Optuna's storage is back after ")
