@@ -190,7 +190,12 @@ class TrialConfig:
             raise ConfigError(
                 f"{path} holds {type(values).__name__}, not a mapping of field names to values."
             )
-        extra = values.pop(EXTRA_TERMS, None)
+        extra = values.pop(EXTRA_TERMS, None) or {}
+        if not isinstance(extra, dict):
+            raise ConfigError(
+                f"{path}: {EXTRA_TERMS}={extra!r} must map names of loss terms to weights; correct "
+                "or remove it."
+            )
         if extra and not ignore_extra_terms:
             raise ConfigError(
                 f"{path} was trained with the extra loss terms {', '.join(extra)}, whose code it "

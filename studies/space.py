@@ -55,9 +55,14 @@ class _Space:
     """Metrics to choose from: l1, l2, ssim."""
     output_strides: tuple[int, ...] = (8, 16, 32)
     """Output strides to choose from, for backbones that have them."""
-    losses: tuple[str, ...] = ("proto", "batch")
-    """Loss terms to search, beside the cross-entropy: proto (Prototype Loss), batch (BCPL), energy,
-    exchange, mask_gradient (RRR). Each trial has some of them or none."""
+    losses: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(
+            help="Loss terms to search, beside the cross-entropy: "
+            + ", ".join(f"{name} ({TERMS[name].title})" for name in SWITCHED)
+            + ". Each trial has some of them or none."
+        ),
+    ] = ("proto", "batch")
     energy: bool = False
     """Search the prototype energy loss too; the same as naming energy in --losses."""
     exchange: bool = False
@@ -98,7 +103,8 @@ class _Space:
     @property
     def switched(self) -> tuple[str, ...]:
         """The terms that are searched, beside the cross-entropy, in the order of the registry."""
-        return tuple(name for name in SWITCHED if name in self.losses or getattr(self, name, False))
+        flags = {"energy": self.energy, "exchange": self.exchange}
+        return tuple(name for name in SWITCHED if name in self.losses or flags.get(name, False))
 
     @property
     def left_out(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from batchcam.config import TrialConfig
 from batchcam.data.prepared import PreparedData, prepare
 from batchcam.errors import BatchCamError, ConfigError
 from batchcam.export.bundle import check_writable
-from batchcam.losses import TERMS
+from batchcam.losses import TERMS, check_masks
 from batchcam.models import create_model, feature_grid
 from studies import paths
 from studies.engine.ledger import Ledger
@@ -81,6 +81,7 @@ def run_study(settings: StudySettings) -> Path:
         settings = settings.begun()
     prepared = prepare(settings.base_config())
     strides = feasible_strides(settings.space, prepared.dataset.channels)
+    check_masks((TERMS[name] for name in settings.space.switched), prepared.dataset)
     _compute_ahead(prepared, settings.space, strides)
     if settings.pretrained:  # Better no study than one whose every trial fails.
         for backbone in settings.space.backbones:

@@ -9,7 +9,8 @@ pixels of the model's input.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor
 from batchcam.config import TrialConfig
 from batchcam.data.dataset import ImageData, load_data
 from batchcam.data.preprocessing import to_device
+from batchcam.data.splits import Split
 from batchcam.prototypes import (
     class_prototypes,
     class_supports,
@@ -67,7 +69,7 @@ class PreparedData:
 
     Supports and ceilings are computed when they are first asked for, and kept;
     :meth:`compute_ahead` computes them before the record is shared with other processes. A copy
-    made by `dataclasses.replace` starts without them.
+    made by `dataclasses.replace` starts without them, a copy by :meth:`with_splits` has them.
     """
 
     dataset: ImageData
@@ -158,6 +160,17 @@ class PreparedData:
             images, labels = to_device(self.dataset.train, _CPU)
             self._supports.append(class_supports(images, labels, self.dataset.num_classes))
         return self._supports[0]
+
+    def with_splits(self, **splits: Split) -> Self:
+        """Return the record with other images, and the same prototypes, supports and ceilings.
+
+        Args:
+            splits: the splits to exchange, by name: parts of a split, or images with other masks.
+        """
+        other = replace(self, dataset=replace(self.dataset, **splits))  # type: ignore[arg-type]
+        other._ceilings.update(self._ceilings)
+        other._supports.extend(self._supports)
+        return other
 
     def compute_ahead(self, ceilings: Iterable[tuple[int, Grid]], *, supports: bool) -> None:
         """Compute what would otherwise be computed by every process that this record is sent to.

@@ -7,10 +7,11 @@ To add a term: write its file, name its spec in :data:`TERMS`, and give
 :class:`batchcam.config.TrialConfig` its weight.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from batchcam.config import TrialConfig
-from batchcam.errors import ConfigError
+from batchcam.data.dataset import ImageData
+from batchcam.errors import ConfigError, DataError
 from batchcam.losses.base import Batch, Compute, TermContext, TermSpec, WeightedTerm
 from batchcam.losses.cross_entropy import CROSS_ENTROPY
 from batchcam.losses.energy import ENERGY, prototype_energy_loss
@@ -28,6 +29,7 @@ __all__ = [
     "WeightedTerm",
     "batch_cam_loss",
     "build_terms",
+    "check_masks",
     "compares_cams",
     "exchange_images",
     "exchange_loss",
@@ -82,12 +84,26 @@ def used_terms(config: TrialConfig, extra: ExtraTerms = ()) -> list[tuple[TermSp
     return used
 
 
+def check_masks(specs: Iterable[TermSpec], dataset: ImageData) -> None:
+    """Refuse a data set without masks for terms that need them.
+
+    Raises:
+        DataError: with the term and the remedy.
+    """
+    for spec in specs:
+        if spec.uses_masks and dataset.train.masks is None:
+            raise DataError(
+                f"{spec.title} (lambda_{spec.name}) needs a mask for every training image, and "
+                f"dataset {dataset.name} has none; leave the term out, or use decoy_mnist or "
+                "decoy_fashion_mnist."
+            )
+
+
 def build_terms(context: TermContext, extra: ExtraTerms = ()) -> list[WeightedTerm]:
     """Build the terms of a run's loss, once per run.
 
     Raises:
         ConfigError: see :func:`used_terms`.
-        DataError: the data set lacks what a term needs.
     """
     return [
         WeightedTerm(spec, weight, spec.build(context))

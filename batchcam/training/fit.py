@@ -20,7 +20,7 @@ from batchcam.data.prepared import PreparedData, prepare
 from batchcam.data.preprocessing import Preprocess, batches
 from batchcam.devices import keep_freed_memory, resolve_device
 from batchcam.errors import ConfigError, DivergedError, check_format
-from batchcam.losses import ExtraTerms, TermContext, build_terms, used_terms
+from batchcam.losses import ExtraTerms, TermContext, build_terms, check_masks, used_terms
 from batchcam.models import (
     ExplainableModel,
     check_explainable,
@@ -213,7 +213,9 @@ class Trainer:
         self.epoch = 0
         self.history: list[Metrics] = []
         self.preprocess = Preprocess(resolution, dataset.mean, dataset.std)
-        with_masks = any(spec.uses_masks for spec, _ in used_terms(config, terms))
+        specs = [spec for spec, _ in used_terms(config, terms)]
+        check_masks(specs, dataset)
+        with_masks = any(spec.uses_masks for spec in specs)
         self.train = prepared.split("train", resolution, device, with_masks=with_masks)
         self.validation = prepared.split("validation", resolution, device)
         self._prepared = prepared

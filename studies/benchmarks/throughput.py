@@ -18,7 +18,7 @@ allocator settings of its process. The results are medians of ratios within a ro
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ def _prepared(images: int) -> PreparedData:
     generator = np.random.default_rng(1)
     pixels = generator.integers(0, 256, (count, 1, 28, 28), dtype=np.uint8)
     validation = Split(pixels, np.arange(count) % 10)
-    return replace(prepared, dataset=replace(prepared.dataset, validation=validation))
+    return prepared.with_splits(validation=validation)
 
 
 def _bare_step(config: TrialConfig) -> Callable[[], None]:

@@ -218,7 +218,7 @@ def _on_patch(result: TrialResult, decoyed: Split) -> dict[str, float]:
 
 def _accuracy(result: TrialResult, split: Split) -> float:
     """Return the accuracy on a split, in the precision of the run's training."""
-    prepared = replace(result.prepared, dataset=replace(result.prepared.dataset, test=split))
+    prepared = result.prepared.with_splits(test=split)
     judged = prepared.split("test", result.config.resolution, result.device)
     return result.evaluator.evaluate(judged).accuracy
 

@@ -64,4 +64,4 @@ def masked_by_prototypes(prepared: PreparedData, resolution: int) -> PreparedDat
     train = prepared.dataset.train
     off_support_CRR = prepared.off_support_mask((resolution, resolution)).bool()
     masks = off_support_CRR[torch.from_numpy(train.labels)].numpy()
-    return replace(prepared, dataset=replace(prepared.dataset, train=replace(train, masks=masks)))
+    return prepared.with_splits(train=replace(train, masks=masks))

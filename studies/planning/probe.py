@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from ray.exceptions import OutOfMemoryError, WorkerCrashedError
@@ -79,13 +80,9 @@ def probe(config: TrialConfig, prepared: PreparedData, threads: int) -> Probe:
     """
     torch.set_num_threads(threads)
     device = resolve_device(config.device)
-    few = replace(
-        prepared,
-        dataset=replace(
-            prepared.dataset,
-            train=_first(prepared.dataset.train, _BATCHES * config.batch_size),
-            validation=_first(prepared.dataset.validation, config.batch_size),
-        ),
+    few = prepared.with_splits(
+        train=_first(prepared.dataset.train, _BATCHES * config.batch_size),
+        validation=_first(prepared.dataset.validation, config.batch_size),
     )
     try:
         # Two epochs: the first pays for what is done once.
@@ -143,4 +140,4 @@ def _memory(device: torch.device, prepared: PreparedData) -> tuple[int, int]:
 
 
 def _first(split: Split, count: int) -> Split:
-    return Split(split.images[:count], split.labels[:count])
+    return split.take(np.arange(min(count, len(split))))

@@ -163,3 +163,10 @@ def test_a_number_that_yaml_takes_for_text_is_read_as_meant(tmp_path: Path) -> N
     path = tmp_path / "config.yaml"
     path.write_text("learning_rate: 3e-4\n")
     assert TrialConfig.from_yaml(path).learning_rate == 3e-4
+
+
+def test_extra_terms_that_are_no_mapping_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("epochs: 2\nextra_terms: 3\n")
+    with pytest.raises(ConfigError, match="extra_terms=3 must map names of loss terms to weights"):
+        TrialConfig.from_yaml(path)

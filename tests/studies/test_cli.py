@@ -113,3 +113,13 @@ def test_the_command_is_installed() -> None:
     done = subprocess.run([*STUDY_COMMAND, "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "compare" in done.stdout
+
+
+def test_a_loss_that_needs_masks_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, printed = _printed(capsys, "run", "--study", "s", "--losses", "mask_gradient")
+    assert status == 2
+    assert "needs a mask for every training image, and dataset digits has none" in printed
+    assert not (tmp_path / "results" / "s").exists()

@@ -349,3 +349,8 @@ def test_every_term_has_a_range_and_an_axis() -> None:
     for name, spec in TERMS.items():
         assert getattr(SearchSpace(), f"lambda_{name}") == spec.search_range
         assert f"lambda_{name}" in dict(SEARCHED)
+
+
+def test_a_term_is_not_taken_for_a_field_of_the_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("studies.space.SWITCHED", ("batch", "metrics"))
+    assert SearchSpace(losses=("batch",)).switched == ("batch",)

@@ -1,5 +1,8 @@
 """PreparedData: prototypes of the right split, groups of images, supports on a grid."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
@@ -75,3 +78,22 @@ def test_outside_is_where_a_class_has_no_support(tiny_prepared: PreparedData) ->
     coarse = tiny_prepared.off_support_mask((4, 4))
     blocks = outside.view(10, 4, 2, 4, 2).permute(0, 1, 3, 2, 4).flatten(3)
     assert torch.equal(coarse == 1, (blocks == 1).all(dim=3))
+
+
+def test_other_images_keep_prototypes_supports_and_ceilings(tiny_prepared: PreparedData) -> None:
+    whole = replace(tiny_prepared)
+    whole.compute_ahead([(14, (7, 7))], supports=True)
+    # A part that lacks most classes, from which no support could be made.
+    part = whole.with_splits(train=whole.dataset.train.take(np.arange(3)))
+    assert len(part.dataset.train) == 3
+    assert part.dataset.validation is whole.dataset.validation
+    assert part.ceiling(14, (7, 7)) is whole.ceiling(14, (7, 7))
+    assert torch.equal(part.off_support_mask((7, 7)), whole.off_support_mask((7, 7)))
+    assert len(whole.dataset.train) == 200
+
+
+def test_a_copy_with_other_prototypes_has_ceilings_of_its_own(tiny_prepared: PreparedData) -> None:
+    ceiling = tiny_prepared.ceiling(14, (3, 3))
+    flat = torch.rand(10, 8, 8, generator=torch.Generator().manual_seed(0))
+    other = replace(tiny_prepared, validation_prototypes=flat)
+    assert not torch.equal(other.ceiling(14, (3, 3)), ceiling)

@@ -6,12 +6,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import ray
 
 from batchcam.config import TrialConfig
+from batchcam.data.decoys import paint_decoys
 from batchcam.data.prepared import PreparedData
-from studies.planning.probe import Probe, probe_all
+from studies.planning.probe import Probe, probe, probe_all
+from studies.space import SWITCHED
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -61,3 +64,20 @@ def test_probe_killed_by_ray_is_out_of_memory(
     with local_ray(memory_usage_threshold=0.001, memory_monitor_refresh_ms=50):
         (killed,) = probe_all([config], prepared, 1.0, 0.0)
     assert "memory" in str(killed.error)
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_every_loss_can_be_probed_on_a_few_images(
+    name: str, config: TrialConfig, prepared: PreparedData
+) -> None:
+    dataset = prepared.dataset
+    generator = np.random.default_rng(0)
+    marked = prepared.with_splits(
+        train=paint_decoys(dataset.train, dataset.train.labels, generator)
+    )
+    marked.compute_ahead([], supports=True)
+    # Fewer images than classes: the supports are those of the whole data set.
+    few = {"batch_size": 2, "lambda_batch": 0.0, f"lambda_{name}": 1.0}
+    found = probe(TrialConfig.from_dict(config.as_dict() | few), marked, threads=1)
+    assert found.error is None
+    assert found.train_images_per_second > 0
