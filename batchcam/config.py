@@ -1,7 +1,7 @@
-"""The one record of a trial's configuration: its fields, their defaults, their validity, YAML.
+"""The configuration of one training run: fields, defaults, validation, and its YAML file.
 
-Nothing here touches data, models or devices: what can be judged from the values alone is judged
-here, the rest where it is used.
+This module loads no data, model or device. It checks what the values alone decide; everything else
+is checked where it is used.
 """
 
 import math
@@ -9,41 +9,34 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, Self, get_args, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import yaml
 
 from batchcam.errors import ConfigError, suggest_names
 
-DATASETS = (
-    "digits",
-    "mnist",
-    "fashion_mnist",
-    "decoy_mnist",
-    "decoy_fashion_mnist",
-    "imagefolder",
-)
-METRICS = ("l1", "l2", "ssim")
-CAMS = ("grad_cam", "hires_cam")
-PROTOTYPES = ("mean", "median", "kmeans")
-OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("one_cycle", "constant")
-PRECISIONS = ("fp32", "bf16", "fp16")
+Dataset = Literal[
+    "digits", "mnist", "fashion_mnist", "decoy_mnist", "decoy_fashion_mnist", "imagefolder"
+]
+Metric = Literal["l1", "l2", "ssim"]
+Cam = Literal["grad_cam", "hires_cam"]
+Prototype = Literal["mean", "median", "kmeans"]
+Optimizer = Literal["adamw", "sgd"]
+Schedule = Literal["one_cycle", "constant"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+DATASETS: tuple[Dataset, ...] = get_args(Dataset)
+METRICS: tuple[Metric, ...] = get_args(Metric)
+PROTOTYPES: tuple[Prototype, ...] = get_args(Prototype)
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
 MIN_RESOLUTION = 8
-"""Pixels. The SSIM window is 7 pixels wide; a smaller image leaves it nothing to compare."""
+"""Pixels. The SSIM window is 7 pixels wide, so a smaller image has at most one window position."""
 
 EXTRA_TERMS = "extra_terms"
-"""Key of a configuration file: weights of loss terms that are not of this project, by name."""
-
-_CHOICES = {
-    "dataset": DATASETS,
-    "metric": METRICS,
-    "cam": CAMS,
-    "prototype": PROTOTYPES,
-    "optimizer": OPTIMIZERS,
-    "schedule": SCHEDULES,
-    "precision": PRECISIONS,
-}
+"""Key of a configuration file: the weights of a user's own loss terms, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,77 +47,71 @@ class TrialConfig:
         ConfigError: a value that cannot work, with the value and the remedy.
     """
 
-    dataset: str = "digits"
-    """digits, mnist, fashion_mnist, decoy_mnist, decoy_fashion_mnist or imagefolder."""
+    dataset: Dataset = "digits"
+    """Data set. `digits` comes with scikit-learn; `imagefolder` reads the pictures in data_root."""
     data_root: str | None = None
-    """Where the data set's files are; searched before $BATCHCAM_DATA and ./data."""
+    """Folder of the data set's files; searched before $BATCHCAM_DATA and ./data."""
     val_fraction: float = 0.1
-    """Share of the training set, per class, kept for validation."""
+    """Fraction of each class of the training set that is held out for validation."""
     split_seed: int = 0
-    """Seed of the validation split; apart from `seed`, so that seeds share one split."""
+    """Seed of the validation split; not `seed`, so that runs with other seeds share one split."""
     backbone: str = "simple_cnn"
-    """simple_cnn, or the name of any convolutional timm model."""
+    """simple_cnn, or the name of a convolutional timm model."""
     resolution: int = 28
     """Side of the model's input, in pixels."""
     output_stride: int | None = None
-    """Pixels per cell of the CAM grid; None takes the backbone's own, or the largest dilated one
-    that still gives a grid of 3x3."""
+    """Pixels per cell of the CAM grid.
+    None: the backbone's stride, or the largest dilated stride with a grid of at least 3x3 cells."""
     pretrained: bool = False
     """Start from timm's pretrained weights."""
-    metric: str = "l1"
-    """Distance between CAM and prototype: l1, l2 or ssim."""
-    cam: str = "grad_cam"
-    """What is compared with prototypes: grad_cam (the paper's), or hires_cam, whose gradients are
-    not pooled: faithful where the head tells cells apart, as simple_cnn's does; else the same."""
+    metric: Metric = "l1"
+    """Distance between CAM and prototype."""
+    cam: Cam = "grad_cam"
+    """CAM that is compared with prototypes. The paper uses grad_cam.
+    hires_cam does not pool gradients over the grid; both are equal if the head pools features."""
     lambda_class: float = 1.0
     """Weight of the cross-entropy."""
     lambda_proto: float = 0.0
-    """Weight of the Prototype Loss (per image); 0 turns it off."""
+    """Weight of the Prototype Loss, per image; 0 turns a term off."""
     lambda_batch: float = 0.1
-    """Weight of the Batch-CAM Prototype Loss (per class in the batch); 0 turns it off."""
+    """Weight of the Batch-CAM Prototype Loss (BCPL), per class in the batch."""
     lambda_energy: float = 0.0
-    """Weight of the prototype energy loss, which penalises attribution off the support of the
-    class; 0 turns it off."""
+    """Weight of the prototype energy loss, which penalises attribution off the class's support."""
     lambda_exchange: float = 0.0
-    """Weight of the prototype exchange loss, which swaps background pixels between two images and
-    penalises the change of their scores; 0 turns it off. It doubles the time of a step."""
+    """Weight of the prototype exchange loss, which doubles the time of a step.
+    It swaps background pixels between two images and penalises the change of their scores."""
     lambda_mask_gradient: float = 0.0
-    """Weight of RRR (Ross et al. 2017), which penalises input gradients under the masks of a
-    data set that has masks (decoy_mnist, decoy_fashion_mnist); 0 turns it off."""
-    prototype: str = "mean"
-    """How a class prototype is made from its images: mean (the paper's), pixelwise median, or
-    kmeans: several per class, each the mean of a cluster."""
+    """Weight of RRR (Ross et al. 2017), which penalises input gradients under masks.
+    Only decoy_mnist and decoy_fashion_mnist have masks."""
+    prototype: Prototype = "mean"
+    """Prototype of a class: the mean of its images, as in the paper, or their pixelwise median.
+    kmeans makes several prototypes per class, each the mean of a cluster."""
     clusters: int = 2
-    """Prototypes per class where they are made by kmeans; each image goes with the nearest."""
+    """Prototypes per class for kmeans. Each image is compared with the nearest one."""
     epochs: int = 5
-    """Passes over the training split; the length of the learning-rate schedule."""
+    """Passes over the training split, which are also the length of the learning-rate schedule."""
     batch_size: int = 128
+    """Images per step."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
     weight_decay: float = 1e-2
-    optimizer: str = "adamw"
-    """adamw or sgd (Nesterov momentum: 0.9, or between 0.85 and 0.95 as one_cycle moves it)."""
-    schedule: str = "one_cycle"
-    """one_cycle or constant."""
-    precision: str = "fp32"
-    """fp32, or autocast to bf16 or fp16 (fp16 only on CUDA)."""
+    """Weight decay of the optimizer."""
+    optimizer: Optimizer = "adamw"
+    """sgd has Nesterov momentum: 0.9, or between 0.85 and 0.95 under one_cycle."""
+    schedule: Schedule = "one_cycle"
+    """Learning-rate schedule."""
+    precision: Precision = "fp32"
+    """Precision of the forward pass; bf16 and fp16 are by autocast, fp16 on CUDA only."""
     compile: bool = False
     """Compile the backbone's features with torch.compile; the head stays eager."""
     device: str = "auto"
-    """auto (CUDA where there is one), cpu, cuda, cuda:N or mps."""
+    """auto (CUDA if there is a GPU, else the CPU), cpu, cuda, cuda:N or mps."""
     seed: int = 0
     """Seed of the initial weights, the order of batches and dropout."""
 
     def __post_init__(self) -> None:
         for name, value in list(self.as_dict().items()):
             object.__setattr__(self, name, _typed(name, value))
-        for name, known in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise ConfigError(
-                    f"{name}={value!r} is unknown; choose one of {', '.join(known)}."
-                    + suggest_names(value, known)
-                )
         for name in (*LAMBDAS, "weight_decay"):
             _require(self, name, lambda v: math.isfinite(v) and v >= 0, "a finite number >= 0")
         if not any(getattr(self, name) for name in LAMBDAS):
@@ -205,7 +192,7 @@ class TrialConfig:
         return cls.from_dict({name: _yaml_float(name, value) for name, value in values.items()})
 
     def to_yaml(self, path: str | Path, extra_terms: Mapping[str, float] | None = None) -> None:
-        """Write every field, so that the file stays true when a default changes.
+        """Write every field, so that a change of a default does not change what the file means.
 
         Args:
             path: the file.
@@ -222,8 +209,11 @@ _HINTS: dict[str, Any] = get_type_hints(TrialConfig)
 
 
 def _typed(name: str, value: Any) -> Any:
-    """Return `value` as the field's type; an int will do for a float, as YAML writes 1.0 as 1."""
-    allowed = get_args(_HINTS[name]) or (_HINTS[name],)
+    """Return `value` as the field's type. An int is valid for a float: YAML writes 1.0 as 1."""
+    hint = _HINTS[name]
+    if get_origin(hint) is Literal:
+        return _chosen(name, value, get_args(hint))
+    allowed = get_args(hint) or (hint,)
     if value is None and NoneType in allowed:
         return None
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
@@ -234,8 +224,17 @@ def _typed(name: str, value: Any) -> Any:
     return value
 
 
+def _chosen(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ConfigError(
+            f"{name}={value!r} is unknown; choose one of {', '.join(choices)}."
+            + suggest_names(str(value), choices)
+        )
+    return str(value)
+
+
 def _yaml_float(name: str, value: Any) -> Any:
-    """Read what a person means by 3e-4, which YAML 1.1 takes for text, for want of a dot."""
+    """Read 3e-4 as a number. YAML 1.1 reads it as text, because it has no decimal point."""
     if isinstance(value, str) and _HINTS.get(name) is float:
         try:
             return float(value)

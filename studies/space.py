@@ -1,20 +1,20 @@
-"""The search space: which values a trial may take, and how its configuration is drawn from them.
+"""The search space: the values that a trial may take, and how its configuration is drawn.
 
-The space is conditional: a loss term that is off has no weight, there is no metric where no term
-compares saliency maps, and an output stride is drawn only for a backbone that has several useful
-ones at that resolution. The terms and the ranges of their weights come from
-:data:`batchcam.losses.TERMS`. What is allowed is data, so that a command line can change it.
+The space is conditional. A weight is drawn only for a loss term that is on, a metric only if a term
+compares CAMs, and an output stride only for a backbone that has several useful strides at the
+resolution. Terms and default ranges of weights come from :data:`batchcam.losses.TERMS`. The space
+is a record of data, so that command-line flags can change every part of it.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, make_dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import optuna
 import tyro
 
-from batchcam.config import METRICS, MIN_RESOLUTION, TrialConfig
+from batchcam.config import METRICS, MIN_RESOLUTION, Metric, TrialConfig
 from batchcam.errors import BackboneError, ConfigError, suggest_names
 from batchcam.losses import TERMS, compares_cams
 from batchcam.losses.cross_entropy import CROSS_ENTROPY
@@ -22,10 +22,15 @@ from batchcam.models import feature_grid, resolve_output_stride
 
 Range = tuple[float, float]
 Strides = Mapping[tuple[str, int], tuple[int | None, ...]]
-"""Output strides to choose from, by backbone and resolution; None is the backbone's own."""
+"""Output strides to choose from, by backbone and resolution; None: the backbone's own stride."""
 
 SWITCHED = tuple(name for name in TERMS if name != CROSS_ENTROPY.name)
-"""The terms that a trial may have or not. Every trial has the cross-entropy."""
+"""Loss terms that may be on or off in a trial. The cross-entropy is always on."""
+
+if TYPE_CHECKING:
+    LossName = str
+else:
+    LossName = Literal[SWITCHED]  # For the choices in --help.
 
 SEARCHED = (
     ("backbone", False),
@@ -36,11 +41,11 @@ SEARCHED = (
     ("learning_rate", True),
     ("weight_decay", True),
 )
-"""The fields that a search may decide, and whether an axis of the field is logarithmic. The weight
-of a term that may be off is not: it may be 0."""
+"""The fields that a search may set, and whether a plot's axis of the field is logarithmic. It is
+linear for the weight of a term that may be off, because 0 is one of its values."""
 
 _MIN_GRID = 3
-"""Cells per side of the CAM grid; see `batchcam.models.resolve_output_stride`."""
+"""Minimum cells per side of the CAM grid; see `batchcam.models.resolve_output_stride`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +55,17 @@ class _Space:
     backbones: tuple[str, ...] = ("simple_cnn",)
     """Backbones to choose from."""
     resolutions: tuple[int, ...] = (28,)
-    """Input sizes to choose from, in pixels."""
-    metrics: tuple[str, ...] = METRICS
-    """Metrics to choose from: l1, l2, ssim."""
+    """Sides of the model's input to choose from, in pixels."""
+    metrics: tuple[Metric, ...] = METRICS
+    """Metrics to choose from: distances between CAM and prototype."""
     output_strides: tuple[int, ...] = (8, 16, 32)
-    """Output strides to choose from, for backbones that have them."""
+    """Output strides to choose from, for backbones whose stride can be changed."""
     losses: Annotated[
-        tuple[str, ...],
+        tuple[LossName, ...],
         tyro.conf.arg(
-            help="Loss terms to search, beside the cross-entropy: "
+            help="Loss terms to search beside the cross-entropy: "
             + ", ".join(f"{name} ({TERMS[name].title})" for name in SWITCHED)
-            + ". Each trial has some of them or none."
+            + ". A trial has any subset of them."
         ),
     ] = ("proto", "batch")
     energy: bool = False
@@ -97,25 +102,25 @@ class _Space:
             if not (math.isfinite(high) and 0 < low <= high):
                 raise ConfigError(
                     f"{name}=({low}, {high}) must be two finite numbers > 0, the lower "
-                    "one first; a loss term is turned off by the search itself."
+                    "one first; the search tries every loss term turned off, too."
                 )
 
     @property
     def switched(self) -> tuple[str, ...]:
-        """The terms that are searched, beside the cross-entropy, in the order of the registry."""
+        """Names of the searched terms without the cross-entropy, in the order of the registry."""
         flags = {"energy": self.energy, "exchange": self.exchange}
         return tuple(name for name in SWITCHED if name in self.losses or flags.get(name, False))
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """The weights that are not searched, as fields of TrialConfig."""
+        """Weights of the terms that are not searched, as fields of TrialConfig."""
         return tuple(f"lambda_{name}" for name in SWITCHED if name not in self.switched)
 
 
 if TYPE_CHECKING:
 
     class SearchSpace(_Space):
-        """See below; its weights are not known to type checkers."""
+        """See below. Type checkers do not know the fields of the weights."""
 
         def __init__(self, **values: Any) -> None: ...
 
@@ -127,7 +132,7 @@ else:
                 f"lambda_{spec.name}",
                 Annotated[
                     Range,
-                    tyro.conf.arg(help=f"Range of the weight of {spec.title}, where it is on."),
+                    tyro.conf.arg(help=f"Range of the weight of {spec.title}, if it is on."),
                 ],
                 field(default=spec.search_range),
             )
@@ -137,23 +142,23 @@ else:
         namespace={
             "__doc__": """The values that trials may take.
 
-            Ranges are (low, high), searched on a logarithmic scale. There is one for the weight of
-            each term of :data:`batchcam.losses.TERMS`, `lambda_<name>`.
+            Ranges are (low, high), searched on a logarithmic scale. Each term of
+            :data:`batchcam.losses.TERMS` has the range `lambda_<name>` of its weight.
 
             Raises:
-                ConfigError: an empty or unknown choice, or a range that is none.
+                ConfigError: an empty, repeated or unknown choice, or an invalid range.
             """
         },
         frozen=True,
         kw_only=True,
     )
-    SearchSpace.__module__ = __name__  # Else it could not be pickled.
+    SearchSpace.__module__ = __name__  # Needed by pickle.
 
 
 def feasible_strides(space: SearchSpace, in_chans: int) -> Strides:
-    """Return the output strides worth trying for each backbone and resolution.
+    """Return the output strides to try for each backbone and resolution.
 
-    Where several strides give the same grid, the largest (the cheapest) is kept.
+    Of strides that give the same grid, only the largest, which costs least, is kept.
 
     Raises:
         BackboneError: a backbone cannot be used at a resolution, with the remedy.
@@ -180,12 +185,12 @@ def _strides(
 
 
 def suggest(trial: optuna.Trial, space: SearchSpace, strides: Strides) -> dict[str, Any]:
-    """Draw a trial's fields of TrialConfig, as Ray's define-by-run interface asks for them.
+    """Draw a trial's fields of TrialConfig from the space, define-by-run.
 
-    Optuna's parameters are the fields drawn, and a switch `<name>_loss` for each searched term.
+    Optuna's parameters are the fields, and a switch `<name>_loss` for each searched term.
 
     Returns:
-        Every field that the space decides; a term that is off has the weight 0.
+        Every field that the search sets; a term that is off has the weight 0.
     """
 
     def log_uniform(name: str) -> float:
@@ -198,7 +203,7 @@ def suggest(trial: optuna.Trial, space: SearchSpace, strides: Strides) -> dict[s
     output_stride: Any = strides_here[0]
     if len(strides_here) > 1:
         output_stride = trial.suggest_categorical(_stride_name(backbone, resolution), strides_here)
-    decided: dict[str, Any] = {
+    values: dict[str, Any] = {
         "backbone": backbone,
         "resolution": resolution,
         "output_stride": output_stride,
@@ -208,29 +213,29 @@ def suggest(trial: optuna.Trial, space: SearchSpace, strides: Strides) -> dict[s
     for name in space.switched:
         if trial.suggest_categorical(f"{name}_loss", (False, True)):
             on.append(name)
-            decided[f"lambda_{name}"] = log_uniform(f"lambda_{name}")
+            values[f"lambda_{name}"] = log_uniform(f"lambda_{name}")
         else:
-            decided[f"lambda_{name}"] = 0.0
+            values[f"lambda_{name}"] = 0.0
     for name in space.left_out:
         if getattr(TrialConfig, name):  # On by default, but not searched.
-            decided[name] = 0.0
+            values[name] = 0.0
     for name in ("learning_rate", "weight_decay"):
-        decided[name] = log_uniform(name)
+        values[name] = log_uniform(name)
     if any(TERMS[name].compares_cams for name in on):
-        decided["metric"] = trial.suggest_categorical("metric", space.metrics)
-    return decided
+        values["metric"] = trial.suggest_categorical("metric", space.metrics)
+    return values
 
 
 def _stride_name(backbone: str, resolution: int) -> str:
-    """Return a name for each set of choices: Optuna's may not change under a name."""
+    """Return a name per set of choices: Optuna allows one set of choices per parameter name."""
     return f"output_stride_{backbone}_{resolution}"
 
 
 def point_of(config: TrialConfig, space: SearchSpace, strides: Strides) -> dict[str, Any]:
-    """Return the parameters by which :func:`suggest` gives this configuration.
+    """Return the Optuna parameters for which :func:`suggest` returns this configuration.
 
     Raises:
-        ConfigError: the space does not have it, with what to allow.
+        ConfigError: the configuration is outside the space; the message has the flag to widen.
     """
     point: dict[str, Any] = {"backbone": config.backbone, "resolution": config.resolution}
     drawn = ["lambda_class", "learning_rate", "weight_decay"]
@@ -279,9 +284,9 @@ def point_of(config: TrialConfig, space: SearchSpace, strides: Strides) -> dict[
 
 
 def first_points(space: SearchSpace) -> list[dict[str, Any]]:
-    """Return what every study tries first: the cross-entropy baseline, and the paper's BCPL.
+    """Return the points that every study tries first: the cross-entropy baseline and BCPL.
 
-    With them in, a study always says what the explanation in the loss has cost and brought.
+    They make every study a comparison of BCPL with its baseline.
     """
 
     def within(name: str, value: float) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from batchcam.config import LAMBDAS, TrialConfig
+from batchcam.config import LAMBDAS, Precision, TrialConfig
 from batchcam.data.dataset import ImageData
 from batchcam.data.prepared import PreparedData
 from batchcam.data.preprocessing import to_device
@@ -93,7 +93,7 @@ class Bench:
 
 
 def config(
-    backbone: str, batch_size: int, *, compiled: bool = False, precision: str = "fp32"
+    backbone: str, batch_size: int, *, compiled: bool = False, precision: Precision = "fp32"
 ) -> TrialConfig:
     """Return the configuration of a bench at 28x28 pixels, with a learning rate near 0."""
     return TrialConfig(

@@ -20,7 +20,7 @@ import optuna
 import torch
 import tyro
 
-from batchcam.config import TrialConfig
+from batchcam.config import Dataset, TrialConfig
 from batchcam.data.dataset import load_data
 from batchcam.data.prepared import PreparedData
 from batchcam.data.preprocessing import to_device
@@ -52,8 +52,7 @@ class Recording:
 
     out: Path
     """A .csv.gz file to which finished trials are appended."""
-    dataset: str = "fashion_mnist"
-    """digits, mnist or fashion_mnist."""
+    dataset: Dataset = "fashion_mnist"
     trials: int = 120
     """Number of configurations, sampled at random from the studies' search space."""
     epochs: int = 16

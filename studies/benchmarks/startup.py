@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import tyro
 
-from batchcam.config import TrialConfig
+from batchcam.config import Dataset, TrialConfig
 from batchcam.data.prepared import PreparedData, prepare
 from batchcam.provenance import command_line, git_commit, package_versions
 from batchcam.training.fit import fit
@@ -51,8 +51,8 @@ class Startup:
     """Output folder for startup.json."""
     backbones: tuple[str, ...] = ("simple_cnn", "resnet18", "convnextv2_tiny")
     """Models, at a resolution of 28x28."""
-    dataset: str = "digits"
-    """Training data: digits, mnist or fashion_mnist."""
+    dataset: Dataset = "digits"
+    """Training data."""
     repeats: int = 5
     """Number of measurements of each time."""
 

@@ -23,6 +23,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
+from batchcam.config import Precision
 from batchcam.devices import resolve_device
 from batchcam.figures import save
 from batchcam.provenance import command_line, git_commit, package_versions
@@ -96,7 +97,7 @@ class Condition:
     rivals: Rivals
     backbone: str
     mode: str
-    precision: str
+    precision: Precision
     batch_size: int
     threads: int
     device: str
@@ -114,8 +115,10 @@ def conditions(settings: Steps) -> Iterator[Condition]:
         batch_size = max(1, settings.batch_size // 4) if large else settings.batch_size
         if rivals not in _OURS and large:
             continue
-        variants = list(product(settings.modes, settings.precisions))
-        for mode, precision in variants if rivals in _OURS else [("eager", "fp32")]:
+        variants: list[tuple[str, Precision]] = [("eager", "fp32")]
+        if rivals in _OURS:
+            variants = list(product(settings.modes, settings.precisions))
+        for mode, precision in variants:
             yield Condition(
                 rivals, backbone, mode, precision, batch_size, settings.threads, settings.device
             )

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from batchcam.config import TrialConfig
+from batchcam.config import Precision, TrialConfig
 from batchcam.data.prepared import PreparedData
 from batchcam.data.preprocessing import Preprocess, batches, to_device
 from batchcam.data.splits import Split
@@ -51,7 +51,7 @@ class Throughput:
     """Output folder for throughput.json and throughput.md."""
     backbones: tuple[str, ...] = ("simple_cnn", "resnet18", "convnextv2_tiny")
     """Models at 28x28; ConvNeXt models use a quarter of the batch size."""
-    precisions: tuple[str, ...] = ("fp32", "bf16")
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
     """Precisions of the trainer's forward pass; untuned steps and plain script use fp32."""
     batch_size: int = 128
     """Images per batch."""
@@ -86,7 +86,7 @@ def main(settings: Throughput) -> None:
     (settings.out / "throughput.md").write_text("\n".join(table(entries)) + "\n")
 
 
-def measure(settings: Throughput, backbone: str, precision: str) -> dict[str, Any]:
+def measure(settings: Throughput, backbone: str, precision: Precision) -> dict[str, Any]:
     """Return the entry of a model and precision in throughput.json."""
     large = backbone.startswith("convnext")
     device = resolve_device(settings.device)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import tyro
 
-from batchcam.config import TrialConfig
+from batchcam.config import Metric, Precision, TrialConfig
 from batchcam.data.prepared import PreparedData, prepare
 from batchcam.data.preprocessing import Preprocess
 from batchcam.models import create_model
@@ -45,13 +45,13 @@ class TimeToTarget:
     """Target class-level SSIM between CAMs and prototypes of the validation split."""
     epochs: int = 4
     """Epochs of the one-cycle schedule, and the most to train."""
-    precision: str = "bf16"
+    precision: Precision = "bf16"
     """Precision of the trainer's forward pass."""
     batch_size: int = 128
     """Images per batch, for trainer and plain script."""
     learning_rate: float = TrialConfig.learning_rate
     """Peak learning rate, for trainer and plain script."""
-    metric: str = "l1"
+    metric: Metric = "l1"
     """Metric of BCPL."""
     lambda_batch: float = 0.1
     """Weight of BCPL."""

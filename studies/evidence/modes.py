@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from batchcam import figures
-from batchcam.config import TrialConfig
+from batchcam.config import Dataset, Precision, TrialConfig
 from batchcam.data.dataset import ImageData, load_data
 from batchcam.data.prepared import PreparedData, with_prototypes
 from batchcam.data.preprocessing import to_device
@@ -58,7 +58,7 @@ class Modes:
 
     out: Path
     """Output folder for runs/, modes.md, modes.csv and modes.png."""
-    dataset: str = "mnist"
+    dataset: Dataset = "mnist"
     """The data set whose classes are merged in pairs."""
     methods: tuple[str, ...] = tuple(METHODS)
     """Methods to train; loss weights are fixed, not searched."""
@@ -66,8 +66,7 @@ class Modes:
     """Number of seeds per method."""
     epochs: int = 2
     """Epochs per run."""
-    precision: str = "bf16"
-    """fp32, bf16 or fp16."""
+    precision: Precision = "bf16"
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: Workers = field(default_factory=Workers)
@@ -152,7 +151,9 @@ def train_and_judge(run: Run, models: Path) -> dict[str, float]:
 @lru_cache(maxsize=2)
 def load_prepared(dataset: str, prototype: str) -> PreparedData:
     """Return a data set of merged classes with its prototypes, cached per process."""
-    config = TrialConfig(dataset=dataset, prototype=prototype, clusters=_MERGED)
+    config = TrialConfig.from_dict(
+        {"dataset": dataset, "prototype": prototype, "clusters": _MERGED}
+    )
     return with_prototypes(merged(load_data(config)), config)
 
 
@@ -163,7 +164,7 @@ def _digits(dataset: str, resolution: int) -> tuple[Tensor, Tensor]:
     Returns:
         int64 `(N,)`, and `(C, resolution, resolution)` from the training images.
     """
-    data = load_data(TrialConfig(dataset=dataset))
+    data = load_data(TrialConfig.from_dict({"dataset": dataset}))
     images, labels = to_device(data.train, torch.device("cpu"))
     prototypes = class_prototypes(images, labels, data.num_classes)
     return torch.from_numpy(data.test.labels), resize_prototypes(prototypes, resolution)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from batchcam.config import TrialConfig
+from batchcam.config import Dataset, Precision, TrialConfig
 from batchcam.data.preprocessing import to_device
 from batchcam.models import create_model, resolve_output_stride
 from batchcam.training.fit import TrialResult
@@ -93,7 +93,7 @@ class Paper:
     """Output folder: runs/, models/, accuracy_28.md, explanations_28.md, runs_28.csv."""
     backbones: tuple[str, ...] = ("simple_cnn",)
     """Architectures: simple_cnn, resnet18, convnextv2_tiny, or any timm model."""
-    datasets: tuple[str, ...] = ("mnist", "fashion_mnist")
+    datasets: tuple[Dataset, ...] = ("mnist", "fashion_mnist")
     """Data sets, rows of the table."""
     conditions: tuple[str, ...] = tuple(CONDITIONS)
     """Losses. The others are compared with the first one."""
@@ -107,8 +107,7 @@ class Paper:
     """Epochs of the final runs; None: 5, but 3 for ConvNeXt-V2-Tiny."""
     selection_epochs: int = SELECTION_EPOCHS
     """Epochs of the runs that choose learning rate and λ."""
-    precision: str = "bf16"
-    """fp32, bf16 or fp16."""
+    precision: Precision = "bf16"
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: Workers = field(default_factory=Workers)
@@ -121,7 +120,7 @@ class Cell:
     """A cell of the table: architecture, data set, loss, resolution and output stride."""
 
     backbone: str
-    dataset: str
+    dataset: Dataset
     condition: str
     resolution: int = _RESOLUTION
     output_stride: int | None = None

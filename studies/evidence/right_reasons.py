@@ -7,17 +7,17 @@ test images show random classes too; the test images are read for the chosen λ 
 are not repeated: an interrupted command resumes where it stopped.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from batchcam.config import TrialConfig
+from batchcam.config import Precision, TrialConfig
 from batchcam.data.decoys import paint_random_decoys
 from batchcam.data.preprocessing import to_device
 from batchcam.data.splits import Split
@@ -92,7 +92,7 @@ class RightReasons:
 
     out: Path
     """Folder for runs/, decoy.md and decoy.csv."""
-    datasets: tuple[str, ...] = ("mnist", "fashion_mnist")
+    datasets: tuple[Literal["mnist", "fashion_mnist"], ...] = ("mnist", "fashion_mnist")
     """Data sets that decoys are painted on."""
     methods: tuple[str, ...] = tuple(METHODS)
     """Methods to train."""
@@ -102,8 +102,7 @@ class RightReasons:
     """Of each run."""
     backbone: str = "simple_cnn"
     """Of all runs."""
-    precision: str = "bf16"
-    """fp32, bf16 or fp16."""
+    precision: Precision = "bf16"
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: Workers = field(default_factory=Workers)
@@ -140,13 +139,15 @@ def _made(settings: RightReasons, runs: list[Run]) -> list[dict[str, Any]]:
 def candidates(settings: RightReasons, dataset: str, method: str) -> list[Run]:
     """Return the runs that a method's λ is chosen from: one for each value."""
     study = dataset if method in _CLEAN else f"decoy_{dataset}"
-    base = TrialConfig(
-        dataset=study,
-        backbone=settings.backbone,
-        epochs=settings.epochs,
-        precision=settings.precision,
-        device=settings.device,
-        lambda_batch=0.0,
+    base = TrialConfig.from_dict(
+        {
+            "dataset": study,
+            "backbone": settings.backbone,
+            "epochs": settings.epochs,
+            "precision": settings.precision,
+            "device": settings.device,
+            "lambda_batch": 0.0,
+        }
     )
     return [
         Run(
@@ -160,7 +161,7 @@ def candidates(settings: RightReasons, dataset: str, method: str) -> list[Run]:
     ]
 
 
-def choose(settings: RightReasons, cells: list[tuple[str, str]]) -> dict[tuple[str, str], Run]:
+def choose(settings: RightReasons, cells: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Run]:
     """Return for each data set and method the candidate of the highest validation accuracy.
 
     A method with unfinished candidates is left out.

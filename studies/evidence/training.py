@@ -23,7 +23,8 @@ PENALTIES = (RRR, RRR_BY_PROTOTYPES)
 @lru_cache(maxsize=4)
 def load_prepared(dataset: str, prototype: str = "mean") -> PreparedData:
     """Return a data set and its prototypes, loaded once in a process."""
-    return prepare(TrialConfig(dataset=dataset, prototype=prototype))
+    config = TrialConfig.from_dict({"dataset": dataset, "prototype": prototype})
+    return prepare(config)
 
 
 def train(run: Run, prepared: PreparedData, state: Path) -> TrialResult:

@@ -15,6 +15,7 @@ import json
 import platform
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-from batchcam.config import TrialConfig
+from batchcam.config import Precision, TrialConfig
 from batchcam.data.dataset import ImageData, load_data
 from batchcam.data.decoys import paint_decoys
 from batchcam.data.prepared import with_prototypes
@@ -32,7 +33,7 @@ from batchcam.training.fit import fit
 FOLDER = Path(__file__).parent / "goldens"
 STEPS = 20
 BACKBONES = ("simple_cnn", "resnet18", "convnextv2_atto")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 TERMS: dict[str, dict[str, Any]] = {
     "cross_entropy": {},
     "proto_l1": {"lambda_proto": 0.5},
@@ -79,7 +80,7 @@ def _data() -> ImageData:
     return replace(data, train=train, validation=validation, test=validation)
 
 
-def _config(backbone: str, precision: str, term: str) -> TrialConfig:
+def _config(backbone: str, precision: Precision, term: str) -> TrialConfig:
     """Return a configuration of one step per epoch, so that an epoch's losses are a step's."""
     return TrialConfig(
         **{"lambda_batch": 0.0, **TERMS[term]},
@@ -93,7 +94,7 @@ def _config(backbone: str, precision: str, term: str) -> TrialConfig:
     )
 
 
-def steps(backbone: str, precision: str, term: str) -> dict[str, list[float]]:
+def steps(backbone: str, precision: Precision, term: str) -> dict[str, list[float]]:
     """Return each metric of each of twenty steps: losses, accuracy and SSIM."""
     torch.set_num_threads(1)
     config = _config(backbone, precision, term)
@@ -126,7 +127,7 @@ def machine() -> dict[str, str]:
         for name in BACKBONES
     ],
 )
-def test_steps_are_the_golden_ones(backbone: str, precision: str, term: str) -> None:
+def test_steps_are_the_golden_ones(backbone: str, precision: Precision, term: str) -> None:
     content = json.loads((FOLDER / f"{backbone}_{precision}.json").read_text())
     golden, found = content["terms"][term], steps(backbone, precision, term)
     same = content["machine"] == machine()
@@ -145,9 +146,10 @@ def test_steps_are_the_golden_ones(backbone: str, precision: str, term: str) -> 
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    for name in sys.argv[1:] or [f"{b}_{p}" for b in BACKBONES for p in PRECISIONS]:
-        model, _, kind = name.rpartition("_")
-        made = {term: steps(model, kind, term) for term in TERMS}
-        content = {"machine": machine(), "terms": made}
-        (FOLDER / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-        print(name, flush=True)
+    for model, kind in product(BACKBONES, PRECISIONS):
+        name = f"{model}_{kind}"
+        if name in (sys.argv[1:] or [name]):
+            made = {term: steps(model, kind, term) for term in TERMS}
+            content = {"machine": machine(), "terms": made}
+            (FOLDER / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+            print(name, flush=True)

@@ -123,3 +123,19 @@ def test_a_loss_that_needs_masks_is_refused_before_anything_starts(
     assert status == 2
     assert "needs a mask for every training image, and dataset digits has none" in printed
     assert not (tmp_path / "results" / "s").exists()
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--dataset {digits,mnist,fashion_mnist",
+        "--objectives [{val_accuracy,cam_ssim,images_per_second}",
+        "--precision {fp32,bf16,fp16}",
+        "--metrics [{l1,l2,ssim}",
+        "--losses [{proto,batch,energy,exchange,mask_gradient}",
+    ],
+)
+def test_help_lists_the_choices_of_a_flag(capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    status, printed = _printed(capsys, "run", "--help")
+    assert status == 0
+    assert flag in printed

@@ -19,15 +19,18 @@ from studies.study import main
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"study": ""}, "study='' must be a plain name"),
-        ({"study": "a/b"}, "study='a/b' must be a plain name"),
-        ({"study": "../other"}, "study='../other' must be a plain name"),
-        ({"study": "."}, r"study='\.' must be a plain name"),
+        ({"study": ""}, "study='' names a folder; choose"),
+        ({"study": "a/b"}, "study='a/b' names a folder; choose"),
+        ({"study": "../other"}, "study='../other' names a folder; choose"),
+        ({"study": "."}, r"study='\.' names a folder; choose"),
         ({"resume": True}, "--resume and --extend need --study"),
         ({"extend": 3}, "--resume and --extend need --study"),
         ({"study": "s", "extend": -1}, "extend=-1 must be 0 or more"),
         ({"storage": "s3://key:secret@bucket"}, "--storage must hold no key .*AWS_ACCESS_KEY_ID"),
-        ({"storage": "s3://bucket?scheme=http"}, "must be a plain address; .*AWS_ENDPOINT_URL"),
+        (
+            {"storage": "s3://bucket?scheme=http"},
+            "must be an address without options; .*AWS_ENDPOINT_URL",
+        ),
         ({"num_trials": 0}, "num_trials=0 must be at least 1"),
         ({"max_epochs": 0}, "max_epochs=0 must be at least 1"),
         ({"min_epochs": -1}, "min_epochs=-1 must be at least 1"),
@@ -35,7 +38,7 @@ from studies.study import main
         ({"objectives": ()}, f"objectives is empty; choose among {', '.join(OBJECTIVES)}"),
         ({"objectives": ("accuracy",)}, "'accuracy' is unknown; .* Did you mean val_accuracy"),
         ({"cpus_per_trial": math.nan}, "cpus_per_trial=nan must be a finite number >= 0"),
-        ({"cpus_per_trial": 0.0}, "cpus_per_trial=0 .* give it CPUs"),
+        ({"cpus_per_trial": 0.0}, "cpus_per_trial=0 .* set it above 0"),
         ({"gpus_per_trial": -0.5}, "gpus_per_trial=-0.5 must be a finite number >= 0"),
         ({"gpus_per_trial": math.inf}, "gpus_per_trial=inf must be a finite number >= 0"),
         ({"dataset": "digit"}, "dataset='digit' is unknown; .* Did you mean digits"),
@@ -85,8 +88,8 @@ def test_unknown_flag_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--dataset", "digit"], "dataset='digit' is unknown"),
-        (["--metrics", "sim"], "metric 'sim' is unknown"),
+        (["--dataset", "digit"], "invalid choice 'digit' for argument '--dataset'"),
+        (["--metrics", "sim"], "invalid choice 'sim' for argument '--metrics'"),
         (["--backbones", "resnet_18"], "backbone 'resnet_18' is unknown"),
     ],
 )
@@ -162,7 +165,7 @@ def test_settings_may_be_repeated_on_resuming(begun: StudySettings) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_epochs": 4}, "was started with max_epochs=9, not 4; resume it without naming that"),
+        ({"max_epochs": 4}, "was started with max_epochs=9, not 4; resume it without that setting"),
         ({"space": SearchSpace(resolutions=(56,))}, r"was started with space=.*\(14, 28\)"),
         ({"num_trials": 99}, "was started with num_trials=8, not 99; use --extend to add trials"),
         ({"storage": "elsewhere"}, r"was started with storage='s3://bucket/folder"),
@@ -192,7 +195,7 @@ def test_only_resume_and_extend_go_on_with_a_study() -> None:
 
 
 def test_study_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no study to resume in .*/s; check --study, --out and"):
+    with pytest.raises(ConfigError, match=r"/s holds no study to resume; check --study, --out and"):
         StudySettings(study="s", out=tmp_path, resume=True).resumed()
 
 
@@ -253,7 +256,7 @@ def test_checkpoints_are_in_the_studys_folder_or_in_its_storage(
 @pytest.mark.parametrize("content", ["{", "[]", '{"out": "."}', "null"])
 def test_damaged_settings_are_named(begun: StudySettings, content: str) -> None:
     (begun.folder / paths.SETTINGS).write_text(content)
-    with pytest.raises(ConfigError, match=r"study\.json does not hold a study's settings"):
+    with pytest.raises(ConfigError, match=r"study\.json does not hold the settings of a study"):
         replace(begun, resume=True).resumed()
 
 

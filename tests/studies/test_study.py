@@ -196,7 +196,8 @@ def test_resuming_a_study_that_is_not_there_is_refused(
         main(["--study", "nowhere", "--resume"])
     assert ended.value.code == 2
     message = capsys.readouterr().err
-    assert message.startswith("error: there is no study to resume in ")
+    assert message.startswith("error: ")
+    assert "holds no study to resume" in message
     assert "check --study, --out and --storage" in message
     assert list(tmp_path.iterdir()) == []
 

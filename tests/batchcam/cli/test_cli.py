@@ -162,13 +162,11 @@ def test_the_working_directory_can_be_the_bundle(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--metric", "ssmi"), "metric='ssmi' is unknown; choose one of l1, l2, ssim."),
         (("--lambda-batch", "-1"), "lambda_batch=-1.0 must be a finite number >= 0"),
         (("--resolution", "4"), "resolution=4 must be at least 8 pixels"),
         (("--backbone", "resnet81"), "backbone 'resnet81' is unknown. Did you mean"),
         (("--backbone", "densenet121"), "densenet121 fails on 8x8 pixels"),
         (("--dataset", "imagefolder"), "imagefolder needs --data-root"),
-        (("--dataset", "cifar"), "dataset='cifar' is unknown"),
         (("--precision", "fp16"), "precision='fp16' needs CUDA"),
         (("--device", "cuda:77"), "device='cuda:77' is not available"),
         (("--config", "nowhere.yaml"), "nowhere.yaml cannot be read as YAML"),
@@ -184,6 +182,20 @@ def test_a_bad_value_is_one_line_of_error(
     shown = _refused(capsys, "train", *QUICK, *arguments, "--out", tmp_path / "out")
     assert message in shown
     assert shown.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "choice"),
+    [("--metric", "ssmi", "'ssim'"), ("--dataset", "cifar", "'fashion_mnist'")],
+)
+def test_an_unknown_choice_is_refused_with_the_choices(
+    capsys: pytest.CaptureFixture[str], flag: str, value: str, choice: str, tmp_path: Path
+) -> None:
+    assert run("train", flag, value, "--out", tmp_path / "out") == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"invalid choice '{value}' for argument '{flag}'" in shown
+    assert choice in shown
     assert list(tmp_path.iterdir()) == []
 
 

@@ -71,7 +71,7 @@ def config(name: str, tmp_path_factory: pytest.TempPathFactory) -> TrialConfig:
         return TrialConfig(dataset="imagefolder", data_root=str(root), val_fraction=0.25)
     if name != "digits" and not os.environ.get("BATCHCAM_DATA"):
         pytest.skip("BATCHCAM_DATA does not name a folder with the real files")
-    return TrialConfig(dataset=name, val_fraction=0.25)
+    return TrialConfig.from_dict({"dataset": name, "val_fraction": 0.25})
 
 
 @pytest.fixture(scope="module")

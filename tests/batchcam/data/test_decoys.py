@@ -69,8 +69,8 @@ def test_what_cannot_be_shown_is_refused(
 def test_the_data_sets_differ_from_their_originals_in_the_decoys_alone(name: str) -> None:
     if not os.environ.get("BATCHCAM_DATA"):
         pytest.skip("BATCHCAM_DATA does not name a folder with the real files")
-    original = load_data(TrialConfig(dataset=name))
-    decoyed = load_data(TrialConfig(dataset=f"decoy_{name}"))
+    original = load_data(TrialConfig.from_dict({"dataset": name}))
+    decoyed = load_data(TrialConfig.from_dict({"dataset": f"decoy_{name}"}))
     for part in ("train", "validation", "test"):
         clean, painted = original.split(part), decoyed.split(part)
         assert painted.masks is not None

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from batchcam.cli.main import main
-from batchcam.config import TrialConfig
+from batchcam.config import Cam, TrialConfig
 from batchcam.data.preprocessing import Preprocess
 from batchcam.errors import BundleError
 from batchcam.export.bundle import LoadedModel
@@ -21,7 +21,7 @@ from batchcam.models import create_model
 SIDE = 32
 
 
-def _loaded(backbone: str, stride: int | None = None, cam: str = "grad_cam") -> LoadedModel:
+def _loaded(backbone: str, stride: int | None = None, cam: Cam = "grad_cam") -> LoadedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = create_model(backbone, 3, 1, stride)
@@ -54,7 +54,7 @@ def _images(count: int) -> torch.Tensor:
     ],
 )
 def test_onnx_gives_the_same_probabilities_and_cams(
-    backbone: str, stride: int | None, cam: str, tmp_path: Path
+    backbone: str, stride: int | None, cam: Cam, tmp_path: Path
 ) -> None:
     loaded = _loaded(backbone, stride, cam)
     written = export(loaded, tmp_path)

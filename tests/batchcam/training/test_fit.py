@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from batchcam.cam import attribution, score_gradients
-from batchcam.config import TrialConfig
+from batchcam.config import Cam, Metric, TrialConfig
 from batchcam.data.prepared import PreparedData, prepare
 from batchcam.data.preprocessing import to_device
 from batchcam.errors import BackboneError, ConfigError, DivergedError, FormatError
@@ -135,7 +135,7 @@ def test_losses_are_means_over_images_not_batches(tiny_prepared: PreparedData) -
 @pytest.mark.parametrize("cam", ["grad_cam", "hires_cam"])
 @pytest.mark.parametrize("metric", ["l1", "l2", "ssim"])
 def test_every_metric_brings_cams_closer_than_cross_entropy(
-    tiny_prepared: PreparedData, tiny_config: TrialConfig, metric: str, cam: str
+    tiny_prepared: PreparedData, tiny_config: TrialConfig, metric: Metric, cam: Cam
 ) -> None:
     config = replace(tiny_config, metric=metric, cam=cam, lambda_batch=1.0)
     baseline = fit(replace(config, lambda_batch=0.0), prepared=tiny_prepared)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pytorch_msssim import SSIM
 from torch import Tensor, nn
 
-from batchcam.config import TrialConfig
+from batchcam.config import Metric, Optimizer, TrialConfig
 from batchcam.data.prepared import PreparedData
 from batchcam.data.preprocessing import to_device
 from batchcam.devices import compile_mode, prefers_channels_last
@@ -79,7 +79,7 @@ _RATE = 0.005
 @pytest.mark.parametrize("metric", ["l1", "l2", "ssim"])
 @pytest.mark.parametrize("backbone", ["simple_cnn", "resnet10t", "convnextv2_atto"])
 def test_losses_are_those_of_the_plainest_program(
-    tiny_prepared: PreparedData, tiny_config: TrialConfig, backbone: str, metric: str
+    tiny_prepared: PreparedData, tiny_config: TrialConfig, backbone: str, metric: Metric
 ) -> None:
     """Whatever was made faster: memory order, closed forms, matrix products, fused optimisers."""
     config = replace(
@@ -151,7 +151,7 @@ def test_gpus_have_graphs_and_tensor_cores(
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_one_cycle_rises_to_the_rate_and_falls_to_nothing(
-    tiny_config: TrialConfig, optimizer: str
+    tiny_config: TrialConfig, optimizer: Optimizer
 ) -> None:
     rates = _learning_rates(replace(tiny_config, optimizer=optimizer, schedule="one_cycle"))
     peak = rates.index(max(rates))
@@ -162,7 +162,7 @@ def test_one_cycle_rises_to_the_rate_and_falls_to_nothing(
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_constant_rate_stays(tiny_config: TrialConfig, optimizer: str) -> None:
+def test_a_constant_rate_stays(tiny_config: TrialConfig, optimizer: Optimizer) -> None:
     config = replace(tiny_config, optimizer=optimizer, schedule="constant")
     assert set(_learning_rates(config)) == {config.learning_rate}
 
@@ -194,7 +194,7 @@ SYNCHRONISING = {
 @pytest.mark.parametrize("backbone", ["simple_cnn", "convnextv2_atto"])
 @pytest.mark.parametrize("metric", ["l1", "ssim"])
 def test_a_step_waits_for_nothing(
-    tiny_prepared: PreparedData, tiny_config: TrialConfig, backbone: str, metric: str
+    tiny_prepared: PreparedData, tiny_config: TrialConfig, backbone: str, metric: Metric
 ) -> None:
     """Linear heads and others; on a GPU the host would stand still at each of these operators."""
     config = replace(
