@@ -66,7 +66,10 @@ def test_help_loads_neither_torch_nor_ray() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_report_is_written(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_is_written(
+    study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("studies.outcome.report.importance._ROUNDS", 1)
     (study / "report.html").unlink()
     status, printed = _printed(capsys, "report", str(study))
     assert (status, printed.strip()) == (0, str(study / "report.html"))

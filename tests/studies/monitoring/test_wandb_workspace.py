@@ -103,6 +103,7 @@ def test_a_server_that_is_lost_is_said_and_stops_nothing(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 3)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
     said = begin(StudySettings(study="mine", out=tmp_path), "online")
     assert said is not None
     assert said.startswith("warning: W&B did not take the dashboard of 'mine': ")

@@ -12,6 +12,7 @@ import pytest
 
 from batchcam.config import TrialConfig
 from studies.engine.ledger import LEDGER, Ledger
+from studies.outcome.report.importance import MIN_TRIALS
 from studies.settings import StudySettings
 from studies.space import SearchSpace
 
@@ -35,7 +36,10 @@ def make_study(tmp_path_factory: pytest.TempPathFactory) -> MakeStudy:
     Accuracy follows the learning rate; SSIM is high where a CAM is in the loss.
     """
 
-    def make(trials: int = 16, *, bundles: bool = True, confirmed: bool = False) -> Path:
+    # By default too few trials for the importance of parameters, which takes seconds.
+    def make(
+        trials: int = MIN_TRIALS - 1, *, bundles: bool = True, confirmed: bool = False
+    ) -> Path:
         space = SearchSpace(backbones=("simple_cnn", "resnet18"))
         settings = StudySettings(
             study="made", out=tmp_path_factory.mktemp("study"), num_trials=trials, space=space

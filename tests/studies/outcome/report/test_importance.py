@@ -4,6 +4,11 @@ import pytest
 from studies.outcome.report.importance import MIN_TRIALS, importance
 
 
+@pytest.fixture(autouse=True)
+def _one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("studies.outcome.report.importance._ROUNDS", 1)
+
+
 def points(count: int) -> list[dict[str, float | str]]:
     draw = np.random.default_rng(1)
     return [
