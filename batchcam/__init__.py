@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from batchcam.config import TrialConfig
     from batchcam.data.prepared import PreparedData, prepare
     from batchcam.errors import BatchCamError
-    from batchcam.export.bundle import LoadedModel, load
+    from batchcam.export.bundle import load
+    from batchcam.export.loaded_model import LoadedModel
     from batchcam.training.fit import EpochReport, TrialResult, fit
 
 __all__ = [
@@ -30,7 +31,7 @@ __all__ = [
 _MODULES = {
     "BatchCamError": "batchcam.errors",
     "EpochReport": "batchcam.training.fit",
-    "LoadedModel": "batchcam.export.bundle",
+    "LoadedModel": "batchcam.export.loaded_model",
     "PreparedData": "batchcam.data.prepared",
     "TrialConfig": "batchcam.config",
     "TrialResult": "batchcam.training.fit",

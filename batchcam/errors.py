@@ -59,3 +59,12 @@ def suggest_names(name: str, known: Iterable[str], limit: int = 3) -> str:
     """Return ``" Did you mean a, b?"`` with the nearest known names, or an empty string."""
     near = get_close_matches(name, list(known), n=limit, cutoff=0.5)
     return f" Did you mean {', '.join(near)}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 200 characters.
+
+    The name of its class replaces an empty message, as MemoryError often has.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

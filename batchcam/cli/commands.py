@@ -17,12 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from batchcam import figures
 from batchcam.config import TrialConfig
+from batchcam.data.image_folder import read_picture
 from batchcam.data.prepared import PreparedData, prepare
-from batchcam.data.sources import read_picture
 from batchcam.errors import BundleError, ConfigError
-from batchcam.export.bundle import LoadedModel, check_writable, load, save_bundle
+from batchcam.export.bundle import check_writable, load, save_bundle
+from batchcam.export.formats import export
+from batchcam.export.loaded_model import LoadedModel
 from batchcam.export.model_card import loss_name, title
-from batchcam.export.onnx_export import export
 from batchcam.training.fit import EpochReport, TrialResult, fit
 
 console = Console(highlight=False, soft_wrap=True)

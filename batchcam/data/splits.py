@@ -37,6 +37,10 @@ class Split:
         return replace(self, images=self.images[index], labels=self.labels[index], masks=masks)
 
 
+Loaded = tuple[Split, Split, tuple[str, ...]]
+"""What a loader returns: training set, test set, class names."""
+
+
 def stratified_split(labels: Labels, fraction: float, seed: int) -> tuple[Labels, Labels]:
     """Return the sorted indices of the items kept and of those held out, stratified by class.
 

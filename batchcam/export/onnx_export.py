@@ -1,4 +1,4 @@
-"""A bundle in formats that do not need this project: timm's own format, and ONNX.
+"""A trained model and its CAM as one ONNX file.
 
 Shapes: N images, R pixels of the model's input.
 """
@@ -8,50 +8,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from batchcam.cam import render
 from batchcam.errors import BundleError
 from batchcam.explainers import EXPLAINERS, TargetScores
-from batchcam.export.bundle import LoadedModel
-from batchcam.export.timm_format import CONFIG_FILE, own_weights, write_config
-from batchcam.models import TimmCNN
-
-ONNX_FILE = "model.onnx"
-
-
-def export(loaded: LoadedModel, folder: Path) -> list[str]:
-    """Write a model in every format that it supports, into an existing folder.
-
-    - `config.json`, `model.safetensors`: for timm backbones;
-      `timm.create_model("local-dir:FOLDER", pretrained=True)` reads them.
-    - `model.onnx`: if the head is linear, so that a CAM needs no gradients, which ONNX lacks. See
-      :func:`write_onnx`.
-
-    Returns:
-        The names of the files.
-
-    Raises:
-        BundleError: the extra `onnx` is missing.
-    """
-    written = []
-    if isinstance(loaded.model, TimmCNN):
-        write_timm(loaded, folder)
-        written += [CONFIG_FILE, "model.safetensors"]
-    if _is_linear(loaded):
-        write_onnx(loaded, folder / ONNX_FILE)
-        written.append(ONNX_FILE)
-    return written
-
-
-def write_timm(loaded: LoadedModel, folder: Path) -> None:
-    """Write a timm backbone in timm's format, with class names and preprocessing."""
-    model = loaded.model
-    assert isinstance(model, TimmCNN)
-    path = folder / CONFIG_FILE
-    write_config(model, loaded.class_names, loaded.channels, loaded.preprocess, path)
-    save_file(own_weights(model), folder / "model.safetensors", metadata={"format": "pt"})
+from batchcam.export.loaded_model import LoadedModel
 
 
 def write_onnx(loaded: LoadedModel, path: Path) -> None:
@@ -64,7 +26,7 @@ def write_onnx(loaded: LoadedModel, path: Path) -> None:
     Raises:
         BundleError: the head is not linear, or the extra `onnx` is missing.
     """
-    if not _is_linear(loaded):
+    if not has_linear_head(loaded):
         raise BundleError(
             f"a CAM of {loaded.config.backbone} needs the gradient of its head, which ONNX lacks; "
             "use timm's format."
@@ -112,5 +74,6 @@ class _WithCam(nn.Module):
         return logits.softmax(dim=1), render(F.relu(sums), self._resolution)
 
 
-def _is_linear(loaded: LoadedModel) -> bool:
+def has_linear_head(loaded: LoadedModel) -> bool:
+    """Return whether the head is linear, so that a CAM needs no gradients."""
     return loaded.model.class_weights(1) is not None

@@ -1,17 +1,29 @@
-"""The files from which timm builds a model again: config.json and weights by timm's names."""
+"""timm's own format of a model: config.json, and weights under timm's names."""
 
 import shutil
 import tempfile
 from pathlib import Path
 
+from safetensors.torch import save_file
 from torch import Tensor
 
 from batchcam.data.preprocessing import Preprocess
+from batchcam.export.loaded_model import LoadedModel
 from batchcam.models import ExplainableModel, TimmCNN
 
 CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
 _PREFIX = "model."
 """Prefix of the timm model's weights in the state dict of our model."""
+
+
+def write_timm(loaded: LoadedModel, folder: Path) -> None:
+    """Write a timm backbone in timm's format, with class names and preprocessing."""
+    model = loaded.model
+    assert isinstance(model, TimmCNN)
+    path = folder / CONFIG_FILE
+    write_config(model, loaded.class_names, loaded.channels, loaded.preprocess, path)
+    save_file(own_weights(model), folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def write_config(

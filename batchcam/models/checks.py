@@ -8,9 +8,9 @@ from functools import lru_cache
 
 import torch
 
-from batchcam.errors import BackboneError
+from batchcam.errors import BackboneError, first_line
 from batchcam.models.base import ExplainableModel
-from batchcam.models.create import create_model, first_line
+from batchcam.models.create import create_model
 
 _AUTO_STRIDES = (None, 16, 8)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from batchcam.errors import BackboneError, suggest_names
+from batchcam.errors import BackboneError, first_line, suggest_names
 from batchcam.models.base import ExplainableModel
 from batchcam.models.simple_cnn import SimpleCNN
 from batchcam.models.timm_cnn import TimmCNN
@@ -94,8 +94,3 @@ def _create_timm(
             "another."
         ) from error
     return model
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, at most 200 characters."""
-    return str(error).strip().split("\n")[0][:200]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from batchcam import errors
-from batchcam.errors import BatchCamError, FormatError, check_format, suggest_names
+from batchcam.errors import BatchCamError, FormatError, check_format, first_line, suggest_names
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,15 @@ def test_no_more_names_are_suggested_than_asked_for() -> None:
 def test_nothing_is_suggested_where_nothing_is_near() -> None:
     assert suggest_names("zzz", ["resnet18", "vgg"]) == ""
     assert suggest_names("zzz", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n one\ntwo"), "one"),
+        (MemoryError(), "MemoryError"),
+        (OSError("x" * 300), "x" * 200),
+    ],
+)
+def test_first_line_of_an_error_is_never_empty(error: Exception, line: str) -> None:
+    assert first_line(error) == line

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from batchcam.data import sources
-from batchcam.data.sources import LOADERS, read_picture
+from batchcam.data import idx_files
+from batchcam.data.image_folder import read_picture
+from batchcam.data.sources import LOADERS
 from batchcam.errors import DataError
 
 TRAIN_IMAGES = "train-images-idx3-ubyte"
@@ -62,8 +63,8 @@ def small_idx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         }
         for folder, files in CONTENT.items()
     }
-    monkeypatch.setattr(sources, "_IDX_FILES", tables)
-    monkeypatch.setattr(sources, "_download", _no_download)
+    monkeypatch.setattr(idx_files, "_IDX_FILES", tables)
+    monkeypatch.setattr(idx_files, "_download", _no_download)
     monkeypatch.delenv("BATCHCAM_DATA", raising=False)
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
@@ -167,7 +168,7 @@ def test_a_download_goes_to_the_data_root_and_is_checked(
         asked.append(root)
         _write(root, folder)
 
-    monkeypatch.setattr(sources, "_download", download)
+    monkeypatch.setattr(idx_files, "_download", download)
     train, _, _ = LOADERS["mnist"](given)
     assert asked == [tmp_path / "root" if given else tmp_path / "cwd" / "data"]
     assert len(train) == 40
@@ -185,7 +186,7 @@ def test_a_download_is_not_waited_for_for_ever(
     monkeypatch.setattr("torchvision.datasets.MNIST", fake)
     before = socket.getdefaulttimeout()
     with pytest.raises(URLError):
-        sources._download("MNIST", tmp_path)
+        idx_files._download("MNIST", tmp_path)
     ((root, download, wait),) = waits
     assert (root, download) == (str(tmp_path), True)
     assert wait is not None

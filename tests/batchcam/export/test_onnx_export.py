@@ -14,8 +14,9 @@ from batchcam.cli.main import main
 from batchcam.config import Cam, TrialConfig
 from batchcam.data.preprocessing import Preprocess
 from batchcam.errors import BundleError
-from batchcam.export.bundle import LoadedModel
-from batchcam.export.onnx_export import export, write_onnx
+from batchcam.export.formats import export
+from batchcam.export.loaded_model import LoadedModel
+from batchcam.export.onnx_export import write_onnx
 from batchcam.models import create_model
 
 SIDE = 32
