@@ -99,7 +99,7 @@ class Explainer(Protocol):
     name: str
     """The value of `TrialConfig.cam`."""
     title: str
-    """What people call it."""
+    """The explainer's name for people."""
     uses_channel_weights: bool
     """Whether its maps are weighted sums of feature maps, which a training step of a linear head
     can compute together with the logits (:func:`batchcam.cam.fused_weighted_sum`)."""

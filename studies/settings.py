@@ -113,7 +113,7 @@ class StudySettings:
             raise ConfigError(
                 f"study={self.study!r} names a folder; choose a name without / and leading dot."
             )
-        if self.goes_on and self.study is None:
+        if self.resumes and self.study is None:
             raise ConfigError(
                 "--resume and --extend need --study, the name of the study to resume."
             )
@@ -175,7 +175,7 @@ class StudySettings:
         return objectives_of(self.objectives)
 
     @property
-    def goes_on(self) -> bool:
+    def resumes(self) -> bool:
         """Whether these settings resume a study that exists."""
         return self.resume or self.extend > 0
 
@@ -258,9 +258,9 @@ class StudySettings:
     def checkpoints(self) -> str:
         """Folder or address under which each trial has a folder for its checkpoints."""
         folder = self.folder / paths.CHECKPOINTS
-        return self.copy_of(folder) or str(folder)
+        return self.replica_of(folder) or str(folder)
 
-    def copy_of(self, path: Path) -> str | None:
+    def replica_of(self, path: Path) -> str | None:
         """Return the storage's address of a path in the study's folder; None without a storage."""
         if self.storage is None:
             return None

@@ -1,4 +1,4 @@
-"""A study from its settings to its exports: what runs on the driver."""
+"""The driver of a study: from its settings to its exports."""
 
 import sys
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from studies import paths
 from studies.engine.ledger import Ledger
 from studies.engine.ledger_callback import ERRORS
 from studies.engine.retry import StorageLostError
-from studies.engine.run import Search, run_search
+from studies.engine.run import Search, Trainable, run_search
 from studies.engine.storage import check_storage, copy_file, is_file
 from studies.monitoring import wandb_workspace as dashboard
 from studies.monitoring.console import console
@@ -32,14 +32,20 @@ from studies.outcome.report import page as report
 from studies.planning.forecast import forecast, print_forecast, sample_configs
 from studies.planning.probe import Probe, probe_all, probe_configs
 from studies.planning.ray_cluster import connect
-from studies.planning.resources import alive_nodes, choose_resources, cluster_device, slots
+from studies.planning.resources import (
+    TrialResources,
+    alive_nodes,
+    choose_resources,
+    cluster_device,
+    slots,
+)
 from studies.settings import StudySettings
 from studies.space import SearchSpace, Strides, feasible_strides, first_points, point_of, suggest
 from studies.trial import TrialSettings, run_trial
 
 
 def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
-    """Run a study from a command line; exit with status 2 for an error that the user can correct.
+    """Run a study from a command line; exit with status 2 after an error that the user can correct.
 
     Args:
         argv: the arguments; None: those of this process.
@@ -51,7 +57,7 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
         name = settings.study
         run_study(settings)
     except KeyboardInterrupt:
-        print(f"interrupted; go on with --study {name} --resume", file=sys.stderr)
+        print(f"interrupted; resume with --study {name} --resume", file=sys.stderr)
         sys.exit(130)
     except (BatchCamError, StorageLostError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -59,70 +65,48 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
 
 
 def run_study(settings: StudySettings) -> Path:
-    """Run a study, or go on with one, and export its best; return its folder.
+    """Run or resume a study, export its best trials, and return its folder.
 
     Raises:
         BatchCamError: the settings, the data or the folder cannot be used, or no trial succeeded.
-        StorageLostError: what must be written could not be, for a long time.
+        StorageLostError: the storage could not be written to, for longer than the engine retries.
     """
     print_engine_warnings()
-    settings_file = settings.folder / paths.SETTINGS
-    copy = settings.copy_of(settings_file)
-    if settings.goes_on:
-        if copy is not None and not settings_file.exists() and is_file(copy):
-            copy_file(copy, str(settings_file))  # The driver's machine is another one.
-        settings = settings.resumed()
-    else:
-        _check_new(settings)
-        if not settings.dry_run:
-            check_writable(settings.folder)
-            if settings.storage is not None:
-                check_storage(settings.checkpoints)
-        settings = settings.begun()
+    settings = _resumed(settings) if settings.resumes else _begun(settings)
     prepared = prepare(settings.base_config())
     strides = feasible_strides(settings.space, prepared.dataset.channels)
     check_masks((TERMS[name] for name in settings.space.switched), prepared.dataset)
     _compute_ahead(prepared, settings.space, strides)
-    if settings.pretrained:  # Better no study than one whose every trial fails.
+    if settings.pretrained:  # Fail now rather than in every trial.
         for backbone in settings.space.backbones:
             create_model(backbone, pretrained=True)
     search = _search(settings, strides)
-    mode, why = choose_mode()
+    mode, reason = choose_mode()
 
     connect(settings.address)
     try:
         probes = _probe(settings, prepared, strides)
-        shares = [each.peak_bytes / each.device_bytes for each in probes if each.error is None]
-        resources = choose_resources(
-            alive_nodes(),
-            settings.cpus_per_trial,
-            settings.gpus_per_trial,
-            max(shares, default=None),
-        )
+        resources = _resources(settings, probes)
         if settings.dry_run:
             configs = sample_configs(settings, strides, settings.num_trials)
             result = forecast(settings, configs, probes, prepared, slots(alive_nodes(), resources))
             print_forecast(console, settings, probes, resources, result)
             return settings.folder
-        settings.folder.mkdir(parents=True, exist_ok=True)
-        settings.save()  # From here on there is something to resume.
-        if copy is not None:
-            copy_file(str(settings_file), copy)
+        _save(settings)
         console.print(
             f"Study {settings.study}: {settings.num_trials} trials of up to "
             f"{settings.max_epochs} epochs on {settings.dataset}, {resources.cpus:g} CPU and "
-            f"{resources.gpus:g} GPU each; W&B {mode} ({why})"
+            f"{resources.gpus:g} GPU each; W&B {mode} ({reason})"
         )
-        said = dashboard.begin(settings, mode)
-        if said:
-            console.print(said)
+        message = dashboard.begin(settings, mode)
+        if message:
+            console.print(message)
         tracking = Tracking(settings.wandb_project, settings.study or "", settings.folder, mode)
         trial_settings = TrialSettings(
             settings.base_config(), resources, settings.checkpoints, tracking
         )
-        # with_parameters puts the prepared into the object store once; trials map them from there.
+        # with_parameters puts the prepared data into the object store once; trials map it.
         trainable = tune.with_parameters(run_trial, settings=trial_settings, prepared=prepared)
-        memory = settings.copy_of(settings.folder / paths.MEMORY)
         ledger = run_search(
             search,
             settings.folder,
@@ -130,52 +114,101 @@ def run_study(settings: StudySettings) -> Path:
             resources.request,
             lambda: slots(alive_nodes(), resources),
             progress=on_terminal(search),
-            copy=memory,
+            copy=settings.replica_of(settings.folder / paths.MEMORY),
             on_trial_end=partial(attach_picture, settings=settings),
         )
-        records, front = _write_tables(settings, ledger)
-        chosen = export.choose(records, front, settings.objective_records)
-        confirmed: list[Confirmed] = []
-        if settings.confirm:
-            best = best_of_front(front, chosen, settings.objective_records, settings.confirm)
-            console.print(f"Confirming {len(best)} of them with {settings.seeds} seeds each")
-            confirmed = confirm(settings, best, trainable, resources)
-            means = [each.as_record for each in confirmed]
-            chosen = export.choose(means, means, settings.objective_records)
-        metrics = export.export_bundles(
-            settings.folder / paths.BUNDLES, chosen, prepared, settings.study or ""
-        )
-        outcome = summary.Outcome(
-            settings.objective_records, records, front, confirmed, chosen, metrics
-        )
-        summary.write_readme(
-            settings.folder / paths.README, settings, outcome, prepared.dataset.sha256
-        )
-        page = report.write(settings.folder)
-        console.print(f"Report: {page}", soft_wrap=True)
-        summary.print_summary(console, outcome, settings.folder)
+        _export(settings, ledger, trainable, resources, prepared)
         return settings.folder
     finally:
         ray.shutdown()
+
+
+def _resumed(settings: StudySettings) -> StudySettings:
+    """Return the settings of the study to resume, which may be in its storage only."""
+    file = settings.folder / paths.SETTINGS
+    replica = settings.replica_of(file)
+    if replica is not None and not file.exists() and is_file(replica):
+        copy_file(replica, str(file))  # The study began on another machine.
+    return settings.resumed()
+
+
+def _begun(settings: StudySettings) -> StudySettings:
+    """Return the settings of a new study; refuse a name or folders that cannot be used."""
+    _check_new(settings)
+    if not settings.dry_run:
+        check_writable(settings.folder)
+        if settings.storage is not None:
+            check_storage(settings.checkpoints)
+    return settings.begun()
+
+
+def _save(settings: StudySettings) -> None:
+    """Write study.json, and its replica; from here on the study can be resumed."""
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    settings.save()
+    file = settings.folder / paths.SETTINGS
+    replica = settings.replica_of(file)
+    if replica is not None:
+        copy_file(str(file), replica)
+
+
+def _resources(settings: StudySettings, probes: Sequence[Probe]) -> TrialResources:
+    """Return what a trial requests: the user's choice, or enough for the largest probe."""
+    fractions = [each.peak_bytes / each.device_bytes for each in probes if each.error is None]
+    return choose_resources(
+        alive_nodes(),
+        settings.cpus_per_trial,
+        settings.gpus_per_trial,
+        max(fractions, default=None),
+    )
+
+
+def _export(
+    settings: StudySettings,
+    ledger: Ledger,
+    trainable: Trainable,
+    resources: TrialResources,
+    prepared: PreparedData,
+) -> None:
+    """Write tables, bundles, README.md and report.html; train the best again if that is asked."""
+    records, front = _write_tables(settings, ledger)
+    chosen = export.choose(records, front, settings.objective_records)
+    confirmed: list[Confirmed] = []
+    if settings.confirm:
+        best = best_of_front(front, chosen, settings.objective_records, settings.confirm)
+        console.print(f"Confirming {len(best)} trials with {settings.seeds} seeds each")
+        confirmed = confirm(settings, best, trainable, resources)
+        means = [each.as_record for each in confirmed]
+        chosen = export.choose(means, means, settings.objective_records)
+    metrics = export.export_bundles(
+        settings.folder / paths.BUNDLES, chosen, prepared, settings.study or ""
+    )
+    outcome = summary.Outcome(
+        settings.objective_records, records, front, confirmed, chosen, metrics
+    )
+    summary.write_readme(settings.folder / paths.README, settings, outcome, prepared.dataset.sha256)
+    page = report.write(settings.folder)
+    console.print(f"Report: {page}", soft_wrap=True)
+    summary.print_summary(console, outcome, settings.folder)
 
 
 def _check_new(settings: StudySettings) -> None:
     """Refuse to overwrite a study."""
     if (settings.folder / paths.SETTINGS).is_file():
         raise ConfigError(
-            f"study {settings.study!r} exists in {settings.folder.parent}; go on with it by "
+            f"study {settings.study!r} exists in {settings.folder.parent}; resume it with "
             "--resume, or choose another name."
         )
-    copy = settings.copy_of(settings.folder / paths.SETTINGS)
-    if copy is not None and is_file(copy):
+    replica = settings.replica_of(settings.folder / paths.SETTINGS)
+    if replica is not None and is_file(replica):
         raise ConfigError(
-            f"study {settings.study!r} exists in {settings.storage}; go on with it by --resume, or "
+            f"study {settings.study!r} exists in {settings.storage}; resume it with --resume, or "
             "choose another name."
         )
 
 
 def _compute_ahead(prepared: PreparedData, space: SearchSpace, strides: Strides) -> None:
-    """Compute what all trials need of the data, once: ceilings of every grid, and supports."""
+    """Compute once what all trials need: the ceiling of every grid, and the supports."""
     channels = prepared.dataset.channels
     grids = [
         (resolution, feature_grid(backbone, resolution, channels, stride))
@@ -187,23 +220,23 @@ def _compute_ahead(prepared: PreparedData, space: SearchSpace, strides: Strides)
 
 
 def _probe(settings: StudySettings, prepared: PreparedData, strides: Strides) -> list[Probe]:
-    """Measure what a trial of each kind takes, where that decides anything."""
-    said = settings.cpus_per_trial, settings.gpus_per_trial
+    """Measure a trial of each backbone, resolution and stride, unless its resources are given."""
+    cpus, gpus = settings.cpus_per_trial, settings.gpus_per_trial
     device = cluster_device(alive_nodes())
-    needed = said[0] if device == "cpu" else said[1]
-    if needed is not None and not settings.dry_run:
+    requested = cpus if device == "cpu" else gpus
+    if requested is not None and not settings.dry_run:
         return []
-    gpus = 1.0 if device == "cuda" and said[1] != 0 else 0.0
+    whole_gpus = 1.0 if device == "cuda" and gpus != 0 else 0.0
     configs = list(probe_configs(settings.base_config(), settings.space, strides))
-    return probe_all(configs, prepared, said[0] or 1.0, gpus)
+    return probe_all(configs, prepared, cpus or 1.0, whole_gpus)
 
 
 def _search(settings: StudySettings, strides: Strides) -> Search:
     warm = [
         point_of(TrialConfig.from_yaml(bundle / "config.yaml"), settings.space, strides)
         for bundle in settings.warm_start
-        # On resuming they are in Optuna's study, wherever the bundles are by now.
-        if bundle.exists() or not settings.goes_on
+        # On resume, Optuna's study holds the points, so that bundles may have been moved.
+        if bundle.exists() or not settings.resumes
     ]
     return Search(
         name=settings.optuna_name,
@@ -222,7 +255,7 @@ def _search(settings: StudySettings, strides: Strides) -> Search:
 def _write_tables(
     settings: StudySettings, ledger: Ledger
 ) -> tuple[list[export.TrialRecord], list[export.TrialRecord]]:
-    """Write trials.csv and pareto.json; return the trials, and those of the Pareto front."""
+    """Write trials.csv and pareto.json; return all trials, and the Pareto front."""
     folder = settings.folder
     records = export.collect(ledger, settings.base_config(), settings.checkpoints)
     export.write_trials(folder / paths.TRIALS, records)
@@ -231,7 +264,7 @@ def _write_tables(
         reasons = {record.error for record in records if record.error} or {"none was reported"}
         raise export.StudyError(
             f"no trial of study {settings.study!r} succeeded; errors: {'; '.join(reasons)}. "
-            f"See {folder / 'trials.csv'} and {folder / ERRORS}; mend the cause and --resume, "
+            f"See {folder / 'trials.csv'} and {folder / ERRORS}; correct the cause and --resume, "
             "or start another study."
         )
     export.write_pareto(folder / paths.PARETO, front, settings.objective_records)

@@ -1,7 +1,8 @@
-"""One trial as Ray runs it: a configuration in, a report after each epoch, its state kept.
+"""One trial as Ray runs it: trains a configuration, reports each epoch, saves checkpoints.
 
-A trial keeps its own checkpoints, under the id that it has in the study rather than in this run of
-it. So it goes on from them however it was cut: by Ray, with its node, or with the driver.
+Checkpoints are stored under the trial's id in the study, which does not change between runs of the
+study. A trial therefore resumes from them after any interruption: by Ray, by the loss of its node,
+or by the end of the driver.
 """
 
 from contextlib import ExitStack
@@ -40,20 +41,20 @@ METRICS = (
     "loss",
     *(f"loss_{name}" for name in TERMS),
 )
-"""The metrics of a trial in the order of trials.csv, named as `EpochReport.metrics` names them."""
+"""Metrics of a trial in the order of trials.csv, by their names in `EpochReport.metrics`."""
 
 _FIELDS = {field.name for field in fields(TrialConfig)}
 
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """What all trials of a study share, beside their prepared.
+    """Settings that all trials of a study share.
 
     Attributes:
-        base: what the search does not decide.
-        resources: what a trial has, which sets its threads.
-        checkpoints: the folder, or URI, under which each trial has one of its own.
-        tracking: where its W&B run goes.
+        base: the configuration whose other fields the search sets.
+        resources: the resources of a trial, which set its threads.
+        checkpoints: the folder, or URI, that holds a folder of checkpoints per trial.
+        tracking: where the W&B runs are recorded.
     """
 
     base: TrialConfig
@@ -63,29 +64,29 @@ class TrialSettings:
 
 
 def trial_config(base: TrialConfig, params: dict[str, Any]) -> TrialConfig:
-    """Return the trial's configuration: the study's, with what the search decided."""
-    decided = {name: value for name, value in params.items() if name in _FIELDS}
-    return TrialConfig.from_dict(base.as_dict() | decided)
+    """Return the trial's configuration: `base` with the fields that the search set."""
+    searched = {name: value for name, value in params.items() if name in _FIELDS}
+    return TrialConfig.from_dict(base.as_dict() | searched)
 
 
 def run_name(config: TrialConfig) -> str:
-    """Return a name that a person can tell runs apart by."""
+    """Return the display name of a trial's run: backbone, resolution and loss."""
     return f"{config.backbone} {config.resolution}px {loss_name(config)}"
 
 
 def run_tags(config: TrialConfig) -> tuple[str, ...]:
-    """Return words by which a person finds runs of a kind."""
+    """Return the tags of a trial's run: data set, backbone, resolution, losses and metric."""
     used = loss_terms(config) or ["cross-entropy"]
     metric = [config.metric.upper()] if compares_cams(config) else []
     return (config.dataset, config.backbone, f"{config.resolution}px", *used, *metric)
 
 
 def run_trial(params: dict[str, Any], *, settings: TrialSettings, prepared: PreparedData) -> None:
-    """Train one trial, reporting each epoch to Ray Tune and to W&B.
+    """Train one trial, and report each epoch to Ray Tune and to W&B.
 
-    Goes on from the trial's newest checkpoint if it has any; epochs in it that the study has not
-    heard of are reported first. Where the scheduler stops the trial, Ray raises SystemExit from the
-    report.
+    Resumes from the trial's newest checkpoint, if there is one. Epochs of the checkpoint that the
+    ledger lacks are reported first. If the scheduler stops the trial, Ray raises SystemExit from
+    the report.
     """
     torch.set_num_threads(settings.resources.enlarged(params[RESOURCE_MULTIPLIER]).threads)
     config = trial_config(settings.base, params)

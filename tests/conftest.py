@@ -1,4 +1,4 @@
-"""What every test shares: one thread, hypothesis without deadlines, an environment of its own."""
+"""Settings of all tests: one thread, hypothesis without deadlines, a clean environment."""
 
 import os
 import socket
@@ -21,7 +21,7 @@ _PRIVATE = ("WANDB_", "RAY_", "BATCHCAM_OPTUNA_", "XDG_", "NETRC", "COLUMNS")
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Compute with one thread, whatever the test before has set.
+    """Compute with one thread, whatever the previous test set.
 
     Results are promised per number of threads, and idle cores are not: one thread is both the
     reproducible and, on a busy machine, by far the fast choice.
@@ -54,7 +54,7 @@ def _clean_environment(environment: dict[str, str]) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
-    """Return a function that gives a port at which nothing listens."""
+    """Return a function that returns a free port."""
 
     def choose() -> int:
         with socket.socket() as probe:

@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md names every module, and no module that is not there."""
+"""Tests that ARCHITECTURE.md names every module, and no other."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What was written by earlier versions stays readable, and makes the same tables again.
+"""Tests that files of earlier versions stay readable, and give the same tables.
 
 The files are those of results/, as they are committed.
 """
@@ -55,7 +55,7 @@ def test_configuration_is_read_with_every_field_that_it_names(path: Path) -> Non
 
 
 def _plain(value: str) -> str:
-    """Return a scalar of YAML as Python prints it."""
+    """Return a YAML scalar as Python prints it."""
     return {"null": "None", "true": "True", "false": "False"}.get(value, value.strip("'"))
 
 
@@ -109,14 +109,14 @@ def test_every_run_of_the_evidence_has_a_configuration_that_is_read() -> None:
 
 
 def copied(name: str, folder: Path) -> Path:
-    """Copy the runs of an evidence command, and nothing that it makes of them."""
+    """Copy the runs of an evidence command, without its tables."""
     target = folder / name
     shutil.copytree(ROOT / "results" / name / "runs", target / "runs")
     return target
 
 
 def check_tables(name: str, made: Path, *tables: str) -> None:
-    """Check that tables that were made again are the committed ones, byte for byte."""
+    """Check that new tables equal the committed ones byte for byte."""
     for table in tables:
         assert (made / table).read_bytes() == (ROOT / "results" / name / table).read_bytes()
 

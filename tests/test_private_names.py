@@ -1,4 +1,4 @@
-"""No module uses a private name of the libraries that it stands on.
+"""Tests that no module uses a private name of a library.
 
 A private name may change with any release. Checked are imports, attributes, overridden methods, and
 W&B's experimental settings, which begin with `x_`.
@@ -14,13 +14,9 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("batchcam", "studies", "cluster", "tests")
 LIBRARIES = ("torch", "optuna", "ray", "timm", "wandb", "wandb_workspaces")
 
-_SIMULATED = "simulates the actors of Ray's controller; thousands of real ones need a cluster"
 _WORKSPACE = "wandb-workspaces has no public way to turn a workspace into JSON and back"
 _HOOKS = "PyTorch has no public way to list the hooks of a module"
 EXCEPTIONS = {
-    ("studies/benchmarks/scale.py", "_internal"): _SIMULATED,
-    ("studies/benchmarks/scale.py", "_on_start"): _SIMULATED,
-    ("studies/benchmarks/scale.py", "_on_stop"): _SIMULATED,
     ("studies/monitoring/wandb_workspace.py", "_to_model"): _WORKSPACE,
     ("tests/studies/monitoring/test_wandb_workspace.py", "_to_model"): _WORKSPACE,
     ("tests/studies/monitoring/test_wandb_workspace.py", "_from_model"): _WORKSPACE,
@@ -121,7 +117,7 @@ def _foreign(tree: ast.Module, own: set[str]) -> Iterator[str]:
 
 
 def _imported(tree: ast.Module) -> dict[str, str]:
-    """Return what each imported name stands for."""
+    """Return the full name of each imported name."""
     names: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -135,7 +131,7 @@ def _imported(tree: ast.Module) -> dict[str, str]:
 
 
 def _dotted(node: ast.expr, imported: dict[str, str]) -> str | None:
-    """Return the full name that an expression like `tune.Callback` stands for, if imported."""
+    """Return the full name of an expression such as `tune.Callback`, if its root is imported."""
     if isinstance(node, ast.Name):
         return imported.get(node.id)
     if isinstance(node, ast.Attribute):
@@ -145,7 +141,7 @@ def _dotted(node: ast.expr, imported: dict[str, str]) -> str | None:
 
 
 def _overridden(node: ast.ClassDef, imported: dict[str, str]) -> Iterator[str]:
-    """Yield the private methods of a class that override those of a library's class."""
+    """Yield the private methods of a class that override methods of a library's class."""
     paths = [_dotted(base, imported) for base in node.bases]
     bases = [_load(path) for path in paths if path is not None and _is_library(path)]
     for item in node.body:
@@ -156,7 +152,7 @@ def _overridden(node: ast.ClassDef, imported: dict[str, str]) -> Iterator[str]:
 
 
 def _load(path: str) -> Any:
-    """Return the object of a full name."""
+    """Return the object with a full name."""
     names = path.split(".")
     for length in range(len(names), 0, -1):
         try:

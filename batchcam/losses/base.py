@@ -22,7 +22,7 @@ from batchcam.models.base import ExplainableModel
 
 @dataclass(frozen=True)
 class TermContext:
-    """What a term is built from, once per run.
+    """The values from which a term is built, once per run.
 
     Attributes:
         config: the run.

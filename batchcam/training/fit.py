@@ -353,7 +353,7 @@ class Trainer:
             name = differing[0]
             raise ConfigError(
                 f"{path} was saved with {name}={saved[name]!r}, not {mine[name]!r}; "
-                "go on with the same configuration, or start anew without the saved state."
+                "resume with the same configuration, or start again without the saved state."
             )
         self.epoch = state["epoch"]
         self.history = state["history"]

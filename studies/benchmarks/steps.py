@@ -67,11 +67,10 @@ class Steps:
     modes: tuple[Literal["eager", "compiled"], ...] = ("eager", "compiled")
     """Whether the features are compiled."""
     precisions: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
-    """Of the passes forwards."""
+    """Precisions of the forward pass."""
     rivals: tuple[Rivals, ...] = ("losses", "baselines")
-    """What is timed: the seven losses of the paper; further losses; BCPL beside other ways to CAMs;
-    and the predecessor whose pass for each image goes through the whole model (minutes per
-    step)."""
+    """Groups of methods to time: the paper's losses, or the other losses of this project;
+    BCPL beside other ways to compute CAMs; or the predecessor as published, minutes per step."""
     batch_size: int = 128
     """Images in a batch."""
     seconds: float = 60.0
@@ -79,15 +78,15 @@ class Steps:
     min_rounds: int = 7
     """Rounds of each condition, even if they take longer."""
     threads: int = 1
-    """Of PyTorch. With one, CPU seconds are meaningful, and others on the machine disturb less."""
+    """PyTorch threads. CPU seconds are comparable with one thread only."""
     clock: Literal["wall", "cpu"] = "wall"
-    """Which seconds the table and the figure show; both are kept."""
+    """Clock of the table and the figure; steps.json has both."""
     device: str = "cpu"
     """auto, cpu, cuda or cuda:N."""
     again: bool = False
-    """Measure again what is measured already."""
+    """Measure conditions again that have an entry of this commit."""
     seed: int = 0
-    """Of weights, noise and the order in a round."""
+    """Seed of weights, noise and the order within a round."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ _IN_OPTUNA: dict[State, TrialState] = {
 
 
 class OptunaSearcher(Searcher):
-    """Proposes trials from an Optuna study, and tells it the truth about them.
+    """Proposes trials from an Optuna study, and reports their final states to it.
 
     Trials that are RUNNING in the storage when a study begins were cut by a crash: they are
     proposed first, with the values they had. The study's numbers are the trials' names; Ray's ids

@@ -1,4 +1,4 @@
-"""Retry an action on storage that does not answer, until it answers or for so long.
+"""Retry an action on storage that does not answer, until it answers or a time limit.
 
 Both ends of a wait are logged as warnings. A program that has not set up logging prints them.
 """
@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from batchcam.errors import first_line
+
 log = logging.getLogger(__name__)
 
-PATIENCE_SECONDS = 120.0
+RETRY_SECONDS = 120.0
 """How long a study waits for its storage before it stops, to be resumed."""
 
 _FIRST_WAIT_SECONDS = 0.2
@@ -20,7 +22,7 @@ T = TypeVar("T")
 
 
 class StorageLostError(BaseException):
-    """Storage that a study needs could not be used for `PATIENCE_SECONDS`.
+    """Storage that a study needs could not be used for `RETRY_SECONDS`.
 
     Not an Exception: Ray takes an Exception that is raised while it ends a trial for a failure of
     the trial, and would continue without a ledger.
@@ -39,20 +41,20 @@ def retry(
         action: must be safe to repeat after it failed halfway.
         what: the name of the storage in messages.
         errors: the errors that may pass.
-        patience: seconds until it gives up; by default `PATIENCE_SECONDS`.
+        patience: seconds until it gives up; by default `RETRY_SECONDS`.
 
     Raises:
         StorageLostError: the errors lasted longer than `patience`.
     """
     began = time.monotonic()
-    patience = PATIENCE_SECONDS if patience is None else patience
+    patience = RETRY_SECONDS if patience is None else patience
     wait = _FIRST_WAIT_SECONDS
     waited = False
     while True:
         try:
             result = action()
         except errors as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             if time.monotonic() - began >= patience:
                 raise StorageLostError(
                     f"{what} cannot be used for {patience:.0f} s: {reason}. Fix the cause and "
@@ -73,7 +75,7 @@ def retry_in_trial(action: Callable[[], T], what: str) -> T:
     """Return what `action` returns, as :func:`retry`, in a process that runs a trial.
 
     Raises:
-        OSError: the storage could not be used for `PATIENCE_SECONDS`. The trial fails, and its
+        OSError: the storage could not be used for `RETRY_SECONDS`. The trial fails, and its
             process can run the next one.
     """
     try:

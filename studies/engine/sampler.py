@@ -42,14 +42,14 @@ class ReproducibleTPE(optuna.samplers.BaseSampler):
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """Return none: the space is conditional, each parameter is drawn by itself."""
+        """Return an empty space: the space is conditional, so each parameter is drawn by itself."""
         del study, trial
         return {}
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Return none; see :meth:`infer_relative_search_space`."""
+        """Return no values; see :meth:`infer_relative_search_space`."""
         del study, trial, search_space
         return {}
 
@@ -107,7 +107,7 @@ class ReproducibleTPE(optuna.samplers.BaseSampler):
 
 
 class _KnownTrial(FrozenTrial):
-    """What TPE reads of a trial, at a low cost: several hundred are added for each new trial.
+    """The attributes of a trial that TPE reads. Cheap: hundreds are created per new trial.
 
     TPE reads the state, objectives, constraints, parameter values, and the intermediate values of a
     pruned trial. It does not read the distributions. Those given here accept any value: an enqueued

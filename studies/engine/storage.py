@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow.fs
 
-from batchcam.errors import ConfigError
+from batchcam.errors import ConfigError, first_line
 
 
 def open_storage(place: str) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -78,7 +78,7 @@ def copy_file(source: str, target: str) -> None:
 
 def cannot_keep(place: str, error: Exception) -> ConfigError:
     """Return the error for storage that cannot be used."""
-    reason = str(error).strip().splitlines()[0]
+    reason = first_line(error)
     return ConfigError(
         f"a study cannot be stored in {place}: {reason}. Check --storage and, for an object store, "
         "AWS_ENDPOINT_URL and the keys in the environment; its bucket must exist."

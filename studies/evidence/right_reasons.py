@@ -91,17 +91,17 @@ class RightReasons:
     """Train every method on images with decoys, and measure what it attends to."""
 
     out: Path
-    """Folder for runs/, decoy.md and decoy.csv."""
+    """Output folder for runs/, decoy.md and decoy.csv."""
     datasets: tuple[Literal["mnist", "fashion_mnist"], ...] = ("mnist", "fashion_mnist")
     """Data sets that decoys are painted on."""
     methods: tuple[str, ...] = tuple(METHODS)
     """Methods to train."""
     seeds: int = 5
-    """Of the final runs; λ is chosen with seed 0."""
+    """Number of seeds of the final runs; λ is chosen with seed 0."""
     epochs: int = 3
-    """Of each run."""
+    """Epochs per run."""
     backbone: str = "simple_cnn"
-    """Of all runs."""
+    """Architecture of all runs."""
     precision: Precision = "bf16"
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""

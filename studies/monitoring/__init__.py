@@ -1,1 +1,1 @@
-"""What people see of a study while it runs."""
+"""The output of a running study: terminal, W&B, Optuna Dashboard."""

@@ -1,6 +1,6 @@
-"""What a running study says: a line when a trial ends, and nothing else.
+"""Prints a line when a trial ends.
 
-Lines, not a live display, so that it reads the same on a terminal and in the logs of a job.
+Lines read the same on a terminal and in the log of a job.
 """
 
 from typing import Any
@@ -22,11 +22,11 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 class TrialLines(tune.Callback):
-    """Prints each trial's outcome as it ends.
+    """Prints the outcome of each trial when it ends.
 
     Args:
-        num_trials: how many there will be in all.
-        ended: how many have ended already.
+        num_trials: number of trials of the study.
+        ended: number of trials that ended before.
     """
 
     def __init__(self, num_trials: int, ended: int = 0) -> None:
@@ -36,7 +36,7 @@ class TrialLines(tune.Callback):
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Print the last metrics of a trial that ran to its end or was stopped early."""
+        """Print the last metrics of a trial that completed or was stopped early."""
         del iteration, trials, info
         last: dict[str, Any] = trial.last_result
         if last.get(OUT_OF_MEMORY):
@@ -44,14 +44,14 @@ class TrialLines(tune.Callback):
         elif EPOCH not in last:
             self._print(trial, "ended without a report")
         else:
-            said = [shown.format(**last) for name, shown in _SHOWN.items() if name in last]
-            said.append(f"after {last['epoch']} epochs")
-            self._print(trial, "  ".join(said).replace("  of ", " of "))
+            parts = [shown.format(**last) for name, shown in _SHOWN.items() if name in last]
+            parts.append(f"after {last['epoch']} epochs")
+            self._print(trial, "  ".join(parts).replace("  of ", " of "))
 
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Print that a trial failed for good."""
+        """Print that a trial failed, after its last retry."""
         del iteration, trials, info
         self._print(trial, f"failed; see errors/{trial.config['trial_id']}.txt")
 

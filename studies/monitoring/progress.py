@@ -9,17 +9,17 @@ from ray import tune
 from studies.engine.ledger import Ledger
 from studies.engine.run import Progress, Search
 from studies.monitoring.console import TrialLines, console
-from studies.monitoring.status_table import StatusTable, shown
+from studies.monitoring.status_table import StatusTable, live_table
 
 
 def on_terminal(search: Search) -> Progress:
-    """Return what shows the progress of a search on this process's terminal."""
+    """Return a context that shows the progress of a search on this process's terminal."""
 
     @contextmanager
     def progress(ledger: Ledger, num_trials: int) -> Iterator[Sequence[tune.Callback]]:
         ended = sum(trial.state is not None for trial in ledger.trials)
         table = StatusTable(ledger, num_trials, search.objectives, search.max_epochs)
-        with shown(console, table):
+        with live_table(console, table):
             yield [TrialLines(num_trials, ended)]
 
     return progress
@@ -33,7 +33,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 def print_engine_warnings() -> None:
-    """Print what the engine logs on the console from now on, such as storage that is away."""
+    """Print the engine's log on the console, for example that a storage does not answer."""
     log = logging.getLogger("studies.engine")
     if not any(isinstance(handler, _ConsoleHandler) for handler in log.handlers):
         log.addHandler(_ConsoleHandler(logging.WARNING))

@@ -1,7 +1,7 @@
-"""A table of what runs, kept up to date at the foot of a terminal; nothing where there is none.
+"""A live table of the running trials at the foot of a terminal, at most 80 columns wide.
 
-It is 80 columns wide at most. Above it the lines of :mod:`studies.monitoring.console` scroll by,
-and they are all there is in the logs of a job.
+The lines of :mod:`studies.monitoring.console` scroll above it. Without a terminal, as in the log of
+a job, only the lines are printed.
 """
 
 import time
@@ -22,19 +22,19 @@ from studies.engine.protocol import Objective, gains, has_objectives
 
 WIDTH = 80
 _ROWS = 12
-"""Trials that are shown at a time; on a large cluster there are more."""
+"""Maximum number of running trials that are shown."""
 _STATES = ("completed", "stopped", "failed")
 
 
 class StatusTable:
-    """What a study's ledger says, as a table.
+    """The state of a study, from its ledger, as a table for rich.
 
     Args:
-        ledger: of the study.
-        num_trials: how many there will be in all.
-        objectives: of the study.
+        ledger: the ledger of the study.
+        num_trials: number of trials of the study.
+        objectives: the objectives of the study.
         max_epochs: epochs of a trial that is not stopped early.
-        clock: seconds, from any moment on.
+        clock: returns seconds since any fixed moment.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class StatusTable:
         self._before = sum(len(trial.reports) for trial in ledger.trials)
 
     def __rich__(self) -> RenderableType:
-        """Render what is known now; rich asks for it twice a second."""
+        """Render the current state of the ledger; rich calls this twice a second."""
         trials = self._ledger.trials
         return Group("", *self._lines(trials), self._table(trials))
 
@@ -85,7 +85,7 @@ class StatusTable:
         return [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
 
     def _left(self, trials: list[TrialHistory]) -> timedelta | None:
-        """Return how long it will take, by the epochs of this session and those to come at most."""
+        """Return an upper bound of the time left, from the pace of the epochs since the start."""
         done = sum(len(trial.reports) for trial in trials) - self._before
         if not done:
             return None
@@ -118,8 +118,8 @@ class StatusTable:
 
 
 @contextmanager
-def shown(console: Console, table: StatusTable) -> Iterator[None]:
-    """Keep the table at the foot of the terminal while the context lasts, if there is one."""
+def live_table(console: Console, table: StatusTable) -> Iterator[None]:
+    """Show the table at the foot of the terminal during the context; nothing without a terminal."""
     if not console.is_terminal:
         yield
         return

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import wandb
 
+from batchcam.errors import first_line
 from batchcam.figures import Image
 from batchcam.training.fit import EpochReport
 
@@ -53,12 +54,9 @@ def choose_mode() -> tuple[Mode, str]:
         if not wandb.login(prompt=False, verify=False):
             return "offline", "no API key"
     except wandb.Error as error:  # The key is malformed.
-        return "offline", str(error).splitlines()[0]
-    url = _server()
-    unreachable = _unreachable(url)
-    if unreachable:
-        return "offline", f"{url} cannot be reached: {unreachable}"
-    return "online", url
+        return "offline", first_line(error)
+    problem = server_problem()
+    return ("offline", problem) if problem else ("online", _server())
 
 
 def _server() -> str:
@@ -71,14 +69,15 @@ def _server() -> str:
     return settings.base_url
 
 
-def _unreachable(url: str) -> str | None:
-    """Return why no connection to the server can be made, or None if one can."""
+def server_problem() -> str | None:
+    """Return why no connection to W&B's server can be made, or None if one can."""
+    url = _server()
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
         socket.create_connection((parts.hostname or "", port), timeout=_REACH_SECONDS).close()
     except OSError as error:
-        return str(error)
+        return f"{url} cannot be reached: {error}"
     return None
 
 
@@ -140,7 +139,7 @@ def _init(
 ) -> Any | None:
     if tracking.mode == "disabled":
         return None
-    online = tracking.mode == "online" and not _unreachable(_server())
+    online = tracking.mode == "online" and not server_problem()
     tries: list[Mode] = ["online", "offline"] if online else ["offline"]
     for mode in tries:
         try:

@@ -12,9 +12,9 @@ import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 from wandb_workspaces import expr
 
-from batchcam.errors import ConfigError
+from batchcam.errors import ConfigError, first_line
 from studies import paths
-from studies.monitoring.wandb_runs import Mode
+from studies.monitoring.wandb_runs import Mode, server_problem
 from studies.settings import StudySettings, load_settings
 from studies.space import SEARCHED, SearchSpace
 
@@ -22,9 +22,11 @@ OBJECTIVES = ("val_accuracy", "cam_ssim")
 CURVES = ("val_accuracy", "cam_ssim", "cam_ssim_sample", "loss")
 MEDIA = "cams"
 
+_REMEDY = "Set WANDB_API_KEY, or create the dashboard later with `batchcam-study dashboard`."
+
 
 def workspace(study: str, project: str, entity: str, space: SearchSpace) -> ws.Workspace:
-    """Return a study's workspace: its runs alone, and panels for what people ask of it."""
+    """Return the workspace of a study: a filter for its runs, and the panels."""
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -144,19 +146,20 @@ def write(made: ws.Workspace, folder: Path) -> Path:
 
 
 def publish(study: str, project: str, space: SearchSpace) -> str:
-    """Make the workspace on W&B's server, and return its address.
+    """Create the workspace on W&B's server, and return its address.
 
     Raises:
-        ConfigError: the server does not take it.
+        ConfigError: the server cannot be reached, or does not accept the workspace.
     """
+    problem = server_problem()  # W&B would try for 20 s.
+    if problem:
+        raise ConfigError(f"{problem}. {_REMEDY}")
     try:
         entity = wandb.Api().default_entity
         return str(workspace(study, project, str(entity), space).save().url)
-    except Exception as error:  # Whatever a server that is not there, or says no, leads to.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # W&B raises various errors, those of its transport among them.
         raise ConfigError(
-            f"W&B did not take the dashboard of {study!r}: {reason}. Set WANDB_API_KEY, or create "
-            "it later with `batchcam-study dashboard`."
+            f"W&B did not accept the dashboard of {study!r}: {first_line(error)}. {_REMEDY}"
         ) from error
 
 

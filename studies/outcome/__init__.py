@@ -1,1 +1,1 @@
-"""What a study leaves: tables, bundles, its page and its report."""
+"""The results of a study: tables, bundles, its page and its report."""

@@ -1,4 +1,4 @@
-"""Several studies side by side, from what they exported: `batchcam-study compare`.
+"""Compares the exports of several studies side by side: `batchcam-study compare`.
 
 Reads trials.csv, pareto.json, and metrics.json and config.yaml of the bundles; a copy of these is
 enough.
@@ -28,13 +28,13 @@ from studies.trial import run_name
 
 @dataclass(frozen=True)
 class Exported:
-    """What a study exported.
+    """The exports of a study.
 
     Attributes:
-        name: its folder's.
-        trials: a row for each, as in trials.csv.
+        name: the name of the study's folder.
+        trials: a row per trial, as in trials.csv.
         front: accuracy and SSIM of each trial of the Pareto front, `(n, 2)`.
-        bundles: configuration and metrics of each, by its name.
+        bundles: configuration and metrics of each bundle, by its name.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Exported:
 
     @property
     def dataset(self) -> str:
-        """What it trained on."""
+        """The data set that the study trained on."""
         return str(self.trials["dataset"].iloc[0])
 
     @property
@@ -54,7 +54,7 @@ class Exported:
 
 
 def read(folder: Path) -> Exported:
-    """Read what a study exported.
+    """Read the exports of a study.
 
     Raises:
         ConfigError: a file is missing or damaged.
@@ -80,7 +80,7 @@ Rows = tuple[list[str], list[list[str]]]
 
 
 def studies_table(studies: Sequence[Exported]) -> Rows:
-    """Return header and rows: what each study tried, and how far it came, a column for each."""
+    """Return header and rows of the comparison: settings and results, a column per study."""
     columns = []
     for each in studies:
         states = each.trials["state"].value_counts()
@@ -103,7 +103,7 @@ def studies_table(studies: Sequence[Exported]) -> Rows:
 
 
 def bundles_table(studies: Sequence[Exported]) -> Rows:
-    """Return header and rows: the chosen configurations, those of one kind beneath each other."""
+    """Return header and rows of the bundles of all studies, grouped by the bundle's name."""
     header = ["best by", "study", "accuracy", "test", "SSIM / ceiling", "configuration"]
     rows = []
     for name in BUNDLES:

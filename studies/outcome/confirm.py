@@ -148,7 +148,7 @@ def confirm(
     folder = settings.folder / paths.CONFIRM / digest(candidates, settings.seeds)
     folder.mkdir(parents=True, exist_ok=True)
     search = confirming_search(settings, candidates, settings.seeds)
-    memory = settings.copy_of(folder / paths.MEMORY)
+    memory = settings.replica_of(folder / paths.MEMORY)
     ledger = run_search(
         search,
         folder,
@@ -170,7 +170,7 @@ def confirm(
 
 
 def digest(candidates: Sequence[TrialRecord], seeds: int) -> str:
-    """Return a name for the confirmation of these candidates, since the front may yet change."""
+    """Return a name for the confirmation of these candidates; other fronts have other names."""
     ids = " ".join([str(seeds), *(record.trial_id for record in candidates)])
     return hashlib.sha256(ids.encode()).hexdigest()[:4]
 

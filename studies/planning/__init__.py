@@ -1,1 +1,1 @@
-"""What a study asks of a cluster, and what it will cost."""
+"""The resources that a study requests from a cluster, and the cost of a study."""

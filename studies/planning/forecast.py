@@ -1,4 +1,4 @@
-"""What a study will cost, from what its kinds of trials were measured to cost; `--dry-run`."""
+"""The forecast of a study's cost from probes: epochs, hours and memory; `--dry-run`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,24 +19,24 @@ from studies.trial import trial_config
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a study will cost.
+    """The cost of a study.
 
     Attributes:
-        trials: configurations to try.
-        at_a_time: how many run at once on the cluster as it is.
-        most_epochs: of all trials, if none is stopped early.
-        fewest_epochs: if early stopping halves at every rung.
-        most_hours: of wall time, for `most_epochs`.
-        fewest_hours: for `fewest_epochs`.
-        peak_bytes: memory of the largest trial.
+        trials: number of configurations to try.
+        at_a_time: number of trials that run at once on the cluster.
+        max_epochs: epochs of all trials together if none is stopped early.
+        min_epochs: epochs of all trials together if early stopping ends half of them at every rung.
+        max_hours: wall time of `max_epochs`.
+        min_hours: wall time of `min_epochs`.
+        peak_bytes: peak memory of the largest sampled trial, in bytes.
     """
 
     trials: int
     at_a_time: int
-    most_epochs: int
-    fewest_epochs: int
-    most_hours: float
-    fewest_hours: float
+    max_epochs: int
+    min_epochs: int
+    max_hours: float
+    min_hours: float
     peak_bytes: int
 
 
@@ -55,9 +55,18 @@ def forecast(
     prepared: PreparedData,
     at_a_time: int,
 ) -> Forecast:
-    """Add up what sampled configurations will cost, each at the pace of its kind."""
-    by_kind = {_kind(each.config): each for each in probes if each.error is None}
-    measured = [by_kind[_kind(config)] for config in configs if _kind(config) in by_kind]
+    """Return the cost of a study from a sample of its configurations.
+
+    Args:
+        settings: of the study.
+        configs: the sample; its mean time per epoch is taken as that of all trials.
+        probes: measurements; a configuration has the speed of the probe with its backbone,
+            resolution and output stride.
+        prepared: the data, whose sizes set the time of an epoch.
+        at_a_time: number of trials that run at once.
+    """
+    by_model = {_model(each.config): each for each in probes if each.error is None}
+    measured = [by_model[_model(config)] for config in configs if _model(config) in by_model]
     epoch_seconds = [each.epoch_seconds(prepared) for each in measured]
     mean_seconds = sum(epoch_seconds) / max(1, len(epoch_seconds))
     most = settings.num_trials * settings.max_epochs
@@ -84,7 +93,7 @@ def print_forecast(
     resources: TrialResources,
     result: Forecast,
 ) -> None:
-    """Print what was measured, and what follows from it."""
+    """Print a table of the probes, the resources of a trial, and the forecast."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("backbone", no_wrap=True)
     for column in ("pixels", "stride", "training/s", "validation/s", "memory", "fit"):
@@ -105,18 +114,18 @@ def print_forecast(
     console.print(table)
     threads = probes[0].threads
     console.print(
-        f"Images per second, peak memory, and how many trials fit by it on a "
-        f"{probes[0].device.upper()}; every searched loss on, batches of {settings.batch_size}, "
+        f"Images per second, peak memory, and how many trials fit into the memory of a "
+        f"{probes[0].device.upper()}; all searched losses on, batches of {settings.batch_size}, "
         f"{threads} CPU thread{'s' if threads > 1 else ''}."
     )
     console.print(
-        f"Each trial asks for {resources.cpus:g} CPU and {resources.gpus:g} GPU: "
-        f"{result.at_a_time} at a time; the largest takes {result.peak_bytes / 2**30:.1f} GiB."
+        f"Each trial requests {resources.cpus:g} CPU and {resources.gpus:g} GPU, so that "
+        f"{result.at_a_time} run at a time; the largest takes {result.peak_bytes / 2**30:.1f} GiB."
     )
     console.print(
-        f"{result.trials} trials: {result.most_epochs} epochs in {_time(result.most_hours)} if "
-        f"none is stopped early, {result.fewest_epochs} in {_time(result.fewest_hours)} if half "
-        "are at every rung. Nothing was started."
+        f"{result.trials} trials: {result.max_epochs} epochs in {_time(result.max_hours)} if "
+        f"none is stopped early; {result.min_epochs} in {_time(result.min_hours)} if half "
+        "are stopped at every rung. No trial was started."
     )
 
 
@@ -124,12 +133,12 @@ def _time(hours: float) -> str:
     return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
 
 
-def _kind(config: TrialConfig) -> tuple[str, int, int | None]:
+def _model(config: TrialConfig) -> tuple[str, int, int | None]:
     return config.backbone, config.resolution, config.output_stride
 
 
 def _halved_epochs(min_epochs: int, max_epochs: int) -> float:
-    """Return the mean epochs of a trial, of which half are stopped at each rung."""
+    """Return the mean epochs of a trial if half of the trials are stopped at each rung."""
     rung = min(min_epochs, max_epochs)
     mean, alive = float(rung), 1.0
     while rung < max_epochs:

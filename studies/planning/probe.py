@@ -1,4 +1,4 @@
-"""What a trial costs, measured on a batch before any is paid for: memory, and images per second."""
+"""Measures peak memory and speed of trials on a few batches, before a study starts."""
 
 import os
 import resource
@@ -16,27 +16,28 @@ from batchcam.config import TrialConfig
 from batchcam.data.prepared import PreparedData
 from batchcam.data.splits import Split
 from batchcam.devices import resolve_device
+from batchcam.errors import first_line
 from batchcam.training.fit import fit
 from studies.space import SWITCHED, SearchSpace, Strides
 
 _BATCHES = 3
 _GPU_CONTEXT_BYTES = 600 * 2**20
-"""What CUDA itself takes of a device in each process, which PyTorch does not count."""
+"""Memory that CUDA takes of a device per process, which PyTorch does not count."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured of one backbone at one resolution and output stride.
+    """The measurement of one backbone at one resolution and output stride.
 
     Attributes:
-        config: the dearest configuration of its kind: every searched loss term on.
-        threads: CPU threads it was measured with.
-        train_images_per_second: forward, backward and step, after the first batch.
-        validation_images_per_second: accuracy and CAMs.
-        peak_bytes: of the device's memory; of the process, where the device is the CPU.
-        device_bytes: the memory that the device has in all.
+        config: the measured configuration, with all searched loss terms on: the most expensive one.
+        threads: number of CPU threads.
+        train_images_per_second: training speed, without the first epoch.
+        validation_images_per_second: speed of the validation, accuracy and CAMs.
+        peak_bytes: peak memory of the device; on a CPU, of the process.
+        device_bytes: total memory of the device.
         device: "cuda" or "cpu".
-        error: why it could not run, in which case the rest is 0.
+        error: why the configuration could not run; the numbers are 0 then. None: it ran.
     """
 
     config: TrialConfig
@@ -49,7 +50,7 @@ class Probe:
     error: str | None = None
 
     def epoch_seconds(self, prepared: PreparedData) -> float:
-        """Return how long an epoch takes, with its validation."""
+        """Return the seconds of an epoch with its validation."""
         data = prepared.dataset
         return (
             len(data.train) / self.train_images_per_second
@@ -58,7 +59,7 @@ class Probe:
 
 
 def probe_configs(base: TrialConfig, space: SearchSpace, strides: Strides) -> Iterator[TrialConfig]:
-    """Give the dearest configuration of each backbone, resolution and output stride."""
+    """Yield the most expensive configuration of each backbone, resolution and output stride."""
     metric = "ssim" if "ssim" in space.metrics else space.metrics[0]
     weights: dict[str, Any] = {f"lambda_{name}": float(name in space.switched) for name in SWITCHED}
     for (backbone, resolution), options in strides.items():
@@ -74,9 +75,9 @@ def probe_configs(base: TrialConfig, space: SearchSpace, strides: Strides) -> It
 
 
 def probe(config: TrialConfig, prepared: PreparedData, threads: int) -> Probe:
-    """Train a few batches of a configuration, and measure.
+    """Train a few batches of a configuration, and return its memory and speed.
 
-    Runs in a process of its own, for on the CPU the peak of the process is what is measured.
+    Needs a process of its own: on a CPU, the peak memory is that of the process.
     """
     torch.set_num_threads(threads)
     device = resolve_device(config.device)
@@ -85,10 +86,10 @@ def probe(config: TrialConfig, prepared: PreparedData, threads: int) -> Probe:
         validation=_first(prepared.dataset.validation, config.batch_size),
     )
     try:
-        # Two epochs: the first pays for what is done once.
+        # Two epochs, because the first one includes work that is done once.
         result = fit(replace(config, epochs=2, compile=False), prepared=few)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        return Probe(config, threads, device=device.type, error=str(error).splitlines()[0])
+        return Probe(config, threads, device=device.type, error=first_line(error))
     last = result.metrics
     train_seconds = len(few.dataset.train) / last["images_per_second"]
     peak, total = _memory(device, prepared)
@@ -106,12 +107,17 @@ def probe(config: TrialConfig, prepared: PreparedData, threads: int) -> Probe:
 def probe_all(
     configs: Sequence[TrialConfig], prepared: PreparedData, cpus: float, gpus: float
 ) -> list[Probe]:
-    """Probe configurations one after the other on the Ray cluster that is joined.
+    """Probe configurations one after the other on the connected Ray cluster.
 
-    Each probe holds `gpus` whole GPUs and `cpus` CPUs, and so has them for itself. One whose
-    process is killed, by Ray or by the kernel, has found that memory does not suffice.
+    A process that Ray or the kernel kills counts as out of memory.
+
+    Args:
+        configs: the configurations.
+        prepared: the data.
+        cpus: CPUs that a probe reserves, and its threads.
+        gpus: whole GPUs that a probe reserves.
     """
-    # max_calls: a process of its own for each. max_retries: what was killed would be again.
+    # max_calls=1 gives each probe a new process. A killed probe would be killed again.
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(probe)
     shared = ray.put(prepared)
     threads = max(1, int(cpus))
@@ -121,17 +127,17 @@ def probe_all(
             found: Probe = ray.get(remote.remote(config, shared, threads))
         except (OutOfMemoryError, WorkerCrashedError) as error:
             device = "cuda" if gpus else "cpu"
-            return Probe(config, threads, device=device, error=str(error).splitlines()[0])
+            return Probe(config, threads, device=device, error=first_line(error))
         return found
 
     return [run(config) for config in configs]
 
 
 def _memory(device: torch.device, prepared: PreparedData) -> tuple[int, int]:
-    """Return the peak and the whole of the memory that trials on this device share, in bytes."""
+    """Return the peak memory of this process and the total memory of its device, in bytes."""
     if device.type == "cuda":
         data = prepared.dataset
-        stored = data.train.images.nbytes + data.validation.images.nbytes  # Probed with a part.
+        stored = data.train.images.nbytes + data.validation.images.nbytes  # The probe had a part.
         peak = torch.cuda.max_memory_reserved(device) + _GPU_CONTEXT_BYTES + stored
         return peak, torch.cuda.get_device_properties(device).total_memory
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""How a driver gets a Ray cluster: the one that is named, or one of its own."""
+"""Connects a driver to a Ray cluster, or starts a local one."""
 
 import logging
 import os
@@ -7,25 +7,25 @@ from typing import Any
 
 import ray
 
-from batchcam.errors import ConfigError
+from batchcam.errors import ConfigError, first_line
 
-# A reused actor is reset only once its last trial's thread has ended, and that thread may have a
-# W&B run to finish.
+# Ray resets a reused actor only after the thread of its last trial has ended. The thread may still
+# have to finish a W&B run.
 WORKER_ENVIRONMENT = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "60"}
 _REACH_SECONDS = 10
 
 
 def connect(address: str | None, cpus: int | None = None) -> None:
-    """Join the cluster that is named; start a local one if none is.
+    """Connect to a cluster, or start a local one if no address is given.
 
-    Ray on its own would join whatever cluster happens to run on this machine.
+    Unlike `ray.init()`, this does not connect to a cluster that happens to run on this machine.
 
     Args:
-        address: of a cluster; None: that of RAY_ADDRESS, or a local one.
-        cpus: of a local cluster; None: as many as this machine has.
+        address: address of the cluster; None: RAY_ADDRESS, or a local cluster.
+        cpus: CPUs of a local cluster; None: all of this machine.
 
     Raises:
-        ConfigError: no cluster answers there.
+        ConfigError: no cluster answers at the address.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {
@@ -40,15 +40,15 @@ def connect(address: str | None, cpus: int | None = None) -> None:
         _check_reachable(address)
         ray.init(address=address, **options)
     except OSError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise ConfigError(
             f"no Ray cluster answers at {address!r}: {reason}. Start one with "
-            "`ray start --head`, or leave out --address and RAY_ADDRESS for a local one."
+            "`ray start --head`, or use a local one: leave out --address and unset RAY_ADDRESS."
         ) from error
 
 
 def _check_reachable(address: str) -> None:
-    """Raise OSError if nothing listens there, which Ray would find out in some twenty minutes."""
+    """Raise OSError if nothing listens at the address. Ray would wait for about 20 minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=_REACH_SECONDS).close()

@@ -1,4 +1,4 @@
-"""What a trial asks of the cluster, and how many threads it then uses."""
+"""The resources that a trial requests from the cluster, and its threads."""
 
 import math
 from collections.abc import Sequence
@@ -13,41 +13,41 @@ Node = dict[str, float]
 """The resources of one node by Ray's names, such as "CPU" and "GPU"."""
 
 _RESERVE = 1.2
-"""What a trial may take beyond what a few batches showed."""
-_MOST_ON_A_GPU = 8
-"""Trials that share a GPU at most: beyond, they wait for each other."""
+"""Factor from the peak memory of a probe to the memory that is reserved for a trial."""
+_MAX_PER_GPU = 8
+"""Maximum number of trials that share a GPU."""
 
 
 @dataclass(frozen=True)
 class TrialResources:
-    """CPUs and GPUs that one trial holds; fractions share a device.
+    """CPUs and GPUs that one trial reserves; fractions share a device.
 
     Attributes:
         cpus: CPUs of a trial.
         gpus: GPUs of a trial.
-        most_cpus: CPUs of the largest node, which is as much as a trial can ever get.
+        max_cpus: CPUs of the largest node, the most that a trial can get.
     """
 
     cpus: float
     gpus: float
-    most_cpus: float
+    max_cpus: float
 
     @property
     def threads(self) -> int:
-        """Threads for PyTorch: the trial's CPUs, so that trials do not fight for cores."""
+        """Threads for PyTorch: the trial's CPUs, so that trials do not compete for cores."""
         return max(1, int(self.cpus))
 
-    def enlarged(self, share: int) -> "TrialResources":
-        """Return `share` times these resources, or as much of it as a trial can use.
+    def enlarged(self, multiplier: int) -> "TrialResources":
+        """Return `multiplier` times these resources, at most a whole GPU and a whole node's CPUs.
 
-        A share of a GPU grows to the whole of it; memory of the host is asked for by CPUs.
+        CPUs stand for host memory: a trial with more of them shares its node with fewer others.
         """
-        gpus = max(self.gpus, min(1.0, self.gpus * share)) if self.gpus else 0.0
-        cpus = max(self.cpus, min(self.most_cpus, self.cpus * share))
-        return TrialResources(cpus, gpus, self.most_cpus)
+        gpus = max(self.gpus, min(1.0, self.gpus * multiplier)) if self.gpus else 0.0
+        cpus = max(self.cpus, min(self.max_cpus, self.cpus * multiplier))
+        return TrialResources(cpus, gpus, self.max_cpus)
 
     def request(self, multiplier: int) -> dict[str, float]:
-        """Return what a trial asks Ray for that has `multiplier` times these resources."""
+        """Return Ray's resource request of `multiplier` times these resources."""
         enlarged = self.enlarged(multiplier)
         return {"CPU": enlarged.cpus, "GPU": enlarged.gpus}
 
@@ -56,37 +56,38 @@ def choose_resources(
     nodes: Sequence[Node],
     cpus: float | None,
     gpus: float | None,
-    memory_share: float | None = None,
+    memory_fraction: float | None = None,
 ) -> TrialResources:
-    """Complete the user's request from what the cluster has, and what a trial was measured to take.
+    """Complete the user's request from the cluster's nodes and the measured memory of a trial.
 
-    With GPUs, a trial gets as much of one as it needs memory of, the whole of it if that was not
-    measured, and its share of the CPUs. Without, it gets one CPU, or as many as go with the memory
-    it needs: for small models, many trials of one thread finish sooner than few of many.
+    With GPUs, a trial gets the part of a GPU whose memory it needs, or a whole GPU if its memory
+    was not measured, and the node's CPUs in proportion. Without GPUs it gets one CPU, or the part
+    of the smallest node's CPUs that corresponds to its memory: small models finish sooner as many
+    trials of one thread than as few trials of many threads.
 
     Args:
-        nodes: the nodes of the cluster, one or more; see :func:`alive_nodes`.
-        cpus: CPUs of a trial, if the user said so.
-        gpus: GPUs of a trial, if the user said so.
-        memory_share: of the memory of its device that a trial takes, from 0 to 1.
+        nodes: the nodes of the cluster, at least one; see :func:`alive_nodes`.
+        cpus: CPUs of a trial that the user requested, or None.
+        gpus: GPUs of a trial that the user requested, or None.
+        memory_fraction: peak memory of a trial by the memory of its device, from 0 to 1.
 
     Raises:
-        ConfigError: no node has what is asked for.
+        ConfigError: no node has the requested resources.
     """
     if gpus is None:
-        gpus = 0.0 if cluster_device(nodes) == "cpu" else packed_gpus(memory_share)
+        gpus = 0.0 if cluster_device(nodes) == "cpu" else packed_gpus(memory_fraction)
     if cpus is None:
         cpus = 1.0
         if gpus:
             shares = [n.get("CPU", 0.0) / n["GPU"] for n in nodes if n.get("GPU", 0.0)]
             cpus = max(1.0, float(int(min(shares, default=0.0) * gpus)))
-        elif memory_share:
+        elif memory_fraction:
             smallest = min(n["CPU"] for n in nodes if n.get("CPU", 0.0) >= 1)
-            cpus = float(min(smallest, max(1, math.ceil(smallest * memory_share * _RESERVE))))
+            cpus = float(min(smallest, max(1, math.ceil(smallest * memory_fraction * _RESERVE))))
     if not any(n.get("CPU", 0.0) >= cpus and n.get("GPU", 0.0) >= gpus for n in nodes):
         largest = max(nodes, key=lambda n: (n.get("GPU", 0.0), n.get("CPU", 0.0)))
         raise ConfigError(
-            f"a trial asks for {cpus:g} CPUs and {gpus:g} GPUs, but the largest node has "
+            f"a trial requests {cpus:g} CPUs and {gpus:g} GPUs, but the largest node has "
             f"{largest.get('CPU', 0.0):g} CPUs and {largest.get('GPU', 0.0):g} GPUs; lower "
             "--cpus-per-trial or --gpus-per-trial."
         )
@@ -94,7 +95,7 @@ def choose_resources(
 
 
 def slots(nodes: Sequence[Node], resources: TrialResources) -> int:
-    """Return how many trials these nodes run at a time, at least 1."""
+    """Return how many trials the nodes can run at a time, at least 1."""
 
     def fit(node: Node) -> int:
         by_cpu = node.get("CPU", 0.0) / resources.cpus
@@ -105,20 +106,20 @@ def slots(nodes: Sequence[Node], resources: TrialResources) -> int:
 
 
 def cluster_device(nodes: Sequence[Node]) -> str:
-    """Return "cuda" where a node has a GPU, else "cpu"."""
+    """Return "cuda" if a node has a GPU, else "cpu"."""
     return "cuda" if any(node.get("GPU", 0.0) for node in nodes) else "cpu"
 
 
-def packed_gpus(memory_share: float | None) -> float:
-    """Return the part of a GPU that a trial asks for which takes this share of its memory."""
-    if not memory_share:
+def packed_gpus(memory_fraction: float | None) -> float:
+    """Return the part of a GPU for a trial that takes this fraction of the GPU's memory."""
+    if not memory_fraction:
         return 1.0
-    together = min(_MOST_ON_A_GPU, int(1 / (memory_share * _RESERVE)))
-    # Rounded down: Ray counts in ten-thousandths, and as many as fit are to fit.
+    together = min(_MAX_PER_GPU, int(1 / (memory_fraction * _RESERVE)))
+    # Rounded down to Ray's unit of 1/10,000, so that `together` trials fit.
     return math.floor(10_000 / together) / 10_000 if together > 1 else 1.0
 
 
 def alive_nodes() -> list[Node]:
-    """Return the resources of each node of the cluster that is connected and alive."""
+    """Return the resources of each node of the connected cluster that is alive."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [node["Resources"] for node in nodes if node["Alive"]]

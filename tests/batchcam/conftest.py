@@ -1,4 +1,4 @@
-"""A small part of the real digits, and one model trained on it."""
+"""Fixtures: a small part of the digits, and a model that was trained on it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,13 +56,13 @@ def tiny_config() -> TrialConfig:
 
 @pytest.fixture(scope="session")
 def trained(tiny_prepared: PreparedData, tiny_config: TrialConfig) -> TrialResult:
-    """A finished run. Shared: tests must leave its model as it is."""
+    """A finished run. Shared, so tests must not change its model."""
     return fit(tiny_config, prepared=tiny_prepared)
 
 
 @pytest.fixture(scope="session")
 def bundle_dir(trained: TrialResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of `trained`. Shared: a test that damages it works on a copy."""
+    """The bundle of `trained`. Shared, so a test that changes it works on a copy."""
     directory = tmp_path_factory.mktemp("bundles") / "tiny"
     save_bundle(directory, trained, command="batchcam train --out tiny")
     return directory
@@ -70,7 +70,7 @@ def bundle_dir(trained: TrialResult, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def make_pictures(tmp_path: Path) -> Callable[..., Path]:
-    """Return a function that writes `<root>/<part>/<class>/<n>.png`, class by brightness."""
+    """Return a function that writes `<root>/<part>/<class>/<n>.png`, brighter by class."""
 
     def make(
         classes: tuple[str, ...] = ("bright", "dark"),

@@ -1,4 +1,4 @@
-"""CAMs: exact values worked out by hand, a literal reading of Eqs. 4-6, and invariances."""
+"""Tests of CAMs: exact values, a literal implementation of Eqs. 4-6, and invariances."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def _flat_head(features: Tensor, weight: Tensor) -> Tensor:
 
 
 def _smooth_head(features: Tensor, weight: Tensor) -> Tensor:
-    """A head whose gradient depends on its input, as a ConvNeXt's does."""
+    """A head whose gradient depends on its input, as in ConvNeXt."""
     return features.flatten(1).tanh() @ weight.T
 
 
@@ -47,7 +47,7 @@ def _random_batch(
 def _literal_batch_cam(
     logits: Tensor, features: Tensor, labels: Tensor, classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Follow Eqs. 4-6 letter by letter, forming the averaged features and gradients per class."""
+    """Implement Eqs. 4-6 literally, with averaged features and gradients per class."""
     maps = torch.zeros(classes, *features.shape[2:], dtype=features.dtype)
     present = torch.zeros(classes, dtype=torch.bool)
     for label in range(classes):
@@ -354,7 +354,7 @@ def test_attribution_by_known_gradients_is_the_same_in_any_layout(
 
 
 def test_attribution_of_a_linear_head_sums_to_the_score() -> None:
-    """Draelos and Carin's faithfulness, which pooled gradients do not have."""
+    """The faithfulness of Draelos and Carin, which Grad-CAM lacks."""
     generator = torch.Generator().manual_seed(0)
     features = torch.rand(3, 2, 4, 4, generator=generator, requires_grad=True)
     weight = torch.randn(5, 2, 4, 4, generator=generator)

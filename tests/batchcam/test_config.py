@@ -1,4 +1,4 @@
-"""TrialConfig: what it accepts, what it refuses and how it says so, and its YAML."""
+"""Tests of TrialConfig: valid and invalid values, error messages, YAML."""
 
 import math
 from dataclasses import FrozenInstanceError, fields, replace

@@ -1,4 +1,4 @@
-"""Errors: one family, and suggestions that help."""
+"""Tests of the error classes and of suggested names."""
 
 from pathlib import Path
 

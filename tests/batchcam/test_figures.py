@@ -1,4 +1,4 @@
-"""Figures: what they show, and that the same figure is the same file."""
+"""Tests of figures: their content, and that equal figures are equal files."""
 
 from pathlib import Path
 

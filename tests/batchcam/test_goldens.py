@@ -70,7 +70,7 @@ def _first(split: Split, count: int) -> Split:
 
 
 def _data() -> ImageData:
-    """Return thirty digits to train on and ten to validate, each with a decoy in a corner."""
+    """Return thirty training and ten validation digits, each with a decoy in a corner."""
     generator = np.random.default_rng(0)
     data = load_data(TrialConfig(dataset="digits"))
     train, validation = (
@@ -81,7 +81,7 @@ def _data() -> ImageData:
 
 
 def _config(backbone: str, precision: Precision, term: str) -> TrialConfig:
-    """Return a configuration of one step per epoch, so that an epoch's losses are a step's."""
+    """Return a configuration of one step per epoch, so that an epoch reports one step."""
     return TrialConfig(
         **{"lambda_batch": 0.0, **TERMS[term]},
         backbone=backbone,
@@ -95,7 +95,7 @@ def _config(backbone: str, precision: Precision, term: str) -> TrialConfig:
 
 
 def steps(backbone: str, precision: Precision, term: str) -> dict[str, list[float]]:
-    """Return each metric of each of twenty steps: losses, accuracy and SSIM."""
+    """Return the metrics of each of twenty steps: losses, accuracy and SSIM."""
     torch.set_num_threads(1)
     config = _config(backbone, precision, term)
     history = fit(config, prepared=with_prototypes(_data(), config)).history
@@ -107,7 +107,7 @@ def steps(backbone: str, precision: Precision, term: str) -> dict[str, list[floa
 
 
 def machine() -> dict[str, str]:
-    """Return what rounding depends on: PyTorch, and the processor with its instruction sets."""
+    """Return the versions that rounding depends on: PyTorch, processor, instruction sets."""
     try:
         info = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:

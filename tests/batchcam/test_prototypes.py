@@ -1,4 +1,4 @@
-"""Prototypes: by hand, and how closely a coarse CAM can come to them."""
+"""Tests of prototypes: exact values, and the ceiling of a coarse CAM's SSIM."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Where a number comes from: the command, the commit, the versions."""
+"""Tests of provenance: command, commit, versions."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The metrics: exact values, agreement with pytorch-msssim, gradients, and invariants."""
+"""Tests of the metrics: exact values, agreement with pytorch-msssim, gradients, invariants."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Nodes that die while trials run on them."""
+"""Tests of studies whose nodes die while trials run on them."""
 
 import json
 import subprocess

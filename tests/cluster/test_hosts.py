@@ -1,4 +1,4 @@
-"""Several hosts, each a network namespace of its own, as one cluster that asks for a token."""
+"""Tests of a cluster with token authentication on several hosts, which are network namespaces."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ ADDRESS = f"{HEAD}:6379"
 
 
 def _may_make_hosts() -> bool:
-    """Whether network namespaces can be made here: a container may be root and yet not allowed."""
+    """Return whether network namespaces can be created; a container's root may lack the right."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         return False
     name = f"bc{os.getpid()}probe"
@@ -42,7 +42,7 @@ def _ip(*words: str) -> None:
 
 
 class Hosts:
-    """Three hosts on one switch; the first is the head."""
+    """Three hosts on one switch; the first one is the head node."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.environment = environment | {
@@ -57,7 +57,7 @@ class Hosts:
         self.switch = f"bc{os.getpid()}s"
 
     def build(self) -> None:
-        """Make the hosts, and the cables between them and the switch."""
+        """Create the hosts, and their links to the switch."""
         _ip("netns", "add", self.switch)
         _ip("-n", self.switch, "link", "add", "bridge", "type", "bridge")
         _ip("-n", self.switch, "link", "set", "bridge", "up")
@@ -84,11 +84,11 @@ class Hosts:
             _ip("-n", name, "route", "add", "default", "dev", "eth0")
 
     def unplug(self, number: int) -> None:
-        """Pull a host's cable."""
+        """Take down a host's link."""
         _ip("-n", self.switch, "link", "set", f"port{number}", "down")
 
     def run(self, number: int, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run a command on a host, and wait for it."""
+        """Run a command on a host, and wait until it ends."""
         return subprocess.run(
             ["ip", "netns", "exec", self.names[number - 1], *words],
             env=self.environment | environment,
@@ -100,7 +100,7 @@ class Hosts:
         )
 
     def remove(self) -> None:
-        """Stop what runs on the hosts, and take them away."""
+        """Stop the processes on the hosts, and delete the hosts."""
         for name in (*self.names, self.switch):
             pids = subprocess.run(
                 ["ip", "netns", "pids", name], capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""Files for Kubernetes and clouds: what their own validators say, and what must not be in them."""
+"""Tests of the files for Kubernetes and clouds: their validators, and forbidden content."""
 
 import re
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ def _documents() -> Iterator[dict[str, Any]]:
 
 
 def _templates() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the pod templates inside KubeRay's resources, which Kubernetes itself would not see."""
+    """Yield the pod templates inside KubeRay's resources, which Kubernetes does not validate."""
     for document in _documents():
         spec = document["spec"]
         if document["kind"] == "RayCluster":

@@ -36,13 +36,13 @@ def _joined(cluster: LocalCluster) -> Iterator[None]:
 
 
 def alive() -> dict[str, dict[str, Any]]:
-    """Return the nodes of the cluster that this process has joined, by their ids."""
+    """Return the nodes of the connected cluster by their ids."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return {node["NodeID"]: node for node in nodes if node["Alive"]}
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait for what is to happen within a minute."""
+    """Wait until a condition holds, at most a minute."""
     for _ in range(600):
         if condition():
             return
@@ -51,7 +51,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def where(params: dict[str, Any]) -> None:
-    """A trial that says on which node it runs."""
+    """A trial that writes the id of its node."""
     del params
     tune.report({"node": ray.get_runtime_context().get_node_id()})
 
@@ -111,7 +111,7 @@ def test_settings_that_cannot_work_are_refused(words: list[str], message: str) -
 
 
 def processes_with(mark: str) -> list[int]:
-    """Return the processes that have inherited an environment with `mark` in it."""
+    """Return the processes whose environment contains `mark`."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

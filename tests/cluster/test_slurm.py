@@ -1,4 +1,4 @@
-"""The Slurm scripts on a real Slurm: a controller and two nodes, all on this machine."""
+"""Tests of the Slurm scripts on a real Slurm with a controller and two nodes on this machine."""
 
 import json
 import os
@@ -58,13 +58,13 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 
 @dataclass
 class Slurm:
-    """A running Slurm, and an environment in which its tools find it."""
+    """A running Slurm, and the environment for its tools."""
 
     folder: Path
     environment: dict[str, str]
 
     def run(self, *words: str) -> str:
-        """Return what a command prints, of Slurm or of the shell."""
+        """Return the output of a command."""
         done = subprocess.run(
             words, env=self.environment, cwd=ROOT, capture_output=True, text=True, check=False
         )
@@ -166,7 +166,7 @@ def test_nodes_join_a_job_and_one_that_is_cut_goes_on_on_two_nodes(
     # What Slurm sends two minutes before the end of a job's time.
     slurm.run("scancel", "--batch", "--signal=TERM", job)
     assert slurm.ended(job, log) == "FAILED"
-    assert "go on with --study cut --resume" in log.read_text()
+    assert "resume with --study cut --resume" in log.read_text()
     slurm.run("scancel", joined)
     slurm.ended(joined, other)
 

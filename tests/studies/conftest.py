@@ -1,4 +1,4 @@
-"""A tiny real trial, what studies stand on, and commands as a user types them."""
+"""Fixtures: a small trial, a finished study, Ray, PostgreSQL, S3, and the commands."""
 
 import csv
 import json
@@ -71,7 +71,7 @@ API_KEY = "0123456789abcdef" * 2 + "01234567"
 
 @dataclass(frozen=True)
 class Finished:
-    """A study that has ended: its folder, and what the command printed."""
+    """A finished study: its folder, and the output of the command."""
 
     folder: Path
     stdout: str
@@ -82,9 +82,9 @@ class Finished:
 def study(
     sweep: Command, free_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory
 ) -> Finished:
-    """A study of three trials by a user with a W&B key, and no way to the server.
+    """A study of three trials by a user with a W&B key whose server cannot be reached.
 
-    Shared by all tests in the xdist group "ray": a test that changes it works on a copy.
+    Shared by all tests in the xdist group "ray", so a test that changes it works on a copy.
     """
     folder = tmp_path_factory.mktemp("study")
     url = f"http://127.0.0.1:{free_port()}"
@@ -95,7 +95,7 @@ def study(
 
 @dataclass(frozen=True)
 class Recorded:
-    """What an offline W&B file holds."""
+    """The content of an offline W&B file."""
 
     summary: dict[str, Any]
     run: dict[str, Any]
@@ -105,7 +105,7 @@ class Recorded:
 
 @pytest.fixture(scope="session")
 def recorded(environment: dict[str, str]) -> Callable[[Path], list[Recorded]]:
-    """Return a function that reads the offline runs in a folder, the oldest first."""
+    """Return a function that reads the offline runs in a folder, oldest first."""
 
     def inspect(file: Path, *options: str) -> str:
         command = ["wandb", "leet", "inspect", *options, "--json", str(file)]
@@ -133,7 +133,7 @@ def recorded(environment: dict[str, str]) -> Callable[[Path], list[Recorded]]:
 
 
 class PostgreSQL:
-    """A server of Debian's package, which starts and stops as often as it is told."""
+    """A PostgreSQL server of Debian's package, which can be started and stopped."""
 
     def __init__(self, folder: Path, port: int) -> None:
         (self._bin,) = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1:]
@@ -152,14 +152,14 @@ class PostgreSQL:
         self._run("pg_ctl", "start", "-w", "-o", options, "-l", str(self._folder / "log"))
 
     def stop(self) -> None:
-        """Stop as if the machine had lost its power."""
+        """Stop the server as a power failure would."""
         self._run("pg_ctl", "stop", "-w", "-m", "immediate")
 
     def address(self, database: str) -> str:
         return f"postgresql+psycopg://me:secret@127.0.0.1:{self._port}/{database}"
 
     def new_database(self, encoding: str = "UTF8") -> str:
-        """Make an empty database, and return its address."""
+        """Create an empty database, and return its address."""
         self._databases += 1
         name = f"database{self._databases}"
         address = self.address("postgres").replace("+psycopg", "")
@@ -194,7 +194,7 @@ def postgresql(free_port: Callable[[], int]) -> Iterator[PostgreSQL]:
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    """Two CPUs of Ray, in this process and its children."""
+    """A local Ray of two CPUs, to which this process is connected."""
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -202,14 +202,14 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_ray(_clean_environment: None) -> Iterator[str]:
-    """The address of a Ray of three CPUs, which outlives the drivers that join it."""
+    """The address of a Ray cluster of three CPUs, which outlives its drivers."""
     with local_cluster(LocalClusterSettings(workers=0, head_cpus=RAY_CPUS)) as cluster:
         yield cluster.address
 
 
 @pytest.fixture(scope="session")
 def prepared() -> PreparedData:
-    """Two hundred digits to train on, a hundred each to validate and to test."""
+    """Two hundred training digits, and a hundred each for validation and test."""
 
     def first(split: Split, count: int) -> Split:
         return Split(split.images[:count], split.labels[:count])
@@ -237,7 +237,7 @@ def config() -> TrialConfig:
 def reports(
     config: TrialConfig, prepared: PreparedData, tmp_path_factory: pytest.TempPathFactory
 ) -> list[tuple[EpochReport, str]]:
-    """Each epoch of a real trial, with the folder of checkpoints that ends with it."""
+    """The report of each epoch of a trial, with a folder of checkpoints up to it."""
     found = []
 
     def on_epoch(report: EpochReport) -> None:
@@ -251,7 +251,7 @@ def reports(
 
 @pytest.fixture
 def make_record() -> Callable[..., TrialRecord]:
-    """Return a function that makes a trial's record from its metrics, without a trial."""
+    """Return a function that makes a TrialRecord from given metrics."""
 
     def make(
         trial_id: str,
@@ -292,7 +292,7 @@ def read_csv() -> Callable[[Path], list[dict[str, str]]]:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """An object store of a user's own, named by the environment, with a bucket."""
+    """The address of a bucket in an S3 server, which the environment names."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
@@ -309,7 +309,7 @@ def s3() -> Iterator[str]:
 
 @pytest.fixture(params=["folder", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A place in a folder, and one in an object store; nothing is there yet."""
+    """A path in a folder, and one in an object store; neither exists yet."""
     if request.param == "folder":
         return str(tmp_path / "place")
     bucket: str = request.getfixturevalue("s3")

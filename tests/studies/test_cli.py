@@ -1,4 +1,4 @@
-"""The command `batchcam-study`: help, errors, and what each subcommand does to a study."""
+"""Tests of the command `batchcam-study`: help, errors, and each subcommand."""
 
 import shutil
 import subprocess
@@ -20,7 +20,7 @@ def study(tmp_path: Path) -> Path:
 
 
 def _printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """Return status and output of the command in this process."""
+    """Run the command in this process, and return its exit status and its output."""
     status = 0
     try:
         main(arguments)

@@ -1,4 +1,4 @@
-"""Studies as jobs of a running Ray cluster, submitted from a checkout as the manual says."""
+"""Tests of studies as jobs of a running Ray cluster, as cluster/README.md describes."""
 
 import shutil
 import signal
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("ray"), pytest.m
 
 @dataclass(frozen=True)
 class Head:
-    """A cluster's head node: where it was started, and what its clients are told."""
+    """A cluster's head node: the folder it was started in, and the environment of its clients."""
 
     checkout: Path
     client: dict[str, str]

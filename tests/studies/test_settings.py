@@ -132,7 +132,7 @@ def test_base_configuration_is_what_all_trials_share() -> None:
 
 @pytest.fixture
 def begun(tmp_path: Path) -> StudySettings:
-    """A study that was started, with settings that are not the defaults."""
+    """A study that was begun with settings other than the defaults."""
     space = SearchSpace(resolutions=(14, 28), lambda_batch=(0.1, 1.0))
     settings = StudySettings(
         study="s",
@@ -182,16 +182,16 @@ def test_other_settings_are_refused_on_resuming(
 def test_study_is_extended_again_and_again(begun: StudySettings, tmp_path: Path) -> None:
     for count in (11, 14):
         extended = StudySettings(study="s", out=tmp_path, extend=3).resumed()
-        assert extended.goes_on
+        assert extended.resumes
         assert extended.num_trials == count
         assert extended.key == begun.key
         extended.save()
 
 
 def test_only_resume_and_extend_go_on_with_a_study() -> None:
-    assert not StudySettings(study="s").goes_on
-    assert StudySettings(study="s", resume=True).goes_on
-    assert StudySettings(study="s", extend=1).goes_on
+    assert not StudySettings(study="s").resumes
+    assert StudySettings(study="s", resume=True).resumes
+    assert StudySettings(study="s", extend=1).resumes
 
 
 def test_study_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> None:

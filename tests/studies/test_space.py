@@ -35,7 +35,7 @@ def strides() -> Strides:
 
 @pytest.fixture(scope="module")
 def drawn(strides: Strides) -> list[tuple[optuna.Trial, TrialConfig]]:
-    """Two hundred random draws: what Optuna recorded, and the configuration made of it."""
+    """Two hundred random draws: Optuna's parameters, and the configuration of each."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     trials = [study.ask() for _ in range(200)]
     return [(t, trial_config(TrialConfig(), suggest(t, SPACE, strides))) for t in trials]
@@ -234,7 +234,7 @@ def log_uniform(name: str) -> st.SearchStrategy[float]:
 
 @st.composite
 def configs(draw: st.DrawFn) -> TrialConfig:
-    """Any configuration that the space has."""
+    """Draw any configuration of the space."""
     backbone = draw(st.sampled_from(SPACE.backbones))
     resolution = draw(st.sampled_from(SPACE.resolutions))
     switched = st.just(0.0)

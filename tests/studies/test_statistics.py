@@ -1,4 +1,4 @@
-"""Intervals: by the formulas that earlier results were made with, and by scipy's own."""
+"""Tests of confidence intervals against the formulas of earlier results and scipy."""
 
 from statistics import StatisticsError, mean, stdev
 

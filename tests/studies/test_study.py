@@ -1,4 +1,4 @@
-"""Whole studies on local Ray clusters, most of them as a user starts them: the command itself."""
+"""Tests of whole studies on local Ray clusters, mostly through the command."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def rows(study: Finished, read_csv: Callable[[Path], list[dict[str, str]]]) -> l
 
 
 def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Return when each file was last written, and its size."""
+    """Return the time of modification and the size of each file."""
     return {
         path: (path.stat().st_mtime_ns, path.stat().st_size)
         for path in folder.rglob("*")
@@ -274,7 +274,7 @@ def test_backbone_without_pretrained_weights_is_refused_before_anything_starts(
 
 @pytest.fixture(scope="module")
 def in_process(tmp_path_factory: pytest.TempPathFactory) -> StudySettings:
-    """A study of one objective that was run in this process, without W&B."""
+    """A study of one objective, run in this process without W&B."""
     settings = StudySettings(
         study="here",
         out=tmp_path_factory.mktemp("in-process"),

@@ -86,7 +86,7 @@ def test_tags_say_of_what_kind_a_run_is() -> None:
 def crash_once(
     params: dict[str, Any], *, settings: TrialSettings, prepared: PreparedData, crashed: Path
 ) -> None:
-    """Run a trial whose process is killed after its second epoch, the first time."""
+    """Run a trial whose process is killed once, after its second epoch."""
     report = tune.report
 
     def report_and_crash(metrics: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ def test_trial_that_crashes_goes_on_to_the_end_it_would_have_had(
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What a trial that runs in this process reports."""
+    """The reports of a trial that runs in this process."""
     found: list[dict[str, Any]] = []
     monkeypatch.setattr(tune, "report", found.append)
     return found
@@ -216,7 +216,7 @@ def test_trial_of_a_larger_share_has_more_threads(
 def test_state_that_cannot_be_kept_fails_the_trial_and_not_its_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(patience, "RETRY_SECONDS", 0.1)
     (tmp_path / "file").touch()
     kept = Checkpoints(str(tmp_path / "file/trial"))
     with pytest.raises(OSError, match=r"file/trial cannot be used for 0 s"):

@@ -1,4 +1,4 @@
-"""The command line, through `main` as a user's shell would call it."""
+"""The command `batchcam`: subcommands, exit status and messages."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ QUICK = ("--resolution", "8", "--epochs", "1", "--device", "cpu")
 
 
 def run(*arguments: str | Path) -> int:
-    """Return the status that the command exits with."""
+    """Run the command, and return its exit status."""
     with pytest.raises(SystemExit) as caught:
         main([str(argument) for argument in arguments])
     assert isinstance(caught.value.code, int)
@@ -32,7 +32,7 @@ def run(*arguments: str | Path) -> int:
 
 
 def _refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """Run a command that must fail, and return its one error without its ``error: ``."""
+    """Run a command that must fail, and return its error message without ``error: ``."""
     assert run(*arguments) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
@@ -42,7 +42,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle made by `batchcam train`. Shared: a test that damages it works on a copy."""
+    """A bundle that `batchcam train` wrote. Shared, so a test that changes it works on a copy."""
     directory = tmp_path_factory.mktemp("cli") / "made"
     arguments = ("--lambda-batch", "0.3", "--metric", "l2", "--seed", "4")
     assert run("train", *QUICK, *arguments, "--out", directory) == 0
@@ -98,7 +98,7 @@ def test_a_configuration_alone_trains_the_same_model(made: Path, tmp_path: Path)
 
 @pytest.fixture
 def cut_after_two_epochs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Runs end in their third epoch until the returned function is called."""
+    """Interrupt every run in its third epoch until the returned function is called."""
 
     def cut(*args: Any, on_step: Callable[[int, int], None], **kwargs: Any) -> Any:
         steps = 0
@@ -309,7 +309,7 @@ def test_compare_needs_a_bundle_and_a_place_to_write(
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> list[Path]:
-    """A few real digits as files: grey, in colour, and two of one name."""
+    """Picture files of digits: grey, in colour, and two with one name in different folders."""
     images = np.round(load_digits().images[:3] * (255 / 16)).astype(np.uint8)
     paths = [tmp_path / "a" / "zero.png", tmp_path / "b" / "zero.png", tmp_path / "a" / "two.png"]
     for path, image in zip(paths, images, strict=True):

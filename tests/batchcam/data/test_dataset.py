@@ -1,4 +1,4 @@
-"""Data sets in memory: one contract for all of them, and the way from pictures to model input."""
+"""Tests that all data sets pass, and tests of preprocessing."""
 
 import os
 from collections.abc import Callable
@@ -21,7 +21,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a data set beforehand."""
+    """The expected properties of a data set."""
 
     channels: int
     side: int

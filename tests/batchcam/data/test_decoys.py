@@ -1,4 +1,4 @@
-"""Decoys: where they are, what they show, and that they are honest in training alone."""
+"""Tests of decoys: position, grey value, and their relation to the class in each split."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""PreparedData: prototypes of the right split, groups of images, supports on a grid."""
+"""Tests of PreparedData: prototypes per split, prototype indices, supports on a grid."""
 
 from dataclasses import replace
 

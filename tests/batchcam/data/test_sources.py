@@ -1,4 +1,4 @@
-"""Where data sets come from: IDX files good and bad, and a user's own pictures."""
+"""Tests of the loaders: valid and damaged IDX files, and a user's own pictures."""
 
 import gzip
 import hashlib
@@ -22,7 +22,7 @@ SIZES = {"train": 40, "t10k": 20}
 
 
 def _idx_content(seed: int) -> dict[str, bytes]:
-    """Return the four files of a small data set, headers and all."""
+    """Return the four IDX files of a small data set, with headers."""
     generator = np.random.default_rng(seed)
     content = {}
     for part, count in SIZES.items():
@@ -55,7 +55,7 @@ def _no_download(*_: object) -> NoReturn:
 
 @pytest.fixture
 def small_idx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tables know the small files, nothing is set, and there is no network."""
+    """Register the small files; unset the variables; disable the download."""
     tables: Mapping[str, Mapping[str, tuple[int, str]]] = {
         folder: {
             name: (len(content), hashlib.sha256(content).hexdigest())
@@ -317,7 +317,7 @@ def test_a_deep_tiff_of_either_byte_order_is_read(tmp_path: Path, order: str) ->
 
 
 def _write_deep_tiff(path: Path, order: str) -> None:
-    """Write 2x2 grey pixels of 16 bits; Pillow itself writes one byte order only."""
+    """Write 2x2 grey pixels of 16 bits in any byte order; Pillow writes only one."""
     magic = {"<": b"II", ">": b"MM"}[order]
     pixels = np.array([0, 255, 256, 65535], f"{order}u2").tobytes()
     # Width, height, bits per sample, no compression, grey, where pixels are, rows, their size.

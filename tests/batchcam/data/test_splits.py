@@ -1,4 +1,4 @@
-"""The stratified split: what it promises for any labels."""
+"""Tests of the stratified split, with generated labels."""
 
 import numpy as np
 import pytest

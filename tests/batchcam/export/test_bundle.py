@@ -1,4 +1,4 @@
-"""Bundles: a round trip without a pickle, and every way in which one can be spoilt."""
+"""Tests of bundles: writing and loading without pickle, and errors about damaged files."""
 
 import json
 import pickle
@@ -30,7 +30,7 @@ from batchcam.training.fit import TrialResult, fit
 
 @pytest.fixture
 def copied(bundle_dir: Path, tmp_path: Path) -> Path:
-    """A bundle to damage."""
+    """A copy of a bundle, which a test may damage."""
     return Path(shutil.copytree(bundle_dir, tmp_path / "copy"))
 
 
@@ -216,7 +216,7 @@ def test_the_model_card_tells_numbers_and_the_command(bundle_dir: Path) -> None:
 
 @pytest.fixture(scope="module")
 def stopped_resnet(trained: TrialResult) -> TrialResult:
-    """A dilated backbone whose run was ended after one of two epochs."""
+    """A bundle of a dilated backbone whose run ended after one of two epochs."""
     config = replace(
         trained.config, backbone="resnet10t", resolution=28, epochs=2, learning_rate=1e-3
     )

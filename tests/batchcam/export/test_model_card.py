@@ -1,4 +1,4 @@
-"""What a bundle says of itself: the names of its run."""
+"""Tests of the model card: names of runs and losses."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Models for those who do not have this project: timm and onnxruntime give what we give."""
+"""Tests of exported models: timm and onnxruntime compute what the loaded model computes."""
 
 import json
 import subprocess

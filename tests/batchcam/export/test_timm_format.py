@@ -1,4 +1,4 @@
-"""timm's config.json stays what earlier releases wrote."""
+"""Tests that timm's config.json is the same as in earlier releases."""
 
 from pathlib import Path
 

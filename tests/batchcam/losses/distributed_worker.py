@@ -1,4 +1,4 @@
-"""One of several processes that train on a part of a batch under DistributedDataParallel.
+"""A process that trains on its part of a batch under DistributedDataParallel.
 
 `python distributed_worker.py RANK PROCESSES FOLDER`: writes the loss and the gradients after one
 backward pass for each loss, by name, to FOLDER/RANK.pt.
@@ -22,7 +22,7 @@ LOSSES = ("prototype", "per process", "over processes")
 
 
 class Model(nn.Module):
-    """Returns logits and features; without batch statistics, so that images do not meet."""
+    """Returns logits and features. It has no batch statistics, so images do not interact."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Model(nn.Module):
 
 
 def problem() -> tuple[Model, Tensor, Tensor, Tensor]:
-    """Return a model in float64, images, labels (the parts differ in classes) and prototypes."""
+    """Return a float64 model, images, labels and prototypes; the parts have different classes."""
     torch.manual_seed(0)
     model = Model().double()
     images = torch.rand(IMAGES, 1, 8, 8, dtype=torch.float64)
@@ -69,7 +69,7 @@ def gradients(
 
 
 def main(rank: int, processes: int, folder: Path) -> None:
-    """Join the group, train on this process's part, and write what was found."""
+    """Join the process group, train on this process's part, and write losses and gradients."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes

@@ -1,4 +1,4 @@
-"""Loss terms on tensors of a test's own, without a data set or a trainer."""
+"""Helpers that compute loss terms from given tensors, without a data set or a trainer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from batchcam.models import ExplainableModel
 
 
 class Head(ExplainableModel):
-    """A head whose gradients are not known in closed form, or are what a test says they are."""
+    """A head without closed-form gradients, or with the class weights that a test gives."""
 
     def __init__(self, weights_CK: Tensor | None = None, gradients: Tensor | None = None) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Head(ExplainableModel):
 
 @dataclass(frozen=True)
 class Context(TermContext):
-    """A context whose supports a test gives."""
+    """A context with given supports."""
 
     mask: Tensor | None = None
 

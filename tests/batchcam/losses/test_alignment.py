@@ -1,4 +1,4 @@
-"""The derivatives by hand beside autograd's of the definitions; and when autograd is asked."""
+"""Tests of the hand-written derivatives against autograd, and of when each is used."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ metrics = pytest.mark.parametrize("metric", sorted(METRICS))
 
 
 def _problem(seed: int, maps: int = 6, height: int = 4, width: int = 3) -> tuple[Tensor, ...]:
-    """Return sums of either sign, prototypes of 9x9, shares with a nil among them, and pairs."""
+    """Return sums of both signs, prototypes of 9x9, shares of which one is 0, and pairs."""
     generator = torch.Generator().manual_seed(seed)
     sums = torch.randn(maps, height, width, generator=generator, dtype=torch.float64)
     prototypes = torch.rand(3, 9, 9, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The exchange: which pixels change hands, what it costs to decide by them, what training does."""
+"""Tests of the exchange loss: exchanged pixels, value of the loss, effect of training."""
 
 from dataclasses import replace
 
@@ -74,7 +74,7 @@ def test_the_loss_passes_gradcheck() -> None:
 
 
 def _marked(split: Split) -> Split:
-    """Return images one of whose corners, a pixel, has a grey that tells the class."""
+    """Return images with a pixel in one corner whose grey value encodes the class."""
     images = split.images.copy()
     corners = np.random.default_rng(0).integers(0, 2, (2, len(images))) * -1
     images[np.arange(len(images)), :, *corners] = 28 * split.labels[:, None]
@@ -95,7 +95,7 @@ def test_training_makes_corners_count_less_that_give_the_class_away(tiny_data: I
     images, labels = to_device(marked.test, torch.device("cpu"))
 
     def cost(lambda_exchange: float) -> float:
-        """Return the loss on the test split, over the squared margins that it is about."""
+        """Return the loss on the test split relative to the squared margins."""
         result = fit(replace(config, lambda_exchange=lambda_exchange), prepared=prepared)
         assert ("loss_exchange" in result.metrics) == (lambda_exchange > 0)
         x = result.preprocess(images)

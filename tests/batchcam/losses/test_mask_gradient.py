@@ -1,4 +1,4 @@
-"""RRR: its penalty by hand and by finite differences, and what training on it does."""
+"""Tests of RRR: exact values, finite differences, effect of training."""
 
 import math
 from dataclasses import replace
@@ -53,7 +53,7 @@ CONFIG = TrialConfig(
 
 
 def _marked(split: Split) -> Split:
-    """Return images whose upper left corner has a grey that tells the class, and its mask."""
+    """Return images whose upper left corner has a grey value that encodes the class, with masks."""
     images = split.images.copy()
     images[:, :, :2, :2] = (28 * split.labels)[:, None, None, None]
     masks = torch.zeros(len(split), *images.shape[2:], dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The weighted sum of terms: by hand, by second derivatives, and without absent classes."""
+"""Tests of the weighted sum of terms: exact values, second derivatives, absent classes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,7 +44,7 @@ def _problem(seed: int, images: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def _constant(values: Sequence[float], classes: int) -> tuple[Tensor, Tensor]:
-    """Return logits and features whose maps are constant, of the sign of each image's value."""
+    """Return logits and features with constant maps, of the sign of each image's value."""
     features = torch.tensor(values)[:, None, None, None].expand(-1, 1, 4, 4).clone()
     features.requires_grad_()
     return features.mean(dim=(1, 2, 3))[:, None].expand(-1, classes), features
@@ -123,7 +123,7 @@ def test_the_energy_passes_gradcheck_through_the_head() -> None:
 
 @metrics
 def test_several_prototypes_per_class_average_by_class_and_group(metric: str) -> None:
-    """Two groups of one class give what two classes with that class's scores would give."""
+    """Two prototypes of one class give the loss of two classes with that class's scores."""
     features, weight, _, prototypes = _problem(4, images=6)
     groups = torch.tensor([0, 1, 1, 0, 2, 2])
     labels = torch.tensor([0, 0, 0, 0, 1, 1])

@@ -1,4 +1,4 @@
-"""Backbones: one contract that every usable one keeps, and the remedies for those that are not."""
+"""Tests that every usable backbone passes, and the errors about the others."""
 
 import copy
 from dataclasses import dataclass
@@ -122,7 +122,7 @@ def test_gradients_of_a_batch_in_training_are_those_of_its_images_alone(
 
 
 class _Tapped(nn.Module):
-    """A model with a layer where its features are, for a library that hooks layers."""
+    """A model with a layer that outputs the features, for a library that hooks layers."""
 
     def __init__(self, model: ExplainableModel) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ LINEAR_HEADS = {"simple_cnn", "resnet18", "resnet10t", "efficientnet_b0", "regne
 def test_weights_of_a_linear_head_are_the_pooled_gradients(
     backbone: Backbone, model: ExplainableModel, resolution: int
 ) -> None:
-    """Values, and gradients of what is made of them, with no backward pass through the head."""
+    """Class weights equal autograd's in value and gradient, without a backward pass of the head."""
     model = copy.deepcopy(model).double()
     # Grids of which SimpleCNN's pooling takes equal parts, and those of which it does not.
     images = torch.randn(backbone.images, 1, resolution, resolution, dtype=torch.float64)
@@ -260,7 +260,7 @@ def test_weights_of_a_linear_head_are_the_pooled_gradients(
 def test_known_gradients_are_those_of_the_scores(
     backbone: Backbone, model: ExplainableModel, resolution: int, lambda_energy: float
 ) -> None:
-    """HiResCAM and energy: values and their gradients, with no backward pass through the head."""
+    """HiResCAM and energy equal autograd's in value and gradient, without a backward pass."""
     model = copy.deepcopy(model).double()
     images = torch.randn(backbone.images, 1, resolution, resolution, dtype=torch.float64)
     labels = torch.arange(backbone.images) % 2 * 7
@@ -435,7 +435,7 @@ def test_pretrained_weights_out_of_reach_name_the_cache(
 
 
 class _MixingHead(ExplainableModel):
-    """Batch-normalised after its feature maps, so that images see each other in training."""
+    """A model with batch normalisation after its features, so that images interact in training."""
 
     def __init__(self) -> None:
         super().__init__()

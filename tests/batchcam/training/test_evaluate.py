@@ -1,4 +1,4 @@
-"""Evaluation: class CAMs over many batches, errors, and a model left as it was."""
+"""Tests of evaluation: class CAMs over batches, error maps, and an unchanged model."""
 
 import copy
 from dataclasses import replace
@@ -167,7 +167,7 @@ def test_the_batch_size_does_not_change_the_result(
 
 
 class _ByBrightness(ExplainableModel):
-    """Calls an image 0 where it is dark, 2 where it is bright, and never 1."""
+    """Predicts class 0 for a dark image, class 2 for a bright one, and never class 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,8 +184,7 @@ class _ByBrightness(ExplainableModel):
 
 @pytest.fixture
 def by_brightness() -> dict[str, Any]:
-    """Arguments of an evaluation whose outcome is known: dark, bright, bright, dark, bright,
-    bright."""
+    """Arguments of an evaluation with known results: dark, bright, bright, dark, bright, bright."""
     images = torch.tensor([0, 255, 255, 0, 255, 255], dtype=torch.uint8)[:, None, None, None]
     return {
         "model": _ByBrightness(),

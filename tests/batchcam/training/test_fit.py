@@ -1,4 +1,4 @@
-"""Training: reproducible, resumable to the last bit, and honest about what goes wrong."""
+"""Tests of training: reproducible, resumed bit-identically, and errors about failures."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -168,7 +168,7 @@ def test_training_on_true_digits_prepares_its_own_data() -> None:
 def test_images_are_aligned_with_their_own_cluster(
     tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
-    """Each cluster's CAM comes nearer to its own prototype than to the others of its class."""
+    """Each cluster's CAM is closer to its own prototype than to the others of its class."""
     images, labels = to_device(tiny_prepared.dataset.train, torch.device("cpu"))
     centres = cluster_centres(images, labels, 10, 2)
     groups = nearest_prototype_index(images, labels, centres, 10)
@@ -400,7 +400,7 @@ def test_the_state_of_another_configuration_is_refused_by_field(
     shown: str,
 ) -> None:
     config = replace(tiny_config, **{field: value})  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=f"was saved with {shown}; go on with the same"):
+    with pytest.raises(ConfigError, match=f"was saved with {shown}; resume with the same"):
         fit(config, prepared=tiny_prepared, state=saved_state)
 
 
@@ -587,7 +587,7 @@ def test_a_run_in_bf16_learns_too(
     ]
 )
 def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Set the default backend of `torch.compile`; without this fixture it is inductor."""
+    """Set the default backend of `torch.compile`, which otherwise is inductor."""
     before = torch.compiler.get_default_backend()
     torch.compiler.set_default_backend(request.param)
     torch.compiler.reset()

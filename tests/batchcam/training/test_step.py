@@ -1,4 +1,4 @@
-"""One training step: what it computes, in which order of rates, and that it waits for nothing."""
+"""Tests of a training step: losses, schedules, and no host synchronisation."""
 
 from dataclasses import replace
 from typing import Any
@@ -22,7 +22,7 @@ from batchcam.training.step import make_optimizer, make_schedule
 
 
 def _plain_simple_cnn(weights: dict[str, Tensor]) -> tuple[nn.Module, nn.Module]:
-    """Return SimpleCNN's features and head as its docstring has them, one layer after the other."""
+    """Return SimpleCNN's features and head layer by layer, as its docstring describes them."""
     features = nn.Sequential()
     for inside, outside in ((1, 32), (32, 32), (0, 0), (32, 64), (64, 64)):
         if inside == 0:
@@ -41,7 +41,7 @@ def _plain_simple_cnn(weights: dict[str, Tensor]) -> tuple[nn.Module, nn.Module]
 def _plain_loss(
     logits: Tensor, features: Tensor, labels: Tensor, prototypes: Tensor, config: TrialConfig
 ) -> Tensor:
-    """Return Eqs. 11 and 12, with the maps of Eqs. 3-6 written out, class by class."""
+    """Return the losses of Eqs. 11 and 12 from the maps of Eqs. 3-6, class by class."""
     scores = logits.gather(1, labels[:, None]).sum()
     (gradients,) = torch.autograd.grad(scores, features, create_graph=True)
     ssim = SSIM(data_range=1.0, channel=1, win_size=7, win_sigma=1.5)
@@ -81,7 +81,7 @@ _RATE = 0.005
 def test_losses_are_those_of_the_plainest_program(
     tiny_prepared: PreparedData, tiny_config: TrialConfig, backbone: str, metric: Metric
 ) -> None:
-    """Whatever was made faster: memory order, closed forms, matrix products, fused optimisers."""
+    """Covers memory format, closed forms, matrix products and fused optimisers."""
     config = replace(
         tiny_config,
         backbone=backbone,
@@ -168,7 +168,7 @@ def test_a_constant_rate_stays(tiny_config: TrialConfig, optimizer: Optimizer) -
 
 
 def _learning_rates(config: TrialConfig, steps: int = 50) -> list[float]:
-    """Return the rate of every step of a run."""
+    """Return the learning rate of every step of a run."""
     optimizer = make_optimizer(create_model("simple_cnn"), config)
     schedule = make_schedule(optimizer, config, config.epochs * steps)
     rates = []
@@ -196,7 +196,7 @@ SYNCHRONISING = {
 def test_a_step_waits_for_nothing(
     tiny_prepared: PreparedData, tiny_config: TrialConfig, backbone: str, metric: Metric
 ) -> None:
-    """Linear heads and others; on a GPU the host would stand still at each of these operators."""
+    """Covers linear heads and others. On a GPU the host would wait at each of these operators."""
     config = replace(
         tiny_config,
         backbone=backbone,

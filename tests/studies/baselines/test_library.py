@@ -1,4 +1,4 @@
-"""pytorch-grad-cam in the loop: what it gives, and what it does not change."""
+"""Tests of the baseline that runs pytorch-grad-cam in the training loop."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The predecessor: its loss by hand, its CAMs by ours, and where its gradients go."""
+"""Tests of the predecessor: exact loss, CAMs equal to ours, parameters with gradients."""
 
 import pytest
 import torch

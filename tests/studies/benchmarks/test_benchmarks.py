@@ -208,7 +208,7 @@ def test_mended_syne_tune_agrees_more_often(curves: dict[int, Curve]) -> None:
 
 @pytest.fixture(scope="module")
 def recorded(curves: dict[int, Curve]) -> Callable[[Method, str], dict[str, list[float | None]]]:
-    """Return a function that races a method on the recorded curves, above a reference point."""
+    """Return a function that runs a method on recorded curves, above a reference point."""
 
     def run(method: Method, point: str) -> dict[str, list[float | None]]:
         return raced(curves, method, references(curves)[point])
@@ -219,7 +219,7 @@ def recorded(curves: dict[int, Curve]) -> Callable[[Method, str], dict[str, list
 def raced(
     curves: dict[int, Curve], method: Method, reference: Sequence[float], min_epochs: int = 2
 ) -> dict[str, list[float | None]]:
-    """Return the outcome of a method's studies of all trials, in twenty orders."""
+    """Return the results of a method's studies of all trials, in twenty orders."""
     races = []
     for order in orders(list(curves), 20):
         reports = simulate(curves, order, method(Rules(16, min_epochs)))
@@ -228,14 +228,14 @@ def raced(
 
 
 def least(found: dict[str, list[float | None]], name: str) -> float:
-    """Return the worst of an outcome over the orders."""
+    """Return the worst value of a result over the orders."""
     value = found[name][0]
     assert value is not None
     return value
 
 
 def middle(found: dict[str, list[float | None]], name: str) -> float:
-    """Return the median of an outcome over the orders."""
+    """Return the median of a result over the orders."""
     value = found[name][1]
     assert value is not None
     return value

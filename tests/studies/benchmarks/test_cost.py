@@ -1,4 +1,4 @@
-"""The cost of models and losses: operations that are known by hand."""
+"""Tests of the cost of models and losses: operation counts with known values."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Growth of the cost: how it is measured and shown; and that absent classes take no memory."""
+"""Tests of the growth benchmark, and that absent classes take no memory."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The cost of a step: how it is measured, kept and shown; not how fast anything is."""
+"""Tests of the step benchmark: measuring, recording and drawing, not speed."""
 
 import json
 import time

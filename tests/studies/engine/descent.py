@@ -1,4 +1,4 @@
-"""A study that has nothing to do with images: step sizes of gradient descent on a parabola.
+"""A study without images: it searches the step size of gradient descent on a parabola.
 
 python -m tests.studies.engine.descent FOLDER RAY_ADDRESS
 
@@ -34,13 +34,13 @@ SEARCH_NAME = "descent"
 
 
 def space(trial: optuna.Trial) -> dict[str, Any]:
-    """Draw the step size, and its decay where the first step does not overshoot."""
+    """Draw the step size, and its decay if the first step does not overshoot."""
     rate = trial.suggest_float("rate", 0.05, 1.5)
     return {"rate": rate, "decay": trial.suggest_float("decay", 0.5, 1.0) if rate < 0.5 else 1.0}
 
 
 def metrics(params: dict[str, Any], epoch: int) -> Metrics:
-    """Return what a trial reports after an epoch, one step of descent on (x - 3)²."""
+    """Return the metrics after an epoch, which is one step of descent on (x - 3)²."""
     gap, rate = 3.0, params["rate"]
     for _ in range(epoch):
         gap = abs(gap - 2 * rate * gap)

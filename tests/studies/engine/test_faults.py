@@ -1,4 +1,4 @@
-"""What a study stands on breaks: a checkpoint, the disk, the object store, W&B."""
+"""Tests of studies during faults: a damaged checkpoint, a full disk, lost S3, lost W&B."""
 
 import gzip
 import http.server
@@ -37,7 +37,7 @@ SMALL = ("--resolutions", "14", "--cpus-per-trial", "2", "--min-epochs", "1")
 
 
 def fill(disk: Path) -> Path:
-    """Leave no byte on a small file system; return the file that takes it all."""
+    """Fill a small file system; return the file that fills it."""
     rest = disk / "rest"
     with suppress(OSError), rest.open("wb", buffering=0) as file:
         while True:
@@ -47,7 +47,7 @@ def fill(disk: Path) -> Path:
 
 
 def dummy(folder: Path, address: str) -> list[Any]:
-    """Return the command of a study that runs one trial at a time on the Ray that is shared."""
+    """Return the command of a study of one trial at a time on the shared Ray."""
     words = ["--trials", 6, "--epochs", 6, "--seconds", 0.2, "--cpus", RAY_CPUS]
     return ["-m", "studies.benchmarks.dummy", "--out", folder, *words, "--address", address]
 
@@ -84,7 +84,7 @@ def test_interrupted_study_says_how_to_go_on(
     driver.send_signal(signal.SIGINT)
     assert driver.wait(timeout=60) == 130
     log = (tmp_path / "log").read_text()
-    assert log.rstrip().endswith("interrupted; go on with --study s --resume")
+    assert log.rstrip().endswith("interrupted; resume with --study s --resume")
     assert "Tuner.restore" not in log
     assert not (folder / "best").exists()
     assert not kill_at([*command, "--resume", "--address", shared_ray], folder, environment, never)
@@ -93,7 +93,7 @@ def test_interrupted_study_says_how_to_go_on(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a megabyte."""
+    """A file system of one megabyte."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
@@ -141,7 +141,7 @@ def test_study_waits_for_a_disk_that_cannot_be_written_for_a_while(
 def test_study_stops_where_the_disk_stays_full_and_goes_on_when_it_is_not(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(patience, "RETRY_SECONDS", 1.0)
     ledger = Ledger(small_disk / LEDGER)
     ledger.propose({"number": 0, "trial_id": "t_0"})
     rest = fill(small_disk)
@@ -162,7 +162,7 @@ def test_study_stops_where_the_disk_stays_full_and_goes_on_when_it_is_not(
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """An S3 server with a bucket, and the environment that leads there."""
+    """An S3 server with a bucket, and the environment that names it."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     variables = {
@@ -211,7 +211,7 @@ def test_study_goes_on_from_an_object_store_when_the_drivers_machine_is_lost(
 def test_no_secret_is_on_the_disk_whenever_a_study_is_killed(
     s3: dict[str, str], environment: dict[str, str]
 ) -> None:
-    """All that a study writes while it runs, Ray's own files included, is left by a kill."""
+    """A killed study leaves all its files, those of Ray included."""
     secrets = {
         "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567",
         "AWS_SECRET_ACCESS_KEY": s3["AWS_SECRET_ACCESS_KEY"],
@@ -255,7 +255,7 @@ _BUCKET = {
 
 
 class _WandbServer(http.server.BaseHTTPRequestHandler):
-    """As much of W&B's server as a run needs to start online."""
+    """The part of W&B's server that a run needs to start online."""
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

@@ -55,7 +55,7 @@ def make(
 
 
 def steps(bridge: OptunaSearcher) -> Iterator[dict[str, Any]]:
-    """Run trials by themselves; stop before each call of the bridge, and give what came of it."""
+    """Run trials without Ray, yield before each call of the searcher, and return the results."""
     for number in range(TRIALS):
         yield {}
         config = bridge.suggest("a")
@@ -75,7 +75,7 @@ def run(bridge: OptunaSearcher) -> list[dict[str, Any]]:
 
 
 def away(server: PostgreSQL) -> threading.Thread:
-    """Stop the server, and have it started again after a while."""
+    """Stop the server, and start it again after some seconds."""
     server.stop()
 
     def start() -> None:
@@ -148,7 +148,7 @@ def test_database_that_stays_away_ends_the_study_to_be_resumed(
     postgresql.stop()
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(patience, "PATIENCE_SECONDS", 1.0)
+            patch.setattr(patience, "RETRY_SECONDS", 1.0)
             with pytest.raises(StorageLostError, match=r"Optuna's storage .*--resume") as lost:
                 bridge.on_trial_result("a", curve(0.5, 0.5, 1))
             assert "secret" not in str(lost.value)

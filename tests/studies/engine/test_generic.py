@@ -1,4 +1,4 @@
-"""The engine on a trainable that has nothing to do with images, killed and resumed."""
+"""Tests of the engine with a trainable without images, killed and resumed."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def drive(folder: Path, address: str, environment: dict[str, str]) -> "subproces
 def folder(
     shared_ray: str, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The folder of a study whose driver was killed, and resumed by another driver."""
+    """The folder of a study whose driver was killed and which another driver resumed."""
     folder = tmp_path_factory.mktemp("generic") / "study"
     ledger = folder / LEDGER
     driver = drive(folder, shared_ray, environment)

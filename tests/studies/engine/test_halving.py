@@ -18,7 +18,7 @@ GRID = [index / 8 for index in range(9)]
 
 
 def ordered(vectors: list[Vector]) -> list[Vector]:
-    """Return distinct vectors in the order in which they have a place."""
+    """Return distinct vectors in the order of their ranks."""
     recorded = Counter(vectors)
     places = {
         vector: next(n for n in range(1, len(vectors) + 1) if has_place(recorded, vector, n))
@@ -30,7 +30,7 @@ def ordered(vectors: list[Vector]) -> list[Vector]:
 
 @st.composite
 def studies(draw: st.DrawFn, objectives: int = 2) -> list[Report]:
-    """Reports of six trials over eight epochs, in any order that keeps that of each trial."""
+    """Reports of six trials over eight epochs; those of one trial are in order."""
     vectors = st.tuples(*[st.sampled_from(GRID)] * objectives)
     turns = draw(st.permutations([number for number in range(6) for _ in range(8)]))
     epochs = Counter[int]()
@@ -42,7 +42,7 @@ def studies(draw: st.DrawFn, objectives: int = 2) -> list[Report]:
 
 
 def run(halving: ParetoHalving, reports: list[Report]) -> dict[tuple[int, int], bool]:
-    """Judge the reports that come before a trial is stopped."""
+    """Judge the reports of each trial up to its end."""
     decisions: dict[tuple[int, int], bool] = {}
     for number, epoch, values in reports:
         if decisions.get((number, epoch - 1), epoch == 1):

@@ -1,4 +1,4 @@
-"""The engine stands on its own: it loads neither the trainer nor what reports on it."""
+"""Tests that the engine imports neither the trainer nor the monitoring."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ print(json.dumps(sorted(sys.modules)))
 
 
 def _loaded(environment: dict[str, str], *modules: str) -> set[str]:
-    """Return the modules that a fresh process has after importing some."""
+    """Return the modules that are loaded in a new process after an import."""
     done = subprocess.run(
         [sys.executable, "-c", _LIST, *modules],
         cwd=ROOT,

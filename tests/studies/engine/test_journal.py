@@ -78,7 +78,7 @@ def test_journal_that_is_not_there_is_made(tmp_path: Path) -> None:
 
 
 class TestContractOfOptuna(StorageTestCase):
-    """Optuna's test suite for storages, whole."""
+    """Optuna's whole test suite of storages."""
 
     @pytest.fixture
     def storage(self, tmp_path: Path) -> BaseStorage:

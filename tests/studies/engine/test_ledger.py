@@ -106,7 +106,7 @@ def test_number_that_is_none_is_kept(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[Any]]:
-    """The file of a study, and what a ledger holds after each of its events."""
+    """A ledger's file, and its content after each of its events."""
     folder = tmp_path_factory.mktemp("whole")
     states = [content(record(folder / str(count), count)) for count in range(len(EVENTS) + 1)]
     return (folder / str(len(EVENTS))).read_bytes(), states
@@ -202,7 +202,7 @@ def test_disk_that_stays_full_ends_the_study_and_loses_nothing(
     path: Path, whole: tuple[bytes, list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ledger = record(path, count=4)
-    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(patience, "RETRY_SECONDS", 0.3)
     room = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, room[1]))
     try:

@@ -33,7 +33,7 @@ def make_trial(number: int = 0, share: int = 1) -> Trial:
 
 
 def report(recorder: LedgerCallback, trial: Trial, **result: Any) -> None:
-    """Hand a result to the recorder as Ray does, with what Ray adds."""
+    """Pass a result to the callback as Ray does, with the entries that Ray adds."""
     if OUT_OF_MEMORY not in result:
         result[REPORTED] = list(result)
     result |= {"training_iteration": 1, "time_total_s": 2.5, "done": False}

@@ -37,7 +37,7 @@ Make = Callable[..., OptunaSearcher]
 def open_study(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Open]:
-    """Return a function that opens the study of a test as each new driver would."""
+    """Return a function that opens the test's study as a new driver does."""
     if request.param == "sqlite":
         monkeypatch.setenv(STORAGE_VARIABLE, f"sqlite:///{tmp_path}/secret.db")
     elif request.param == "postgresql":
@@ -77,7 +77,7 @@ def objectives(request: pytest.FixtureRequest) -> tuple[Objective, ...]:
 
 @pytest.fixture
 def make(open_study: Open, objectives: tuple[Objective, ...]) -> Make:
-    """Return a function that makes a bridge to the study of a test, each a driver's."""
+    """Return a function that makes a searcher on the test's study, as a new driver does."""
 
     def make(num_trials: int = 3, **changes: Any) -> OptunaSearcher:
         study, storage = open_study(len(objectives))
@@ -100,7 +100,7 @@ def suggest(bridge: OptunaSearcher, trial_id: str) -> dict[str, Any]:
 
 
 def run(bridge: OptunaSearcher, trial_id: str, epochs: int = EPOCHS) -> dict[str, Any]:
-    """Run a trial that ends after `epochs`, as Ray tells the bridge of it."""
+    """Run a trial that ends after `epochs`, with Ray's calls of the searcher."""
     config = suggest(bridge, trial_id)
     for epoch in range(1, epochs + 1):
         result = curve(config["x"], config["y"], epoch)

@@ -25,7 +25,7 @@ F1 = Objective("f1", "F1", short="best_f1")
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What a trainable that runs in this process reports to Ray."""
+    """The reports to Ray of a trainable that runs in this process."""
     found: list[dict[str, Any]] = []
     monkeypatch.setattr(tune, "report", found.append)
     return found

@@ -1,4 +1,4 @@
-"""The page about the engine: its example runs as it stands."""
+"""Tests that the example of the engine's page runs."""
 
 import re
 import subprocess

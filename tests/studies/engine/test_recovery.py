@@ -34,11 +34,11 @@ IN_OPTUNA = {
 
 
 class Killed(BaseException):
-    """The driver is gone."""
+    """Raised in place of the driver's death."""
 
 
 class Driver:
-    """A driver without Ray, which makes the same calls in the same order.
+    """A driver without Ray that makes the same calls in the same order.
 
     Args:
         folder: of the study.
@@ -144,9 +144,9 @@ class Driver:
 
 @pytest.fixture
 def writes(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Counts what a driver writes; it is killed after the write in `last`, if any.
+    """Counts a driver's writes, and kills it after the write number `last`, if given.
 
-    The ledger and Optuna's journal both sync each line that they write.
+    Ledger and journal sync each line that they write, so a sync is a write.
     """
     found = SimpleNamespace(count=0, last=None)
 
@@ -175,7 +175,7 @@ def in_optuna(driver: Driver) -> list[tuple[Any, ...]]:
 
 
 def check_agreement(driver: Driver) -> list[FrozenTrial]:
-    """Check that the ledger and Optuna say the same of every trial; return those that run."""
+    """Check that ledger and Optuna agree on every trial; return the running trials."""
     known = {trial.number: trial.state for trial in driver.ledger.trials}
     told = [trial for trial in driver.study.trials if trial.state != TrialState.WAITING]
     assert known.keys() <= {trial.number for trial in told}
@@ -185,7 +185,7 @@ def check_agreement(driver: Driver) -> list[FrozenTrial]:
 
 
 def check_whole(driver: Driver) -> None:
-    """Check that every trial of a study has ended, and nothing was done twice."""
+    """Check that every trial of a study has ended, and that nothing is recorded twice."""
     assert not check_agreement(driver)
     for trial in driver.ledger.trials:
         assert [report["epoch"] for report in trial.reports] == list(range(1, trial.epoch + 1))
@@ -195,7 +195,7 @@ def check_whole(driver: Driver) -> None:
 
 
 def kill(folder: Path, writes: SimpleNamespace, after: int, slots: int, **options: Any) -> bool:
-    """Run a driver that is killed after so many writes; return whether it was."""
+    """Run a driver, kill it after a number of writes, and return whether it was killed."""
     folder.mkdir(exist_ok=True)
     writes.count, writes.last = 0, after
     try:

@@ -40,7 +40,7 @@ def here(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def there(tmp_path: Path) -> Path:
-    """The same on another machine, which has nothing of it."""
+    """The study's folder on another machine, which has no files of it."""
     return tmp_path / "there"
 
 
@@ -156,7 +156,7 @@ def test_damaged_object_is_noticed(there: Path, place: str, content: str) -> Non
 def test_storage_that_is_gone_ends_the_study_to_be_resumed(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(patience, "RETRY_SECONDS", 0.3)
     copy = Replica(here, str(tmp_path / "place"))
     (tmp_path / "place").write_text("in the way of the folder")
     add(here, LEDGER, "event\n")

@@ -7,7 +7,7 @@ from studies.engine.retry import StorageLostError, retry
 
 
 class Storage:
-    """Storage that is gone until its nth use."""
+    """Storage that raises until its nth use."""
 
     def __init__(self, back_at: int, error: Exception) -> None:
         self.uses = 0

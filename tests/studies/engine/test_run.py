@@ -1,4 +1,4 @@
-"""Searches over trials without a model, on a local Ray."""
+"""Tests of searches with trials that train nothing, on a local Ray."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
 
 
 def search(*needs: int) -> Search:
-    """Return a search of trials that need so many times the usual memory."""
+    """Return a search of trials that need a multiple of the usual memory."""
     return Search(
         name="s",
         key="k",

@@ -33,7 +33,7 @@ def tell(study: optuna.Study, trial: optuna.Trial, decided: dict[str, Any]) -> N
 
 
 def run(storage: Callable[[], BaseStorage], seed: int, count: int = 16) -> list[dict[str, Any]]:
-    """Run trials, the study opened anew for each."""
+    """Run trials, and open the study again for each."""
     proposed = []
     for _ in range(count):
         study = make(storage(), seed)
@@ -103,7 +103,7 @@ DEPTH = optuna.distributions.IntDistribution(1, 9)
 
 
 def mixed_history(directions: Sequence[Direction], count: int = 60) -> optuna.Study:
-    """Return a study of trials in every state, with pruned ones as the searcher records them."""
+    """Return a study with trials in every state; pruned ones are as the searcher records them."""
     study = optuna.create_study(directions=list(directions), sampler=ReproducibleTPE(3))
     drawn = random.Random(0)
     for _ in range(count):
@@ -235,7 +235,7 @@ def test_sampler_is_shown_running_trials_the_best_and_the_latest_ended_ones(
 
 
 def test_draws_are_those_of_earlier_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values were drawn at commit 346d551: a study that began then goes on as it would have."""
+    """The values were drawn at commit 346d551, so that a study from then resumes unchanged."""
     monkeypatch.setattr(sampler, "_KNOWN", 20)
     study = optuna.create_study(directions=["maximize"] * 2, sampler=ReproducibleTPE(7))
     drawn: list[dict[str, Any]] = []
@@ -257,10 +257,10 @@ def test_draws_are_those_of_earlier_versions(monkeypatch: pytest.MonkeyPatch) ->
 
 
 class TestOptunasSuite(BasicSamplerTestCase, MultiObjectiveSamplerTestCase):
-    """Optuna's own tests of samplers.
+    """Optuna's test suite of samplers.
 
-    Its tests of relative sampling are left out: the sampler draws every parameter independently.
-    Those of samplers that refuse several objectives are left out too.
+    Its tests of relative sampling are omitted, because the sampler draws every parameter
+    independently. Its tests of samplers that refuse several objectives are omitted too.
     """
 
     @pytest.fixture

@@ -16,7 +16,7 @@ OBJECTIVES = (ACCURACY, SIMILARITY)
 
 
 def learn(params: dict[str, Any]) -> None:
-    """Report what a trial of known quality would, counting epochs as after a restart."""
+    """Report the metrics of a trial of given quality, counting epochs from a restart."""
     for epoch in range(params["start"] + 1, EPOCHS + 1):
         accuracy, ssim = params["quality"]
         report({"epoch": epoch, "val_accuracy": accuracy, "cam_ssim": ssim})
@@ -25,7 +25,7 @@ def learn(params: dict[str, Any]) -> None:
 def last_epochs(
     folder: Path, qualities: list[tuple[float, float]], starts: list[int] | None = None
 ) -> list[int]:
-    """Run trials one after the other, and return how far each came."""
+    """Run trials one after the other, and return the last epoch of each."""
     starts = starts or [0] * len(qualities)
     trials = [
         {"number": number, "quality": quality, "start": start}
@@ -45,7 +45,7 @@ def last_epochs(
 
 
 def judge(scheduler: ParetoASHA, number: int, result: dict[str, Any]) -> str:
-    """Hand a result to the scheduler as Ray does."""
+    """Pass a result to the scheduler as Ray does."""
     trial: Any = SimpleNamespace(config={"number": number})
     controller: Any = None
     return scheduler.on_trial_result(controller, trial, result)

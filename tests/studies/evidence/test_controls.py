@@ -1,4 +1,4 @@
-"""Controls: supports that leave out what decoys touch, and what sees them."""
+"""Tests of the ablations: supports without the decoys' pixels, or the cells that see them."""
 
 from dataclasses import replace
 
@@ -44,7 +44,7 @@ def test_cells_see_decoys_as_far_as_their_receptive_field_reaches() -> None:
 def test_with_a_control_no_class_has_support_there(
     control: str, side: int, small: dict[str, ImageData]
 ) -> None:
-    """On the CAM grid, which the energy loss asks about, and of pixels, which the exchange does."""
+    """Covers the CAM grid, which the energy loss uses, and pixels, which the exchange uses."""
     data = small["decoy_mnist"]
     prototypes = class_prototypes(*to_device(data.train, torch.device("cpu")), 10)
     prepared = PreparedData(data, prototypes, prototypes)

@@ -1,4 +1,4 @@
-"""Figures of the Decoy study: drawn of the final runs that are there, by their kept models."""
+"""Tests of the Decoy study's figure, which shows the final runs that have a saved model."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Measures of explanations: models and maps whose values are known by hand."""
+"""Tests of the measures of explanations: models and maps with known values."""
 
 import math
 
@@ -15,7 +15,7 @@ PLAIN = Preprocess(8, (0.0,), (1.0,))
 
 
 class _Corners(ExplainableModel):
-    """Features are the image; class 0 is scored by its left half, class 1 by its right."""
+    """A model whose features are the image; its halves score classes 0 and 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class _Corners(ExplainableModel):
 
 
 def _images() -> Tensor:
-    """One image that is bright on the left, one on the right, and a dark one."""
+    """An image that is bright on the left, one that is bright on the right, and a dark one."""
     images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
     images[0, 0, 2, 1], images[0, 0, 2, 6] = 30, 10
     images[1, 0, 5, 5] = 7

@@ -1,4 +1,4 @@
-"""Merged classes: pairs of digits, and what k-means makes of them without being told."""
+"""Tests of merged classes: pairs of digits, and their k-means prototypes."""
 
 import csv
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Table 1: settings and λ chosen on the validation split, the test read by final runs alone."""
+"""Tests of Table 1: selection on the validation split, test split for final runs only."""
 
 import csv
 import json

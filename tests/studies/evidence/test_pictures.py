@@ -1,4 +1,4 @@
-"""Figures of final runs: drawn of those that are there, by their kept models."""
+"""Tests of the figures of final runs, which show the runs that have a saved model."""
 
 from dataclasses import replace
 from pathlib import Path

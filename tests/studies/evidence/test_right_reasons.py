@@ -1,4 +1,4 @@
-"""The Decoy study: λ chosen on validation images alone, every method made by one command."""
+"""Tests of the Decoy study: λ from validation images only, all methods by one command."""
 
 import json
 from dataclasses import replace

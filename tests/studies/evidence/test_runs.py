@@ -1,4 +1,4 @@
-"""Runs that are made once, here or by several processes."""
+"""Tests of runs, which are executed once, in this process or in several."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Tables of runs: intervals and tests against values computed by hand or by SciPy."""
+"""Tests of tables: intervals and tests against exact values or SciPy."""
 
 import pytest
 from scipy import stats

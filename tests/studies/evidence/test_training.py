@@ -1,4 +1,4 @@
-"""A run's model: trained once, gone on with when it was cut."""
+"""Tests of a run's model: trained once, resumed after an interruption."""
 
 from dataclasses import replace
 from pathlib import Path

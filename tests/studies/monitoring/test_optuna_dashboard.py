@@ -1,4 +1,4 @@
-"""Optuna Dashboard on a real study, asked over HTTP."""
+"""Tests of Optuna Dashboard on a finished study, over HTTP."""
 
 import io
 import json
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.xdist_group("ray")]
 def ask(
     study: Finished, environment: dict[str, str], free_port: Callable[[], int]
 ) -> Iterator[Callable[[str], bytes]]:
-    """Return a function that asks the dashboard of a study of three trials."""
+    """Return a function that reads a path of the dashboard of a study of three trials."""
     port = free_port()
     server = subprocess.Popen(
         [*STUDY_COMMAND, "view", "results/small", "--port", str(port)],

@@ -1,4 +1,4 @@
-"""The progress of a search on the terminal, and what the engine has to say there."""
+"""Tests of the progress of a search on the terminal, with the engine's warnings."""
 
 import logging
 from collections.abc import Iterator

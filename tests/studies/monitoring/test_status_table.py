@@ -1,4 +1,4 @@
-"""The live table: what it says of a ledger, within 80 columns, and silence without a terminal."""
+"""Tests of the status table: its content, its width of 80, and no output without a terminal."""
 
 import io
 import os
@@ -12,13 +12,13 @@ from rich.console import Console
 
 from studies.engine.ledger import Ledger
 from studies.engine.protocol import Objective
-from studies.monitoring.status_table import StatusTable, shown
+from studies.monitoring.status_table import StatusTable, live_table
 from studies.objectives import ACCURACY, SIMILARITY
 from tests.studies.conftest import ROOT
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -99,7 +99,7 @@ def test_it_fits_eighty_columns_however_many_run(ledger: Ledger) -> None:
 
 def test_without_a_terminal_nothing_is_shown(ledger: Ledger) -> None:
     console = Console(file=io.StringIO(), force_terminal=False)
-    with shown(console, _table(ledger, Clock())):
+    with live_table(console, _table(ledger, Clock())):
         console.print("a line")
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue() == "a line\n"
@@ -107,7 +107,7 @@ def test_without_a_terminal_nothing_is_shown(ledger: Ledger) -> None:
 
 def test_on_a_terminal_the_table_is_shown_and_removed(ledger: Ledger) -> None:
     console = Console(file=io.StringIO(), width=80, force_terminal=True)
-    with shown(console, _table(ledger, Clock())):
+    with live_table(console, _table(ledger, Clock())):
         console.print("a line")
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()

@@ -27,7 +27,7 @@ Reports = list[tuple[EpochReport, tune.Checkpoint]]
 
 @pytest.fixture(autouse=True)
 def _fresh_w_and_b() -> Iterator[None]:
-    """Let no test see what another one has told W&B, which remembers it for the process."""
+    """Reset W&B, which keeps settings for the whole process."""
     wandb.teardown()
     yield
     wandb.teardown()
@@ -177,7 +177,7 @@ def test_run_that_cannot_be_started_costs_the_record_only(
 
 @pytest.fixture(autouse=True)
 def _services_are_waited_for() -> Iterator[None]:
-    """W&B drops its services without a look at how they ended, of which Python warns some day."""
+    """Poll W&B's service processes; W&B does not, so Python would warn in a later test."""
     yield
     for found in gc.get_objects():
         if type(found) is subprocess.Popen:
@@ -185,7 +185,7 @@ def _services_are_waited_for() -> Iterator[None]:
 
 
 def kill_service() -> None:
-    """Kill the process that W&B started beside this one."""
+    """Kill W&B's service process."""
     for name in Path("/proc/self/task").glob("*/children"):
         for pid in map(int, name.read_text().split()):
             if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes():

@@ -1,9 +1,11 @@
-"""The W&B workspace: every panel shows something that a real run holds."""
+"""Tests of the W&B workspace: every panel names something that a run records."""
 
 import json
 import subprocess
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -39,7 +41,7 @@ def _panels(folder: Path) -> list[dict[str, Any]]:
 
 
 def _named(value: Any) -> Iterator[tuple[str, str]]:
-    """Yield what a panel names: of the configuration, or of what was logged."""
+    """Yield the names in a panel, each with its kind: config or logged."""
     if isinstance(value, dict):
         for name, part in value.items():
             if name in ("xAxis", "yAxis", "accessor", "targetKey", "groupBy"):
@@ -103,11 +105,32 @@ def test_a_server_that_is_lost_is_said_and_stops_nothing(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 3)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
-    said = begin(StudySettings(study="mine", out=tmp_path), "online")
-    assert said is not None
-    assert said.startswith("warning: W&B did not take the dashboard of 'mine': ")
-    assert "batchcam-study dashboard" in said
+    message = begin(StudySettings(study="mine", out=tmp_path), "online")
+    assert message is not None
+    assert message.startswith("warning: http://127.0.0.1:")
+    assert "cannot be reached" in message
+    assert "batchcam-study dashboard" in message
+
+
+class _Refuse(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.send_error(403)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+def test_a_server_that_refuses_the_dashboard_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Refuse) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 3)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        message = begin(StudySettings(study="mine", out=tmp_path), "online")
+        server.shutdown()
+    assert message is not None
+    assert message.startswith("warning: W&B did not accept the dashboard of 'mine': ")
 
 
 def test_the_command_writes_the_dashboard_of_a_study_that_was_begun(

@@ -1,4 +1,4 @@
-"""Studies side by side, read from what they exported."""
+"""Tests of the comparison of studies from their exports."""
 
 import json
 import shutil

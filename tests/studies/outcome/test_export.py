@@ -120,7 +120,7 @@ def test_ties_are_broken_by_the_other_metric(make_record: Make) -> None:
 
 @pytest.fixture
 def rivals(make_record: Make) -> list[TrialRecord]:
-    """Three records without a best in everything, one that lacks the loss, one that diverged."""
+    """Three records of a front, one without the explanation's loss, and one that diverged."""
     losses = {"low": 0.1, "middle": 0.2, "high": 0.9, "diverged": math.nan}
     accuracies = {"low": 0.5, "middle": 0.8, "high": 0.9, "diverged": 0.99, "lacking": 0.99}
     plain = TrialConfig(lambda_batch=0.0)
@@ -216,7 +216,7 @@ def test_front_is_written_as_json_that_makes_the_configurations_again(
 
 @pytest.fixture
 def trained(config: TrialConfig, reports: Reports, make_record: Make) -> list[TrialRecord]:
-    """A real trial after its last epoch, and another that was stopped after its first."""
+    """A trial that completed, and another one that was stopped after its first epoch."""
     first, *_, last = reports
     return [
         make_record(name, 0, 0, config=config, metrics=dict(report.metrics), checkpoints=folder)

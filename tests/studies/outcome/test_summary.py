@@ -29,7 +29,7 @@ WIDE = TrialConfig(
 
 @pytest.fixture
 def records(make_record: Callable[..., TrialRecord]) -> list[TrialRecord]:
-    """Twenty trials: a front of three, fifteen behind it, one that failed, one unfinished."""
+    """Twenty trials: a front of three, fifteen dominated, one failed, one unfinished."""
     front = [
         make_record(f"front-{n}", 0.99 - 0.01 * n, 0.3 + 0.1 * n, config=WIDE) for n in range(3)
     ]
@@ -122,7 +122,7 @@ def test_test_metrics_are_those_of_the_bundles(
 
 @pytest.fixture
 def confirmed(records: list[TrialRecord]) -> list[Confirmed]:
-    """The first two of the front, trained again with two seeds."""
+    """The first two trials of the front, trained again with two seeds."""
     intervals = {"val_accuracy": (0.98, 0.97, 0.99), "cam_ssim": (0.25, 0.2, 0.3)}
     return [
         Confirmed(

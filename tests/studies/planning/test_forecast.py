@@ -26,7 +26,7 @@ def settings() -> StudySettings:
 
 
 def probes(settings: StudySettings) -> list[Probe]:
-    """Return what might be measured: two kinds as fast as each other, and one too large."""
+    """Return probes of two models of the same speed, and of one that is out of memory."""
     found = [
         Probe(config, 1, 100.0, 50.0, 2**30, 8 * 2**30)
         for config in probe_configs(settings.base_config(), settings.space, STRIDES)
@@ -67,12 +67,12 @@ def test_probe_that_runs_out_of_memory_says_so(
 def test_epochs_and_hours_add_up(settings: StudySettings, prepared: PreparedData) -> None:
     configs = [each.config for each in probes(settings)]
     result = forecast(settings, configs, probes(settings), prepared, at_a_time=2)
-    assert (result.most_epochs, result.at_a_time, result.trials) == (80, 2, 10)
+    assert (result.max_epochs, result.at_a_time, result.trials) == (80, 2, 10)
     # Half at epochs 1, 2 and 4: 1 + 1/2 + 2/4 + 4/8 epochs each.
-    assert result.fewest_epochs == 25
+    assert result.min_epochs == 25
     # 200 images at 100 and 100 at 50 a second; two at a time.
-    assert result.most_hours == pytest.approx(80 * (2 + 2) / 2 / 3600)
-    assert result.fewest_hours == pytest.approx(25 * (2 + 2) / 2 / 3600)
+    assert result.max_hours == pytest.approx(80 * (2 + 2) / 2 / 3600)
+    assert result.min_hours == pytest.approx(25 * (2 + 2) / 2 / 3600)
     assert result.peak_bytes == 2**30
 
 
@@ -81,7 +81,7 @@ def test_without_early_stopping_there_is_one_number(
 ) -> None:
     settings = replace(settings, min_epochs=8)
     result = forecast(settings, [], probes(settings), prepared, 1)
-    assert result.most_epochs == result.fewest_epochs == 80
+    assert result.max_epochs == result.min_epochs == 80
 
 
 def test_sampled_configurations_are_of_the_space(settings: StudySettings) -> None:
@@ -100,5 +100,5 @@ def test_forecast_can_be_read(settings: StudySettings) -> None:
     text = " ".join(stream.getvalue().split())
     assert "simple_cnn 14 own 100 50 1.0 GiB 8" in text
     assert "resnet18 14 8 out of memory" in text
-    assert "1 CPU and 0.25 GPU: 2 at a time; the largest takes 1.0 GiB" in text
-    assert "80 epochs in 2.5 h if none is stopped early, 25 in 30.0 min" in text
+    assert "1 CPU and 0.25 GPU, so that 2 run at a time; the largest takes 1.0 GiB" in text
+    assert "80 epochs in 2.5 h if none is stopped early; 25 in 30.0 min" in text

@@ -1,4 +1,4 @@
-"""Probes as a study runs them, in processes that may be killed."""
+"""Tests of probes in Ray processes, which may be killed."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.xdist_group("ray")
 
 @contextmanager
 def local_ray(**settings: float) -> Iterator[None]:
-    """Start a Ray of one CPU, with settings that a user never makes."""
+    """Start a Ray of one CPU, with internal settings."""
     ray.init(
         address="local",
         num_cpus=1,

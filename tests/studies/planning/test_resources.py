@@ -24,7 +24,7 @@ def gpus(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def nodes(gpus: int) -> list[Node]:
-    """The only node of the cluster. As in Ray, a node without a GPU has no such resource."""
+    """The only node of the cluster. As in Ray, a node without a GPU has no entry "GPU"."""
     return [NODE | {"GPU": float(gpus)} if gpus else NODE]
 
 

@@ -1,4 +1,4 @@
-"""Studies as a driver leaves them, made without training: reports test what is shown of them."""
+"""Fixtures: studies with made-up trials, in the files that a driver writes."""
 
 import json
 from collections.abc import Callable
@@ -31,7 +31,7 @@ MakeStudy = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def make_study(tmp_path_factory: pytest.TempPathFactory) -> MakeStudy:
-    """Return a function that makes a study of some trials, one of them failed, and its bundles.
+    """Return a function that writes a study of some trials, of which one failed, with bundles.
 
     Accuracy follows the learning rate; SSIM is high where a CAM is in the loss.
     """

@@ -1,4 +1,4 @@
-"""Colours of losses: of their own where there are enough, and never an error."""
+"""Tests of the colours of losses: distinct while there are enough, and never an error."""
 
 from itertools import combinations
 

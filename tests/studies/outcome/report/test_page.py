@@ -1,4 +1,4 @@
-"""The report in a browser: Debian's Chromium, without a network."""
+"""Tests of the report in a browser, Debian's Chromium, without a network."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -44,7 +44,7 @@ def report(make_study: Any) -> Path:
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[Open]:
-    """Return a function that opens a page; whatever it complains of or asks for fails the test."""
+    """Return a function that opens a page; its errors and its network requests fail the test."""
     complaints: list[str] = []
     pages: list[Page] = []
 
