@@ -172,10 +172,12 @@ class TrialConfig:
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+            raise ConfigError(
+                f"{path} cannot be read as YAML: {error}; give a config.yaml as in a bundle."
+            ) from error
         if not isinstance(values, dict):
             raise ConfigError(
-                f"{path} holds {type(values).__name__}, not a mapping of field names to values."
+                f"{path} holds {type(values).__name__}, not a mapping; write `field: value` lines."
             )
         extra = values.pop(EXTRA_TERMS, None) or {}
         if not isinstance(extra, dict):

@@ -302,4 +302,7 @@ def load_settings(path: Path) -> StudySettings:
     except FormatError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} does not hold the settings of a study: {error}") from error
+        raise ConfigError(
+            f"{path} does not hold the settings of a study: {error}; restore it from a backup, or "
+            "start another study."
+        ) from error

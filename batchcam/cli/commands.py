@@ -52,7 +52,10 @@ class Train:
                 f"{state} is the state of an interrupted run; continue with --resume, or remove it."
             )
         if self.resume and not state.exists():
-            raise ConfigError(f"there is nothing to resume: {state} does not exist.")
+            raise ConfigError(
+                f"there is nothing to resume: {state} does not exist; check --out, or leave out "
+                "--resume to start a run."
+            )
 
         def save_state(report: EpochReport) -> None:
             report.save_state(state)

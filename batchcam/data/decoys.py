@@ -32,10 +32,13 @@ def paint_decoys(split: Split, shown: Labels, generator: np.random.Generator) ->
     """
     if shown.shape != split.labels.shape:
         raise ValueError(
-            f"expected a class to show for each of {len(split)} images, got {shown.shape}."
+            f"shown has the shape {shown.shape}; give a class for each of the {len(split)} images."
         )
     if len(shown) and not 0 <= shown.min() <= shown.max() < MAX_CLASSES:
-        raise ValueError(f"decoys show classes from 0 to {MAX_CLASSES - 1}; got {shown.max()}.")
+        raise ValueError(
+            f"shown has classes from {shown.min()} to {shown.max()}; decoys have grey values for "
+            f"classes 0 to {MAX_CLASSES - 1} only."
+        )
     height, width = split.images.shape[2:]
     corners = generator.integers(0, 4, len(split))
     top = np.where(corners < 2, 0, height - PATCH)

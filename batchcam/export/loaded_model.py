@@ -147,7 +147,9 @@ class LoadedModel:
         try:
             tensor = images if isinstance(images, Tensor) else torch.as_tensor(np.array(images))
         except (TypeError, ValueError) as error:
-            raise BundleError(f"images are not an array of pixels: {error}.") from error
+            raise BundleError(
+                f"images are not an array of pixels: {error}; give uint8 (N, channels, H, W)."
+            ) from error
         if tensor.dtype != torch.uint8:
             raise BundleError(f"images are {tensor.dtype}; give uint8 pixels from 0 to 255.")
         if tensor.dim() == 3:

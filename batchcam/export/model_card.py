@@ -125,7 +125,7 @@ maps = model.explain(images)  # (N, {config.resolution}, {config.resolution}), i
 {_elsewhere(result)}
 
 `batchcam verify DIR` retrains it from config.yaml and compares the metrics;
-`batchcam train --config DIR/config.yaml --out DIR2` trains it anew.
+`batchcam train --config DIR/config.yaml --out DIR2` trains it again.
 
 ## Limits
 

@@ -377,10 +377,10 @@ def load_state(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Damaged archives raise whatever their first bad byte leads to.
         raise ConfigError(
-            f"{path} cannot be read as a saved state ({type(error).__name__}); start anew without "
-            "it."
+            f"{path} cannot be read as a saved state ({type(error).__name__}); start again "
+            "without it."
         ) from error
     if not isinstance(state, dict) or "optimizer" not in state:
-        raise ConfigError(f"{path} is no saved state of a run; start anew without it.")
+        raise ConfigError(f"{path} is not a saved state of a run; start again without it.")
     check_format(path, state.get("format"), STATE_FORMAT)
     return state

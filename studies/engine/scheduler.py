@@ -17,7 +17,7 @@ class ParetoASHA(FIFOScheduler):
     """Asynchronous successive halving on all objectives of a study.
 
     Decides by :class:`studies.engine.halving.ParetoHalving`. Identifies a trial by the `number` in
-    its configuration, and takes the epoch from its report: Ray's ids and iterations start anew
+    its configuration, and takes the epoch from its report: Ray's ids and iterations start again
     after a restart.
 
     Args:

@@ -51,7 +51,9 @@ def serve(folder: Path, port: int) -> None:
     """
     path = folder / paths.SETTINGS
     if not path.is_file():
-        raise ConfigError(f"{folder} holds no study; there is no {paths.SETTINGS} in it.")
+        raise ConfigError(
+            f"{folder} holds no study: it contains no {paths.SETTINGS}; name a study's folder."
+        )
     settings = load_settings(path)
     if settings.optuna_storage != storage_kind():
         raise ConfigError(

@@ -192,7 +192,9 @@ def create(folder: Path, *, offline: bool) -> str:
     """
     path = folder / paths.SETTINGS
     if not path.is_file():
-        raise ConfigError(f"{folder} holds no study; there is no {paths.SETTINGS} in it.")
+        raise ConfigError(
+            f"{folder} holds no study: it contains no {paths.SETTINGS}; name a study's folder."
+        )
     study = load_settings(path)
     name, project = str(study.study), study.wandb_project
     if offline:

@@ -125,8 +125,7 @@ def findings(content: Content) -> list[str]:
         return ["The study has exported no bundles yet."]
     knee = chosen["knee"]
     text = [
-        "The best compromise between accuracy and explanation is "
-        f"{run_name(content.configs['knee'])}. It classifies "
+        f"The best {_kind_of_best(content)} is {run_name(content.configs['knee'])}. It classifies "
         f"{reported_value(knee, 'val_accuracy'):.2%} of the validation images correctly and "
         f"reaches SSIM {reported_value(knee, 'cam_ssim'):.3f} of {knee['cam_ssim_ceiling']:.3f}, "
         "the highest value that its CAM grid allows."
@@ -143,7 +142,7 @@ def findings(content: Content) -> list[str]:
         gained = 100 * (reported_value(knee, "val_accuracy") - accuracy)
         text.append(
             f"The baseline, {run_name(content.configs['baseline'])}, reaches {accuracy:.2%} and "
-            f"SSIM {reported_value(baseline, 'cam_ssim'):.3f}: the compromise is "
+            f"SSIM {reported_value(baseline, 'cam_ssim'):.3f}: the best is "
             f"{abs(gained):.2f} points {'more' if gained >= 0 else 'less'} accurate."
         )
     if "confirmed" not in knee:
@@ -153,6 +152,14 @@ def findings(content: Content) -> list[str]:
             "fresh seeds."
         )
     return text
+
+
+def _kind_of_best(content: Content) -> str:
+    """Return how the first configuration was chosen: by one objective, or among several."""
+    titles = [each.title for each in content.settings.objective_records]
+    if len(titles) == 1:
+        return f"configuration by {titles[0]}"
+    return f"compromise between {', '.join(titles[:-1])} and {titles[-1]}"
 
 
 def _bundles(content: Content) -> list[dict[str, str]]:

@@ -53,9 +53,12 @@ def test_random_decoys_say_nothing_of_the_class(blank: Split) -> None:
 @pytest.mark.parametrize(
     ("shown", "message"),
     [
-        (np.zeros(3, np.int64), "class to show for each of 400 images"),
-        (np.full(400, MAX_CLASSES), "classes from 0 to 10; got 11"),
-        (np.full(400, -1), "classes from 0 to 10"),
+        (np.zeros(3, np.int64), "give a class for each of the 400 images"),
+        (
+            np.full(400, MAX_CLASSES),
+            "classes from 11 to 11; decoys have grey values for classes 0 to 10",
+        ),
+        (np.full(400, -1), "classes from -1 to -1"),
     ],
 )
 def test_what_cannot_be_shown_is_refused(

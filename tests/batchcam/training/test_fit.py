@@ -460,7 +460,8 @@ def test_a_damaged_state_is_refused(
         torch.save({"weights": torch.zeros(3)}, path)
     elif damage == "folder":
         path.mkdir()
-    with pytest.raises(ConfigError, match=rf"{path} (cannot be read as a|is no) saved state.*anew"):
+    message = rf"{path} (cannot be read as a|is not a) saved state.*again"
+    with pytest.raises(ConfigError, match=message):
         fit(tiny_config, prepared=tiny_prepared, state=path)
 
 

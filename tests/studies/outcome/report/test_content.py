@@ -1,5 +1,6 @@
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ def test_bundles_of_one_trial_are_shown_once_the_baseline_first(make_study: Make
 
 def test_findings_name_the_compromise_and_what_it_costs(make_study: MakeStudy) -> None:
     compromise, baseline, warning = findings(read(make_study()))
+    assert compromise.startswith("The best compromise between accuracy and SSIM is simple_cnn")
     assert "95.00%" in compromise
     assert "SSIM 0.900 of 0.990" in compromise
     assert "1.00 points less accurate" in baseline
@@ -137,3 +139,11 @@ def test_findings_name_the_compromise_and_what_it_costs(make_study: MakeStudy) -
     # Means over the fresh seeds, which are the same for all here, and not the bundles' own runs.
     assert "0.00 points more accurate" in confirmed[1]
     assert findings(read(make_study(bundles=False))) == ["The study has exported no bundles yet."]
+
+
+def test_findings_of_one_objective_name_no_compromise(make_study: MakeStudy) -> None:
+    content = read(make_study())
+    settings = replace(content.settings, objectives=("val_accuracy",))
+    best, baseline, _ = findings(replace(content, settings=settings))
+    assert best.startswith("The best configuration by accuracy is simple_cnn")
+    assert "compromise" not in best + baseline
