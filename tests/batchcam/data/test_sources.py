@@ -1,4 +1,4 @@
-"""Where data sets come from: IDX files good and bad, and a user's own pictures."""
+"""Tests of the sources of data sets: valid and invalid IDX files, and a user's own pictures."""
 
 import gzip
 import hashlib
@@ -21,7 +21,7 @@ SIZES = {"train": 40, "t10k": 20}
 
 
 def _idx_content(seed: int) -> dict[str, bytes]:
-    """Return the four files of a small data set, headers and all."""
+    """Return the four IDX files of a small data set, with their headers."""
     generator = np.random.default_rng(seed)
     content = {}
     for part, count in SIZES.items():
@@ -54,7 +54,7 @@ def _no_download(*_: object) -> NoReturn:
 
 @pytest.fixture
 def small_idx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tables know the small files, nothing is set, and there is no network."""
+    """Register the small files as the published ones, unset BATCHCAM_DATA, block the network."""
     tables: Mapping[str, Mapping[str, tuple[int, str]]] = {
         folder: {
             name: (len(content), hashlib.sha256(content).hexdigest())
@@ -101,7 +101,7 @@ def test_the_data_root_comes_before_the_variable_before_the_working_directory(
     for root in roots.values():
         _write(root)
     monkeypatch.setenv("BATCHCAM_DATA", str(roots["variable"]))
-    # Where each is taken from shows in whose damage is reported.
+    # The error names the damaged file, and so shows which folder was read.
     for name in ("given", "variable", "data"):
         path = roots[name] / "MNIST" / "raw" / TRAIN_IMAGES
         path.write_bytes(b"damaged")
@@ -252,7 +252,7 @@ def test_pictures_without_a_test_folder_are_split_class_by_class(
     assert class_names == ("bright", "dark")
     assert np.bincount(train.labels).tolist() == [4, 4]
     assert np.bincount(test.labels).tolist() == [1, 1]
-    # Labels go with their pictures: class 1 was drawn brighter.
+    # Each label matches its picture: class 1 is the brighter one.
     for split in (train, test):
         assert split.images[split.labels == 1].min() >= 100
         assert split.images[split.labels == 0].max() < 100
@@ -265,7 +265,7 @@ def test_a_test_folder_is_the_test_split(make_pictures: MakePictures) -> None:
 
 
 def test_pictures_are_squares_of_the_median_shorter_side(make_pictures: MakePictures) -> None:
-    # Heights 12 to 16 by a width of 20: the median of the shorter sides is 14.
+    # Heights 12 to 16, width 20: the median of the shorter sides is 14.
     train, test, _ = LOADERS["imagefolder"](str(make_pictures(count=5)))
     assert train.images.shape[1:] == test.images.shape[1:] == (1, 14, 14)
 
@@ -316,10 +316,11 @@ def test_a_deep_tiff_of_either_byte_order_is_read(tmp_path: Path, order: str) ->
 
 
 def _write_deep_tiff(path: Path, order: str) -> None:
-    """Write 2x2 grey pixels of 16 bits; Pillow itself writes one byte order only."""
+    """Write 2x2 grey pixels of 16 bits. Pillow writes only one byte order."""
     magic = {"<": b"II", ">": b"MM"}[order]
     pixels = np.array([0, 255, 256, 65535], f"{order}u2").tobytes()
-    # Width, height, bits per sample, no compression, grey, where pixels are, rows, their size.
+    # Width, height, bits per sample, compression (none), photometric interpretation (grey),
+    # strip offset, rows per strip, strip size.
     entries = [(256, 2), (257, 2), (258, 16), (259, 1), (262, 1), (273, 8), (278, 2), (279, 8)]
     body = magic + np.array([42], f"{order}u2").tobytes() + np.array([16], f"{order}u4").tobytes()
     body += pixels + np.array([len(entries)], f"{order}u2").tobytes()
@@ -333,7 +334,7 @@ def test_a_rotated_photograph_is_put_upright(tmp_path: Path) -> None:
     picture = Image.new("L", (32, 16), 0)
     picture.paste(255, (0, 0, 16, 16))  # The left half is white.
     exif = Image.Exif()
-    exif[0x0112] = 6  # To be shown turned a quarter clockwise: left becomes top.
+    exif[0x0112] = 6  # Shown rotated 90° clockwise: the left side becomes the top.
     picture.save(tmp_path / "photo.jpg", exif=exif, quality=95)
     pixels = read_picture(tmp_path / "photo.jpg", 16, grey=True)[0]
     assert pixels[:6].min() > 200
@@ -381,7 +382,7 @@ def test_a_missing_picture_is_refused(tmp_path: Path) -> None:
 
 def test_a_picture_that_cannot_be_opened_is_refused(make_pictures: MakePictures) -> None:
     root = make_pictures()
-    # A link to nowhere, which stops root too, whom permissions do not.
+    # A dangling link fails for root too; file permissions do not.
     (root / "train" / "dark" / "link.png").symlink_to(root / "nowhere.png")
     with pytest.raises(DataError, match=r"link\.png cannot be read as a picture"):
         LOADERS["imagefolder"](str(root))

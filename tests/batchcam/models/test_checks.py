@@ -1,4 +1,4 @@
-"""Tests which backbones can be explained, at which output stride and resolution."""
+"""Tests of the checks that a CAM can explain a backbone at an output stride and a resolution."""
 
 import copy
 
@@ -75,7 +75,7 @@ def test_a_grid_of_one_cell_is_refused(name: str, stride: int | None) -> None:
 
 
 class _MixingHead(ExplainableModel):
-    """Batch-normalised after its feature maps, so that images see each other in training."""
+    """A model with batch normalisation in its head, which mixes the images of a training batch."""
 
     def __init__(self) -> None:
         super().__init__()
