@@ -1,4 +1,4 @@
-"""A user's own loss term: defined here, trained by `fit`, and named wherever terms are named."""
+"""Tests of a user's own loss term in training, metrics, bundles and saved states."""
 
 import json
 from dataclasses import replace
