@@ -1,4 +1,4 @@
-"""What a bundle says of itself: the names of its run."""
+"""Tests of the names of runs in a model card."""
 
 import pytest
 

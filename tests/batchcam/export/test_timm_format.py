@@ -1,4 +1,4 @@
-"""timm's config.json stays what earlier releases wrote."""
+"""Tests that timm's config.json equals that of earlier releases."""
 
 from pathlib import Path
 
