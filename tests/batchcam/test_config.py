@@ -1,4 +1,4 @@
-"""TrialConfig: what it accepts, what it refuses and how it says so, and its YAML."""
+"""Tests of TrialConfig: valid values, invalid values and their errors, and YAML."""
 
 import math
 from dataclasses import FrozenInstanceError, fields, replace

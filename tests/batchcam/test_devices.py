@@ -1,4 +1,4 @@
-"""Devices and precisions: found where there, refused by name where not."""
+"""Tests of devices and precisions: available ones are chosen, others are refused by name."""
 
 import os
 import platform
@@ -67,7 +67,7 @@ def test_fp16_is_refused_without_cuda() -> None:
 
 
 def _resident_after_freeing(variables: dict[str, str]) -> int:
-    """Return the MiB that a process still holds of 256 that it has had in blocks and freed."""
+    """Return the MiB still resident after a process allocates and frees 16 blocks of 16 MiB."""
     program = (
         "import resource, torch\n"
         "from batchcam.devices import keep_freed_memory\n"

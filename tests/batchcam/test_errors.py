@@ -1,4 +1,4 @@
-"""Errors: one family, and suggestions that help."""
+"""Tests of the error classes, the check of formats and the suggestion of names."""
 
 from pathlib import Path
 

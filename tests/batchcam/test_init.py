@@ -1,4 +1,4 @@
-"""The public names of the package, which are imported when they are first used."""
+"""Tests of the package's public names, which are imported on first use."""
 
 import subprocess
 import sys
