@@ -301,7 +301,7 @@ def test_weighted_sums_are_the_same_in_any_layout_and_precision(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("head", ["flattens", "averages"])
-def test_a_tap_adds_its_gradient_to_what_comes_back_from_the_head(
+def test_fused_weighted_sum_adds_its_gradient_to_that_of_the_head(
     head: str, layout: torch.memory_format, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -323,7 +323,7 @@ def test_a_tap_adds_its_gradient_to_what_comes_back_from_the_head(
     assert found[1].is_contiguous(memory_format=layout)
 
 
-def test_a_tap_passes_gradcheck_twice() -> None:
+def test_fused_weighted_sum_passes_gradcheck_twice() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, 3, 2, 2, generator=generator, dtype=torch.float64)
     weights = torch.randn(2, 3, generator=generator, dtype=torch.float64)
