@@ -1,4 +1,4 @@
-"""Fixtures: a small part of the digits, and a model that was trained on it."""
+"""Fixtures: a small part of the digits data set, and a model trained on it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +29,7 @@ def _first_of_each_class(split: Split, count: int) -> Split:
 
 @pytest.fixture(scope="session")
 def tiny_data() -> ImageData:
-    """Two hundred digits to train on, fifty to validate and fifty to test."""
+    """Return 200 training, 50 validation and 50 test images of the digits data set."""
     data = load_data(TrialConfig(dataset="digits"))
     return replace(
         data,
@@ -56,13 +56,13 @@ def tiny_config() -> TrialConfig:
 
 @pytest.fixture(scope="session")
 def trained(tiny_prepared: PreparedData, tiny_config: TrialConfig) -> TrialResult:
-    """A finished run. Shared, so tests must not change its model."""
+    """Return a finished run. It is shared: tests must not modify its model."""
     return fit(tiny_config, prepared=tiny_prepared)
 
 
 @pytest.fixture(scope="session")
 def bundle_dir(trained: TrialResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of `trained`. Shared, so a test that changes it works on a copy."""
+    """Return the bundle of `trained`. It is shared: a test that damages it works on a copy."""
     directory = tmp_path_factory.mktemp("bundles") / "tiny"
     save_bundle(directory, trained, command="batchcam train --out tiny")
     return directory
@@ -70,7 +70,7 @@ def bundle_dir(trained: TrialResult, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def make_pictures(tmp_path: Path) -> Callable[..., Path]:
-    """Return a function that writes `<root>/<part>/<class>/<n>.png`, brighter by class."""
+    """Return a function that writes `<root>/<part>/<class>/<n>.png`; brightness gives the class."""
 
     def make(
         classes: tuple[str, ...] = ("bright", "dark"),

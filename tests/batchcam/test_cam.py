@@ -29,7 +29,7 @@ def _flat_head(features: Tensor, weight: Tensor) -> Tensor:
 
 
 def _smooth_head(features: Tensor, weight: Tensor) -> Tensor:
-    """A head whose gradient depends on its input, as in ConvNeXt."""
+    """Return logits of a head whose gradient depends on its input, as a ConvNeXt's does."""
     return features.flatten(1).tanh() @ weight.T
 
 
@@ -47,7 +47,7 @@ def _random_batch(
 def _literal_batch_cam(
     logits: Tensor, features: Tensor, labels: Tensor, classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Implement Eqs. 4-6 literally, with averaged features and gradients per class."""
+    """Compute Eqs. 4-6 literally, from the mean features and mean gradients of each class."""
     maps = torch.zeros(classes, *features.shape[2:], dtype=features.dtype)
     present = torch.zeros(classes, dtype=torch.bool)
     for label in range(classes):
@@ -67,7 +67,7 @@ def _literal_batch_cam(
 
 
 def test_grad_cam_of_a_linear_head_is_what_pencil_and_paper_give() -> None:
-    # Two channels on a 2x2 grid, two classes. A flat linear head: dS_c/dA_k is the weight itself.
+    # Two channels on a 2x2 grid, two classes. The head is linear, so dS_c/dA_k is its weight.
     features = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]], [[0.0, 1.0], [0.0, 5.0]]]])
     weight = torch.tensor(
         [
@@ -86,7 +86,7 @@ def test_grad_cam_of_a_linear_head_is_what_pencil_and_paper_give() -> None:
 
 
 def test_batch_cam_averages_a_class_before_the_relu() -> None:
-    # One channel, so that a class has one pooled weight: class 0: 1, class 1: -2, class 2: 3.
+    # One channel gives each class one pooled weight: class 0: 1, class 1: -2, class 2: 3.
     weight = torch.tensor([[1.0] * 4, [-2.0] * 4, [3.0] * 4])
     features = torch.tensor(
         [
@@ -99,11 +99,11 @@ def test_batch_cam_averages_a_class_before_the_relu() -> None:
     maps, present = batch_cam(_flat_head(features, weight), features, labels, num_classes=3)
     expected = torch.tensor(
         [
-            # Mean of the two: [[3, -2], [-4, 2]]. Averaged after a ReLU it would be 1 at (0, 1).
+            # Mean of the two: [[3, -2], [-4, 2]]. Averaging after a ReLU would give 1 at (0, 1).
             [[3.0, 0.0], [0.0, 2.0]],
             # -2 * [[1, -1], [0.5, 0]] = [[-2, 2], [-1, 0]]
             [[0.0, 2.0], [0.0, 0.0]],
-            # Absent.
+            # Class 2 is absent.
             [[0.0, 0.0], [0.0, 0.0]],
         ]
     )
@@ -117,8 +117,8 @@ def test_batch_cam_averages_gradients_that_differ_between_images() -> None:
     flat = features.flatten(1)
     logits = (flat[:, 0] ** 2 / 2 + 4 * flat[:, 1])[:, None]
     maps, _ = batch_cam(logits, features, torch.tensor([0, 0]), num_classes=1)
-    # Pooled gradients 3 and 4, mean 3.5; mean features (3, -1). Not the mean of the images' CAMs,
-    # which is ((6 + 16) / 2, ...) = (11, ...).
+    # Pooled gradients 3 and 4, mean 3.5; mean features (3, -1). The mean of the images' CAMs
+    # differs: ((6 + 16) / 2, ...) = (11, ...).
     torch.testing.assert_close(maps, torch.tensor([[[10.5, 0.0]]]))
 
 
@@ -294,14 +294,14 @@ def test_weighted_sums_are_the_same_in_any_layout_and_precision(
     gradients = torch.autograd.grad(found, (weights, features), upstream.to(found.dtype))
     for gradient, other in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(gradient.double(), other, rtol=close, atol=close)
-    # In another layout it would slow down all that it goes back through.
+    # A gradient in another layout would slow down the rest of the backward pass.
     assert gradients[1].is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("head", ["flattens", "averages"])
-def test_a_tap_adds_its_gradient_to_what_comes_back_from_the_head(
+def test_fused_weighted_sum_adds_its_gradient_to_that_of_the_head(
     head: str, layout: torch.memory_format, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -323,7 +323,7 @@ def test_a_tap_adds_its_gradient_to_what_comes_back_from_the_head(
     assert found[1].is_contiguous(memory_format=layout)
 
 
-def test_a_tap_passes_gradcheck_twice() -> None:
+def test_fused_weighted_sum_passes_gradcheck_twice() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, 3, 2, 2, generator=generator, dtype=torch.float64)
     weights = torch.randn(2, 3, generator=generator, dtype=torch.float64)
@@ -354,7 +354,7 @@ def test_attribution_by_known_gradients_is_the_same_in_any_layout(
 
 
 def test_attribution_of_a_linear_head_sums_to_the_score() -> None:
-    """The faithfulness of Draelos and Carin, which Grad-CAM lacks."""
+    """Check the faithfulness of Draelos and Carin, which pooled gradients do not have."""
     generator = torch.Generator().manual_seed(0)
     features = torch.rand(3, 2, 4, 4, generator=generator, requires_grad=True)
     weight = torch.randn(5, 2, 4, 4, generator=generator)
@@ -389,7 +389,7 @@ def test_misshapen_inputs_are_refused_with_their_shapes() -> None:
 
 
 def test_render_upsamples_and_scales_the_maximum_to_one() -> None:
-    # Bilinear, corners not aligned: 2 -> 4 cells sit at 1/4, 3/4 of the way between neighbours.
+    # Bilinear, align_corners=False: 2 -> 4 cells lie 1/4 and 3/4 of the way between neighbours.
     maps = torch.tensor([[[0.0, 4.0], [0.0, 4.0]]])
     row = torch.tensor([0.0, 1.0, 3.0, 4.0]) / (4 + 1e-6)
     torch.testing.assert_close(render(maps, 4), row.expand(1, 4, 4))
@@ -416,5 +416,5 @@ def test_an_empty_map_stays_empty() -> None:
 @given(seeds, st.floats(0.1, 1e4))
 def test_render_does_not_see_a_positive_factor(seed: int, factor: float) -> None:
     maps = torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(seed))
-    # Not closer: the 1e-6 in the denominator shows more where the maximum is small.
+    # Loose, because the 1e-6 in the denominator has more effect where the maximum is small.
     torch.testing.assert_close(render(factor * maps, 14), render(maps, 14), atol=1e-4, rtol=0)

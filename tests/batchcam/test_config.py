@@ -1,4 +1,4 @@
-"""Tests of TrialConfig: valid and invalid values, error messages, YAML."""
+"""Tests of TrialConfig: valid values, invalid values and their errors, and YAML."""
 
 import math
 from dataclasses import FrozenInstanceError, fields, replace

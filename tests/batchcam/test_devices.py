@@ -1,4 +1,4 @@
-"""Tests of devices and precisions: selection, and errors about those that are missing."""
+"""Tests of devices and precisions: available ones are chosen, others are refused by name."""
 
 import os
 import platform
@@ -67,7 +67,7 @@ def test_fp16_is_refused_without_cuda() -> None:
 
 
 def _resident_after_freeing(variables: dict[str, str]) -> int:
-    """Return how many MiB a process keeps of 256 MiB that it allocated and freed."""
+    """Return the MiB still resident after a process allocates and frees 16 blocks of 16 MiB."""
     program = (
         "import resource, torch\n"
         "from batchcam.devices import keep_freed_memory\n"

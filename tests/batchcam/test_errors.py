@@ -1,4 +1,4 @@
-"""Tests of the error classes and of suggested names."""
+"""Tests of the error classes, the check of formats and the suggestion of names."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tests of figures: their content, and that equal figures are equal files."""
+"""Tests of figures: their content, and identical files for identical figures."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def test_misclassified_says_what_was_taken_for_what() -> None:
     assert f"4 wrong,\n3 as {NAMES[2]}" in texts
     assert "none" in texts
     assert "4 wrong,\n2 as ape" in texts
-    assert confusion[0, 0] == 5  # Not written to.
+    assert confusion[0, 0] == 5  # Not modified.
 
 
 def test_no_more_than_twenty_classes_are_drawn() -> None:

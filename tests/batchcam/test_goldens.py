@@ -1,13 +1,13 @@
-"""Golden losses: twenty seeded steps of every loss term, compared with committed values.
+"""Tests that twenty seeded training steps of every loss term give the committed losses.
 
-A change that should not alter the numbers proves it here. `python tests/batchcam/test_goldens.py
-NAME` writes `goldens/NAME.json` anew, for a change that should; its commit says why. The committed
-values were made at commit 346d551.
+A change that should not alter the losses leaves these tests green. For a change that should alter
+them, `python tests/batchcam/test_goldens.py NAME` rewrites `goldens/NAME.json`; the commit message
+says why. The committed values were computed at commit 346d551.
 
-Rounding differs between processors, and twenty steps of training amplify it: the portable kernels
-of PyTorch (`ATEN_CPU_CAPABILITY=default`) give losses up to 20 % apart after twenty steps. So the
-comparison is tight where the machine and PyTorch are those that made the values, and loose
-elsewhere, where it finds blunders only.
+Rounding differs between processors, and twenty steps of training amplify the difference. PyTorch's
+portable kernels (`ATEN_CPU_CAPABILITY=default`) give losses up to 20 % apart after twenty steps.
+The tolerance is tight on the processor and PyTorch version that computed the values. It is loose
+everywhere else, and finds only gross errors there.
 """
 
 import hashlib
@@ -60,11 +60,11 @@ TERMS: dict[str, dict[str, Any]] = {
     "mask_gradient": {"lambda_mask_gradient": 1.0},
 }
 _TIGHT, _LOOSE = 2e-4, 0.4
-"""Relative tolerances of losses; see above."""
+"""Relative tolerances of losses, explained in the module's docstring."""
 _REORDERED = ("convnextv2_atto", "bf16", "all")
-"""Compared loosely everywhere. Since the values were made, the second forward pass of `exchange`
-follows the terms before it; with a head that is not linear this changes the order in which
-gradients are added, and so the rounding. The first step is compared tightly all the same."""
+"""Compared with the loose tolerance on every machine, except in the first step. Since the values
+were computed, the second forward pass of `exchange` has moved to after the preceding terms. With a
+non-linear head this changes the order in which gradients are added, and so the rounding."""
 _UNTIMED = ("epoch", "seconds", "images_per_second")
 
 
@@ -74,7 +74,7 @@ def _first(split: Split, count: int) -> Split:
 
 
 def _data() -> ImageData:
-    """Return thirty training and ten validation digits, each with a decoy in a corner."""
+    """Return 30 training and 10 validation images of digits, each with a decoy in a corner."""
     generator = np.random.default_rng(0)
     data = load_data(TrialConfig(dataset="digits"))
     train, validation = (
@@ -84,8 +84,8 @@ def _data() -> ImageData:
     return replace(data, train=train, validation=validation, test=validation)
 
 
-def _config(backbone: str, precision: Precision, term: str) -> TrialConfig:
-    """Return a configuration of one step per epoch, so that an epoch reports one step."""
+def _config(backbone: str, precision: str, term: str) -> TrialConfig:
+    """Return a configuration with one step per epoch, so that each epoch reports one step."""
     return TrialConfig(
         **{"lambda_batch": 0.0, **TERMS[term]},
         backbone=backbone,
@@ -98,12 +98,8 @@ def _config(backbone: str, precision: Precision, term: str) -> TrialConfig:
     )
 
 
-class _Done(Exception):  # noqa: N818 - ends a run, and is not an error.
-    pass
-
-
-def steps(backbone: str, precision: Precision, term: str, count: int) -> dict[str, list[float]]:
-    """Return the metrics of each of the first `count` steps: losses, accuracy and SSIM."""
+def steps(backbone: str, precision: str, term: str) -> dict[str, list[float]]:
+    """Return the losses, accuracy and SSIM of each of twenty steps, by the name of the metric."""
     torch.set_num_threads(1)
     config = _config(backbone, precision, term)
     history: list[Metrics] = []
@@ -123,7 +119,7 @@ def steps(backbone: str, precision: Precision, term: str, count: int) -> dict[st
 
 
 def machine() -> dict[str, str]:
-    """Return the versions that rounding depends on: PyTorch, processor, instruction sets."""
+    """Return the version of PyTorch and the processor, on which rounding depends."""
     try:
         info = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
@@ -158,7 +154,7 @@ def test_steps_are_the_golden_ones(backbone: str, precision: Precision, term: st
             assert found[name] == pytest.approx(values, rel=tolerance, abs=absolute), name
             if same:
                 assert found[name][0] == pytest.approx(values[0], rel=_TIGHT, abs=1e-6), name
-        else:  # SSIM and accuracy, of ten images.
+        else:  # SSIM and accuracy of ten images.
             assert found[name] == pytest.approx(values, abs=2e-4 if tight else 0.3), name
 
 

@@ -1,4 +1,4 @@
-"""Tests of prototypes: exact values, and the ceiling of a coarse CAM's SSIM."""
+"""Tests of prototypes, of their SSIM ceilings on a CAM grid, and of class supports."""
 
 import os
 
@@ -29,7 +29,7 @@ seeds = st.integers(0, 2**16)
 def test_the_mean_prototype_is_the_scaled_mean() -> None:
     images = torch.tensor([[[0, 2], [4, 6]], [[2, 4], [6, 8]], [[9, 9], [0, 0]]]).byte()
     prototypes = class_prototypes(images, torch.tensor([0, 0, 1]), 2)
-    # Class 0: mean [[1, 3], [5, 7]], less 1, over 6.
+    # Class 0: mean [[1, 3], [5, 7]], minus 1, divided by 6.
     expected = torch.tensor([[[0, 1 / 3], [2 / 3, 1]], [[1, 1], [0, 0]]])
     torch.testing.assert_close(prototypes, expected)
 
@@ -47,7 +47,7 @@ def test_the_median_of_an_even_number_is_the_middle_of_the_middle_two() -> None:
 
 
 def test_a_median_of_many_large_pictures_is_possible() -> None:
-    # More than 2**24 pixels in one class, the limit of a quantile over all of them at once.
+    # One class has more than 2**24 pixels, the limit of a single torch.quantile.
     images = torch.zeros(260, 256, 256, dtype=torch.uint8)
     images[:, 0] = 255
     prototypes = class_prototypes(images, torch.zeros(260, dtype=torch.int64), 1, kind="median")

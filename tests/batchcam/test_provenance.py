@@ -1,4 +1,4 @@
-"""Tests of provenance: command, commit, versions."""
+"""Tests of the provenance of a number: its command and commit."""
 
 import os
 import re
@@ -43,7 +43,7 @@ def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_the_command_of_this_process_is_one_that_can_be_typed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # Not by python -m pytest.
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # Not python -m pytest.
     monkeypatch.setattr("sys.argv", ["/usr/bin/batchcam", "train", "--out", "my bundle"])
     assert command_line() == "batchcam train --out 'my bundle'"
     monkeypatch.setattr("sys.argv", ["studies/sweep.py", "--study", "mine"])

@@ -38,9 +38,9 @@ def test_l2_is_the_mean_squared_difference_of_each_map() -> None:
 
 def test_ssim_of_two_flat_maps_is_their_luminance_alone() -> None:
     x, y = torch.full((1, 7, 7), 0.2).double(), torch.full((1, 7, 7), 0.6).double()
-    # No variance, so contrast and structure are 1: (2 * 0.12 + 1e-4) / (0.04 + 0.36 + 1e-4).
+    # Variances are 0, so contrast and structure are 1: (2 * 0.12 + 1e-4) / (0.04 + 0.36 + 1e-4).
     torch.testing.assert_close(ssim(x, y), torch.tensor([0.2401 / 0.4001]).double())
-    # With exponent 2 it is squared.
+    # The exponent 2 squares the luminance.
     expected = torch.tensor([(0.2401 / 0.4001) ** 2]).double()
     torch.testing.assert_close(ssim(x, y, alpha=2), expected)
 
@@ -70,7 +70,7 @@ def test_ssim_of_opposites_equals_pytorch_msssim_below_zero() -> None:
 
 def test_the_three_factors_apart_give_the_product_of_the_shortcut() -> None:
     x, y = _pair(0)
-    # A hair off epsilon_2 / 2 takes the way with the roots.
+    # Any epsilon_3 other than epsilon_2 / 2 takes the branch with the square roots.
     apart = ssim(x, y, epsilon_3=4.5e-4 * (1 + 1e-9))
     torch.testing.assert_close(apart, ssim(x, y), atol=1e-7, rtol=0)
 
@@ -117,7 +117,8 @@ def test_the_gradient_at_equal_and_at_flat_maps_is_finite(name: str) -> None:
 )
 def test_gradients_pass_gradcheck(metric: Callable[[Tensor, Tensor], Tensor]) -> None:
     x, noise = _pair(7, side=8)
-    # Positively correlated, so that structure stays away from its clamp; never equal (l1's kink).
+    # Positive correlation keeps structure away from its clamp. The maps differ in every pixel,
+    # away from the kink of L1.
     y = 0.8 * x + 0.15 * noise + 0.01
     assert torch.autograd.gradcheck(metric, (x.requires_grad_(), y.requires_grad_()))
 

@@ -1,4 +1,4 @@
-"""The command `batchcam`: subcommands, exit status and messages."""
+"""Tests of the command line, called through `main` with a user's arguments."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ QUICK = ("--resolution", "8", "--epochs", "1", "--device", "cpu")
 
 
 def run(*arguments: str | Path) -> int:
-    """Run the command, and return its exit status."""
+    """Run the command and return its exit status."""
     with pytest.raises(SystemExit) as caught:
         main([str(argument) for argument in arguments])
     assert isinstance(caught.value.code, int)
@@ -32,7 +32,7 @@ def run(*arguments: str | Path) -> int:
 
 
 def _refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """Run a command that must fail, and return its error message without ``error: ``."""
+    """Run a command that must fail, and return its error without the prefix ``error: ``."""
     assert run(*arguments) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
@@ -42,7 +42,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle that `batchcam train` wrote. Shared, so a test that changes it works on a copy."""
+    """Return a bundle of `batchcam train`. It is shared: a test that damages it works on a copy."""
     directory = tmp_path_factory.mktemp("cli") / "made"
     arguments = ("--lambda-batch", "0.3", "--metric", "l2", "--seed", "4")
     assert run("train", *QUICK, *arguments, "--out", directory) == 0
@@ -98,7 +98,7 @@ def test_a_configuration_alone_trains_the_same_model(made: Path, tmp_path: Path)
 
 @pytest.fixture
 def cut_after_two_epochs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Interrupt every run in its third epoch until the returned function is called."""
+    """Interrupt each run in its third epoch, until the returned function is called."""
 
     def cut(*args: Any, on_step: Callable[[int, int], None], **kwargs: Any) -> Any:
         steps = 0
@@ -127,7 +127,7 @@ def test_a_run_that_was_cut_goes_on_with_resume(
     assert [path.name for path in tmp_path.iterdir()] == ["out.state.pt"]
     cut_after_two_epochs()
 
-    # Neither forgotten by accident, nor mixed with another run.
+    # Without --resume, or with another configuration, the command refuses the saved state.
     assert "interrupted run; continue with --resume" in _refused(capsys, *arguments)
     other = _refused(capsys, *arguments, "--resume", "--seed", "9")
     assert "was saved with seed=0, not 9" in other
@@ -309,7 +309,7 @@ def test_compare_needs_a_bundle_and_a_place_to_write(
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> list[Path]:
-    """Picture files of digits: grey, in colour, and two with one name in different folders."""
+    """Write three digits as picture files: grey and RGB, two with the same file name."""
     images = np.round(load_digits().images[:3] * (255 / 16)).astype(np.uint8)
     paths = [tmp_path / "a" / "zero.png", tmp_path / "b" / "zero.png", tmp_path / "a" / "two.png"]
     for path, image in zip(paths, images, strict=True):
@@ -392,7 +392,7 @@ def test_verify_retrains_a_run_that_was_ended_early_for_as_long(
     assert "epoch   2/50" not in shown
 
 
-# --- A user's own pictures, from one end to the other ----------------------------------------
+# --- A user's own pictures, end to end -------------------------------------------------------
 
 
 def test_pictures_are_trained_on_evaluated_and_verified_where_they_moved_to(

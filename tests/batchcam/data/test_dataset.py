@@ -1,4 +1,4 @@
-"""Tests that every data set passes."""
+"""Tests of the contract that every data set in memory passes, and of its splits and digest."""
 
 import os
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Known:
     side: int
     classes: int
     images: int
-    """Of all splits together."""
+    """The number of images in all splits together."""
     sha256: str | None = None
 
 
@@ -49,7 +49,7 @@ def _write_pictures(root: Path, mode: str, parts: tuple[str, ...]) -> None:
             folder = root / part / name
             folder.mkdir(parents=True)
             for index in range(10):
-                # Shorter sides 10 to 19: their median, 14.5, is cut to 14.
+                # Shorter sides 10 to 19: their median, 14.5, is rounded down to 14.
                 shape = (10 + index, 30) if mode == "L" else (10 + index, 30, 3)
                 pixels = generator.integers(80 * number, 80 * number + 80, shape)
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
@@ -102,7 +102,7 @@ def test_the_validation_split_is_the_stratified_share_of_the_training_set(
 def test_no_image_is_in_two_of_the_splits_cut_from_one(name: str, data: ImageData) -> None:
     digests = {split: {image.tobytes() for image in data.split(split).images} for split in SPLITS}
     if "mnist" in name:
-        # As published, where a few pictures are there twice; parts are apart by index.
+        # The published training set contains a few duplicates. The splits differ by index.
         assert len(digests["train"] & digests["validation"]) < 20
         return
     assert not digests["train"] & digests["validation"]
@@ -131,7 +131,7 @@ def test_another_split_seed_moves_only_the_validation_split(
 def test_mean_and_deviation_are_those_of_the_training_pixels(data: ImageData) -> None:
     scaled = data.train.images.astype(np.float32) / 255
     assert len(data.mean) == len(data.std) == data.channels
-    # The published constants of MNIST and Fashion-MNIST are of all 60,000 images, rounded.
+    # The published constants of MNIST and Fashion-MNIST cover all 60,000 images, rounded.
     tolerance = 1e-6 if data.name in ("digits", "imagefolder") else 2e-3
     mean, std = scaled.mean(axis=(0, 2, 3)), scaled.std(axis=(0, 2, 3))
     np.testing.assert_allclose(data.mean, mean, atol=tolerance)
@@ -146,11 +146,14 @@ def test_preprocessed_training_pictures_are_standard(data: ImageData) -> None:
     assert (x.std() - 1).abs() < 0.05
 
 
+# --- Splits, digest and normalisation --------------------------------------------------------
+
+
 def test_the_digest_sees_a_single_pixel(tmp_path: Path) -> None:
     _write_pictures(tmp_path, "L", ("train",))
     config = TrialConfig(dataset="imagefolder", data_root=str(tmp_path))
     before = load_data(config).sha256
-    path = tmp_path / "train" / "ape" / "4.png"  # 14 pixels high, so stored as it is.
+    path = tmp_path / "train" / "ape" / "4.png"  # 14 pixels high, so cropped, not resized.
     with Image.open(path) as picture:
         changed = picture.copy()
     changed.putpixel((15, 7), 255)
@@ -180,7 +183,7 @@ def test_a_constant_channel_is_not_scaled_up(tmp_path: Path) -> None:
 def test_classes_too_small_to_split_are_refused(
     make_pictures: Callable[..., Path], count: int
 ) -> None:
-    # One goes to the test split, or none is left to validate on.
+    # One image is too few for a test split. Of two, one is left, too few for a validation split.
     config = TrialConfig(dataset="imagefolder", data_root=str(make_pictures(count=count)))
     with pytest.raises(DataError, match="class 0 has a single training image"):
         load_data(config)

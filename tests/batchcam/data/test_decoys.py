@@ -1,4 +1,4 @@
-"""Tests of decoys: position, grey value, and their relation to the class in each split."""
+"""Tests of decoys: their corner, their grey, and their relation to the class of the image."""
 
 import os
 
@@ -47,7 +47,7 @@ def test_random_decoys_say_nothing_of_the_class(blank: Split) -> None:
     assert painted.masks is not None
     shown = (255 - painted.images[:, 0][painted.masks].reshape(400, -1)[:, 0].astype(int)) // 25
     assert set(shown) == set(range(10))
-    assert 20 < (shown == blank.labels).sum() < 65  # 40 expected; four deviations are 24.
+    assert 20 < (shown == blank.labels).sum() < 65  # Expected 40; four standard deviations are 24.
 
 
 @pytest.mark.parametrize(

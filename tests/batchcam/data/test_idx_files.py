@@ -20,7 +20,7 @@ SIZES = {"train": 40, "t10k": 20}
 
 
 def _idx_content(seed: int) -> dict[str, bytes]:
-    """Return the four IDX files of a small data set, with headers."""
+    """Return the four IDX files of a small data set, with their headers."""
     generator = np.random.default_rng(seed)
     content = {}
     for part, count in SIZES.items():
@@ -53,7 +53,7 @@ def _no_download(*_: object) -> NoReturn:
 
 @pytest.fixture
 def small_idx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Register the small files; unset the variables; disable the download."""
+    """Register the small files as the published ones, unset BATCHCAM_DATA, block the network."""
     tables: Mapping[str, Mapping[str, tuple[int, str]]] = {
         folder: {
             name: (len(content), hashlib.sha256(content).hexdigest())
@@ -97,7 +97,7 @@ def test_the_data_root_comes_before_the_variable_before_the_working_directory(
     for root in roots.values():
         _write(root)
     monkeypatch.setenv("BATCHCAM_DATA", str(roots["variable"]))
-    # Where each is taken from shows in whose damage is reported.
+    # The error names the damaged file, and so shows which folder was read.
     for name in ("given", "variable", "data"):
         path = roots[name] / "MNIST" / "raw" / TRAIN_IMAGES
         path.write_bytes(b"damaged")

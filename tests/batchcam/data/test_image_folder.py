@@ -21,7 +21,7 @@ def test_pictures_without_a_test_folder_are_split_class_by_class(
     assert class_names == ("bright", "dark")
     assert np.bincount(train.labels).tolist() == [4, 4]
     assert np.bincount(test.labels).tolist() == [1, 1]
-    # Labels go with their pictures: class 1 was drawn brighter.
+    # Each label matches its picture: class 1 is the brighter one.
     for split in (train, test):
         assert split.images[split.labels == 1].min() >= 100
         assert split.images[split.labels == 0].max() < 100
@@ -34,7 +34,7 @@ def test_a_test_folder_is_the_test_split(make_pictures: MakePictures) -> None:
 
 
 def test_pictures_are_squares_of_the_median_shorter_side(make_pictures: MakePictures) -> None:
-    # Heights 12 to 16 by a width of 20: the median of the shorter sides is 14.
+    # Heights 12 to 16, width 20: the median of the shorter sides is 14.
     train, test, _ = LOADERS["imagefolder"](str(make_pictures(count=5)))
     assert train.images.shape[1:] == test.images.shape[1:] == (1, 14, 14)
 
@@ -85,10 +85,11 @@ def test_a_deep_tiff_of_either_byte_order_is_read(tmp_path: Path, order: str) ->
 
 
 def _write_deep_tiff(path: Path, order: str) -> None:
-    """Write 2x2 grey pixels of 16 bits in any byte order; Pillow writes only one."""
+    """Write 2x2 grey pixels of 16 bits. Pillow writes only one byte order."""
     magic = {"<": b"II", ">": b"MM"}[order]
     pixels = np.array([0, 255, 256, 65535], f"{order}u2").tobytes()
-    # Width, height, bits per sample, no compression, grey, where pixels are, rows, their size.
+    # Width, height, bits per sample, compression (none), photometric interpretation (grey),
+    # strip offset, rows per strip, strip size.
     entries = [(256, 2), (257, 2), (258, 16), (259, 1), (262, 1), (273, 8), (278, 2), (279, 8)]
     body = magic + np.array([42], f"{order}u2").tobytes() + np.array([16], f"{order}u4").tobytes()
     body += pixels + np.array([len(entries)], f"{order}u2").tobytes()
@@ -102,7 +103,7 @@ def test_a_rotated_photograph_is_put_upright(tmp_path: Path) -> None:
     picture = Image.new("L", (32, 16), 0)
     picture.paste(255, (0, 0, 16, 16))  # The left half is white.
     exif = Image.Exif()
-    exif[0x0112] = 6  # To be shown turned a quarter clockwise: left becomes top.
+    exif[0x0112] = 6  # Shown rotated 90° clockwise: the left side becomes the top.
     picture.save(tmp_path / "photo.jpg", exif=exif, quality=95)
     pixels = read_picture(tmp_path / "photo.jpg", 16, grey=True)[0]
     assert pixels[:6].min() > 200
@@ -150,7 +151,7 @@ def test_a_missing_picture_is_refused(tmp_path: Path) -> None:
 
 def test_a_picture_that_cannot_be_opened_is_refused(make_pictures: MakePictures) -> None:
     root = make_pictures()
-    # A link to nowhere, which stops root too, whom permissions do not.
+    # A dangling link fails for root too; file permissions do not.
     (root / "train" / "dark" / "link.png").symlink_to(root / "nowhere.png")
     with pytest.raises(DataError, match=r"link\.png cannot be read as a picture"):
         LOADERS["imagefolder"](str(root))

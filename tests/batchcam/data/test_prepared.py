@@ -1,4 +1,4 @@
-"""Tests of PreparedData: prototypes per split, prototype indices, supports on a grid."""
+"""Tests of PreparedData: prototypes of each split, prototype indices, off-support masks."""
 
 from dataclasses import replace
 
@@ -74,7 +74,7 @@ def test_outside_is_where_a_class_has_no_support(tiny_prepared: PreparedData) ->
     supports = class_supports(*to_device(tiny_prepared.dataset.train, torch.device("cpu")), 10)
     assert torch.equal(outside == 1, ~supports)
     assert outside.dtype == torch.float32
-    # A cell of a coarser grid is outside only if all its pixels are.
+    # A cell of a coarser grid is off support only if all its pixels are.
     coarse = tiny_prepared.off_support_mask((4, 4))
     blocks = outside.view(10, 4, 2, 4, 2).permute(0, 1, 3, 2, 4).flatten(3)
     assert torch.equal(coarse == 1, (blocks == 1).all(dim=3))
@@ -83,7 +83,7 @@ def test_outside_is_where_a_class_has_no_support(tiny_prepared: PreparedData) ->
 def test_other_images_keep_prototypes_supports_and_ceilings(tiny_prepared: PreparedData) -> None:
     whole = replace(tiny_prepared)
     whole.compute_ahead([(14, (7, 7))], supports=True)
-    # A part that lacks most classes, from which no support could be made.
+    # This split lacks most classes, so supports cannot be computed from it.
     part = whole.with_splits(train=whole.dataset.train.take(np.arange(3)))
     assert len(part.dataset.train) == 3
     assert part.dataset.validation is whole.dataset.validation

@@ -1,4 +1,4 @@
-"""Tests of preprocessing: scaling, resizing, batches, and the way to the device."""
+"""Tests of preprocessing, from stored uint8 images to batches of a model's input."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def test_preprocess_scales_shifts_and_divides() -> None:
     x = Preprocess(2, (0.5,), (0.25,))(images)
     expected = torch.tensor([[[[-2.0, 2.0]] * 2], [[[-1.2, -0.4]] * 2]])
     torch.testing.assert_close(x, expected)
-    assert images[0, 0, 0, 1] == 255  # Untouched.
+    assert images[0, 0, 0, 1] == 255  # Not modified.
 
 
 def test_preprocess_treats_each_channel_by_its_own() -> None:
@@ -34,7 +34,7 @@ def test_resizing_to_the_same_size_copies_nothing() -> None:
 
 
 def test_shrinking_is_anti_aliased() -> None:
-    # One white column in four, which sampling every fourth pixel's neighbours would miss.
+    # One white column in four. Sampling without anti-aliasing would miss it.
     stripes = (torch.arange(32) % 4 == 0).float().expand(1, 1, 32, 32)
     shrunk = resize(stripes, 8)[..., 1:-1]
     torch.testing.assert_close(shrunk, torch.full_like(shrunk, 0.25), atol=0.05, rtol=0)

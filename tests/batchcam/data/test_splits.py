@@ -1,4 +1,4 @@
-"""Tests of the stratified split, with generated labels."""
+"""Tests of the stratified split: properties that hold for any labels."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from batchcam.data.splits import Labels, Split, stratified_split
 from batchcam.errors import DataError
 
-# Of each class, how many items: two at least.
+# The number of items in each class, at least two.
 class_sizes = st.lists(st.integers(2, 40), min_size=1, max_size=6)
 fractions = st.floats(0.01, 0.99)
 seeds = st.integers(0, 2**32 - 1)

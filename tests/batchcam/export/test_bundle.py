@@ -1,4 +1,4 @@
-"""Tests of bundles: writing and loading without pickle, and errors about damaged files."""
+"""Tests of bundles: saving and loading without a pickle, damaged bundles, output folders."""
 
 import json
 import pickle
@@ -30,7 +30,7 @@ from batchcam.training.fit import TrialResult, fit
 
 @pytest.fixture
 def copied(bundle_dir: Path, tmp_path: Path) -> Path:
-    """A copy of a bundle, which a test may damage."""
+    """Return a copy of the bundle, for a test that damages it."""
     return Path(shutil.copytree(bundle_dir, tmp_path / "copy"))
 
 
@@ -67,7 +67,7 @@ def test_a_bundle_has_the_prototypes_and_finds_the_nearest(
     expected = trained.prepared.prototypes("train", trained.config.resolution)
     assert names == trained.prepared.prototype_names
     assert torch.allclose(prototypes, expected, atol=0.51 / 255)
-    # Each prototype is its own nearest; a CAM's SSIM is that to the one found.
+    # Each prototype is nearest to itself. The similarity of a CAM is that to its nearest prototype.
     which, similarity = model.nearest_prototypes(prototypes.numpy())
     assert which.tolist() == list(range(10))
     assert similarity == pytest.approx(np.ones(10), abs=1e-5)
@@ -216,7 +216,7 @@ def test_the_model_card_tells_numbers_and_the_command(bundle_dir: Path) -> None:
 
 @pytest.fixture(scope="module")
 def stopped_resnet(trained: TrialResult) -> TrialResult:
-    """A bundle of a dilated backbone whose run ended after one of two epochs."""
+    """Return a run of a dilated backbone, stopped after one of two epochs."""
     config = replace(
         trained.config, backbone="resnet10t", resolution=28, epochs=2, learning_rate=1e-3
     )
@@ -226,7 +226,7 @@ def stopped_resnet(trained: TrialResult) -> TrialResult:
 def test_a_dilated_timm_model_comes_back_with_its_grid(
     tmp_path: Path, stopped_resnet: TrialResult
 ) -> None:
-    # Named without a channel of its own to say so, the stride was chosen for the resolution.
+    # The configuration gives no output stride, so it was chosen for the resolution.
     metrics = save_bundle(tmp_path / "b", stopped_resnet, extra_metrics={"rung": 3})
     model = load(tmp_path / "b")
     images = stopped_resnet.prepared.dataset.test.images
@@ -284,7 +284,7 @@ def test_a_bundle_of_a_timm_backbone_is_one_of_timms(
     assert theirs.pretrained_cfg["label_names"] == list(tiny_prepared.dataset.class_names)
     assert 'timm.create_model("local-dir:path/to/this/folder"' in (folder / "README.md").read_text()
 
-    # As bundles were once written: by the names of the whole model's weights.
+    # Earlier versions stored the weights under their names in the whole model.
     path = folder / "model.safetensors"
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
@@ -294,7 +294,7 @@ def test_a_bundle_of_a_timm_backbone_is_one_of_timms(
         torch.testing.assert_close(load(folder).model(images), expected)
 
 
-# --- Spoilt bundles --------------------------------------------------------------------------
+# --- Damaged bundles -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FILES[:3])
@@ -409,7 +409,7 @@ def test_metrics_that_are_no_json_are_refused(copied: Path, content: bytes) -> N
         load(copied)
 
 
-# --- Images that do not fit ------------------------------------------------------------------
+# --- Invalid images and targets --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -436,7 +436,7 @@ def test_targets_that_do_not_fit_are_refused(bundle_dir: Path, targets: Any) -> 
         load(bundle_dir).explain(np.zeros((2, 8, 8), np.uint8), targets)
 
 
-# --- Folders that cannot be written ----------------------------------------------------------
+# --- Output folders --------------------------------------------------------------------------
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path: Path, trained: TrialResult) -> None:

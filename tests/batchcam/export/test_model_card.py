@@ -1,4 +1,4 @@
-"""Tests of the model card: names of runs and losses."""
+"""Tests of the names of runs in a model card."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tests of exported models: timm and onnxruntime compute what the loaded model computes."""
+"""Tests that timm and onnxruntime reproduce the outputs of an exported model."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ def _loaded(backbone: str, stride: int | None = None, cam: Cam = "grad_cam") -> 
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = create_model(backbone, 3, 1, stride)
-        for part in model.modules():  # As after training: no statistics that do nothing.
+        for part in model.modules():  # As after training, not the initial identity.
             if isinstance(part, torch.nn.BatchNorm2d):
                 assert part.running_mean is not None
                 part.running_mean.uniform_(-0.1, 0.1)
@@ -110,7 +110,7 @@ def test_the_command_writes_what_there_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = Path(__file__).parents[3] / "results" / "mnist" / "bcpl_l1" / "seed0"
-    for status in (0, 2):  # A folder that is not empty is refused.
+    for status in (0, 2):  # The second run refuses the folder, which is not empty.
         with pytest.raises(SystemExit) as ended:
             main(["export", str(bundle), "--out", str(tmp_path / "portable")])
         assert ended.value.code == status

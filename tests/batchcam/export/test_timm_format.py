@@ -1,4 +1,4 @@
-"""Tests that timm's config.json is the same as in earlier releases."""
+"""Tests that timm's config.json equals that of earlier releases."""
 
 from pathlib import Path
 

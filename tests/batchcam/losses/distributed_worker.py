@@ -1,7 +1,7 @@
-"""A process that trains on its part of a batch under DistributedDataParallel.
+"""Run one of several DistributedDataParallel processes, on its part of a batch.
 
-`python distributed_worker.py RANK PROCESSES FOLDER`: writes the loss and the gradients after one
-backward pass for each loss, by name, to FOLDER/RANK.pt.
+`python distributed_worker.py RANK PROCESSES FOLDER` writes the value and the gradients of each
+loss, after one backward pass, to FOLDER/RANK.pt.
 """
 
 import sys
@@ -22,7 +22,7 @@ LOSSES = ("prototype", "per process", "over processes")
 
 
 class Model(nn.Module):
-    """Returns logits and features. It has no batch statistics, so images do not interact."""
+    """Returns logits and features. Without batch normalisation, images do not mix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,12 +32,12 @@ class Model(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.convolution(images).relu()
-        # Not linear: each image has channel weights of its own.
+        # The head is not linear, so each image has its own channel weights.
         return self.classifier(self.hidden(features.mean(dim=(2, 3))).tanh()), features
 
 
 def problem() -> tuple[Model, Tensor, Tensor, Tensor]:
-    """Return a float64 model, images, labels and prototypes; the parts have different classes."""
+    """Return a float64 model, images, labels that differ between the parts, and prototypes."""
     torch.manual_seed(0)
     model = Model().double()
     images = torch.rand(IMAGES, 1, 8, 8, dtype=torch.float64)
@@ -46,7 +46,7 @@ def problem() -> tuple[Model, Tensor, Tensor, Tensor]:
 
 
 def loss_of(name: str, group: dist.ProcessGroup | None) -> Callable[..., Tensor]:
-    """Return a loss of (logits, features, labels, prototypes)."""
+    """Return the named loss, a function of (logits, features, labels, prototypes)."""
     if name == "prototype":
         return partial(prototype_loss, metric="l2")
     over = group if name == "over processes" else None
@@ -56,9 +56,9 @@ def loss_of(name: str, group: dist.ProcessGroup | None) -> Callable[..., Tensor]
 def gradients(
     model: nn.Module, loss: Callable[..., Tensor], images: Tensor, labels: Tensor, wanted: Tensor
 ) -> dict[str, Tensor]:
-    """Return the loss, and the gradient of its sum with cross-entropy by each parameter.
+    """Return the loss, and the gradient of loss plus cross-entropy for each parameter.
 
-    Without cross-entropy the last bias would get no gradient; DistributedDataParallel refuses that.
+    Without cross-entropy the last bias has no gradient, which DistributedDataParallel refuses.
     """
     model.zero_grad()
     logits, features = model(images)
@@ -69,7 +69,7 @@ def gradients(
 
 
 def main(rank: int, processes: int, folder: Path) -> None:
-    """Join the process group, train on this process's part, and write losses and gradients."""
+    """Join the process group, compute gradients on this process's part, and write them."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes

@@ -1,4 +1,4 @@
-"""Helpers that compute loss terms from given tensors, without a data set or a trainer."""
+"""Loss terms on tensors that a test gives, without a data set or a trainer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from batchcam.models import ExplainableModel
 
 
 class Head(ExplainableModel):
-    """A head without closed-form gradients, or with the class weights that a test gives."""
+    """A head with the closed-form weights and gradients that a test gives, or with none."""
 
     def __init__(self, weights_CK: Tensor | None = None, gradients: Tensor | None = None) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Head(ExplainableModel):
 
 @dataclass(frozen=True)
 class Context(TermContext):
-    """A context with given supports."""
+    """A context with the off-support mask that a test gives."""
 
     mask: Tensor | None = None
 
@@ -44,7 +44,7 @@ class Context(TermContext):
 
 
 def _unused(images: Tensor) -> Tensor:
-    raise AssertionError(f"no second forward pass was expected of {tuple(images.shape)}")
+    raise AssertionError(f"unexpected second forward pass on images of shape {tuple(images.shape)}")
 
 
 def total_loss(
@@ -60,9 +60,9 @@ def total_loss(
     model: ExplainableModel | None = None,
     **known: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the weighted sum of the terms that `fields` of TrialConfig turn on, and the terms.
+    """Return the weighted sum of the terms that `fields` of TrialConfig turn on, and each term.
 
-    Weights that are not named are 0. `known` goes to :class:`batchcam.losses.Batch`.
+    Weights that `fields` omits are 0. `known` is passed to :class:`batchcam.losses.Batch`.
     """
     config = TrialConfig(**{**dict.fromkeys(LAMBDAS, 0.0), **fields})
     grid = (features_NKHW.shape[2], features_NKHW.shape[3])

@@ -1,4 +1,4 @@
-"""Tests of the hand-written derivatives against autograd, and of when each is used."""
+"""Tests that the hand-written derivative of the alignment loss equals that of autograd."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ metrics = pytest.mark.parametrize("metric", sorted(METRICS))
 
 
 def _problem(seed: int, maps: int = 6, height: int = 4, width: int = 3) -> tuple[Tensor, ...]:
-    """Return sums of both signs, prototypes of 9x9, shares of which one is 0, and pairs."""
+    """Return sums of either sign, 9x9 prototypes, shares of which one is 0, and pairs."""
     generator = torch.Generator().manual_seed(seed)
     sums = torch.randn(maps, height, width, generator=generator, dtype=torch.float64)
     prototypes = torch.rand(3, 9, 9, generator=generator, dtype=torch.float64)
@@ -37,7 +37,7 @@ def test_value_and_gradient_are_those_of_the_definition(metric: str, seed: int) 
     loss = alignment_loss(sums, prototypes, distance, shares, pairs)
     expected = _defined(sums, prototypes, distance, shares, pairs)
     torch.testing.assert_close(loss, expected)
-    # Scaled on its way back, as a loss is by its weight.
+    # The upstream gradient is 3, as if the weight of the term were 3.
     (gradient,) = torch.autograd.grad(3 * loss, sums)
     (wanted,) = torch.autograd.grad(3 * expected, sums)
     torch.testing.assert_close(gradient, wanted)

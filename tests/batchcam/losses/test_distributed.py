@@ -1,4 +1,4 @@
-"""Tests of the losses under DistributedDataParallel against one process with the whole batch."""
+"""Tests of the losses under DistributedDataParallel: two processes compared with one."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ Found = dict[str, dict[str, Tensor]]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> list[Found]:
-    """The losses and gradients of each of two processes."""
+    """Return the losses and gradients that each of two processes computes."""
     folder = tmp_path_factory.mktemp("distributed")
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     running = [
@@ -38,7 +38,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str])
 
 
 def _whole(name: str, part: slice = slice(None)) -> dict[str, Tensor]:
-    """Return losses and gradients of one process on the batch, or on a part of it."""
+    """Return the loss and gradients of one process on the batch, or on a part of it."""
     model, images, labels, prototypes = worker.problem()
     loss = worker.loss_of(name, None)
     return worker.gradients(model, loss, images[part], labels[part], prototypes)

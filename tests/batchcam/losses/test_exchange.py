@@ -1,4 +1,4 @@
-"""Tests of the exchange loss: exchanged pixels, value of the loss, effect of training."""
+"""Tests of the exchange: the pixels exchanged, the loss, and its effect on training."""
 
 from dataclasses import replace
 
@@ -16,14 +16,14 @@ from batchcam.losses.exchange import exchange_images, exchange_loss
 from batchcam.training.fit import fit
 
 OUTSIDE = torch.tensor([[[0.0, 1.0, 1.0]], [[1.0, 0.0, 1.0]]]).expand(2, 3, 3)
-"""Class 0 is in the left column, class 1 in the middle one; the right one is nobody's."""
+"""The support of class 0 is the left column, that of class 1 the middle one."""
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_partners_exchange_what_is_neithers(channels: int) -> None:
     x = torch.arange(3.0)[:, None, None, None].expand(3, channels, 3, 3)
     found = exchange_images(x, torch.tensor([0, 1, 1]), OUTSIDE)
-    # The partner of an image is the one before it; two of class 1 keep the middle column alone.
+    # Each image has the one before it as partner. Partners of class 1 keep the middle column.
     expected = torch.tensor([[0.0, 0.0, 2.0], [1.0, 1.0, 0.0], [1.0, 2.0, 1.0]])
     assert torch.equal(found, expected[:, None, None, :].expand(3, channels, 3, 3))
 
@@ -36,7 +36,8 @@ def test_one_image_alone_stays_as_it_is() -> None:
 def test_the_loss_is_of_the_margin_between_the_two_classes() -> None:
     logits = torch.tensor([[2.0, 1.0, 9.0], [0.0, 3.0, 0.0]])
     exchanged = torch.tensor([[1.0, 3.0, 0.0], [0.0, 3.0, 7.0]])
-    # Image 0: the margin of 0 over 1 was 1 and is -2; image 1: that of 1 over 0 is as it was.
+    # Image 0: the margin of class 0 over class 1 changes from 1 to -2. Image 1: the margin of
+    # class 1 over class 0 stays 3.
     assert exchange_loss(logits, exchanged, torch.tensor([0, 1])).item() == 9 / 2
     assert exchange_loss(logits, exchanged, torch.tensor([1, 1])).item() == 0
 
@@ -55,7 +56,7 @@ def test_a_model_that_looks_at_either_class_alone_pays_nothing() -> None:
         return torch.stack([seen.sum(1), -seen.sum(1)], dim=1)
 
     exchanged = exchange_images(x, labels, OUTSIDE)
-    # Both columns stay where both classes meet; of one class's partners the loss does not speak.
+    # Partners of different classes exchange neither column. The loss of partners of one class is 0.
     own = exchange_loss(scores(x, slice(2)), scores(exchanged, slice(2)), labels)
     other = exchange_loss(scores(x, slice(2, 3)), scores(exchanged, slice(2, 3)), labels)
     assert own.item() == 0
@@ -74,7 +75,7 @@ def test_the_loss_passes_gradcheck() -> None:
 
 
 def _marked(split: Split) -> Split:
-    """Return images with a pixel in one corner whose grey value encodes the class."""
+    """Return images in which one random corner pixel has a grey that encodes the class."""
     images = split.images.copy()
     corners = np.random.default_rng(0).integers(0, 2, (2, len(images))) * -1
     images[np.arange(len(images)), :, *corners] = 28 * split.labels[:, None]
@@ -95,7 +96,7 @@ def test_training_makes_corners_count_less_that_give_the_class_away(tiny_data: I
     images, labels = to_device(marked.test, torch.device("cpu"))
 
     def cost(lambda_exchange: float) -> float:
-        """Return the loss on the test split relative to the squared margins."""
+        """Return the loss on the test split, divided by the mean squared margin."""
         result = fit(replace(config, lambda_exchange=lambda_exchange), prepared=prepared)
         assert ("loss_exchange" in result.metrics) == (lambda_exchange > 0)
         x = result.preprocess(images)

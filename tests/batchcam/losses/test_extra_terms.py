@@ -1,4 +1,4 @@
-"""Tests of a user's own loss term: training by `fit`, its metric, its label."""
+"""Tests of a user's own loss term in training, metrics, bundles and saved states."""
 
 import json
 from dataclasses import replace

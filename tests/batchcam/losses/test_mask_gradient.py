@@ -1,4 +1,4 @@
-"""Tests of RRR: exact values, finite differences, effect of training."""
+"""Tests of RRR: exact values and gradcheck of its penalty, and its effect on training."""
 
 import math
 from dataclasses import replace
@@ -17,7 +17,7 @@ from batchcam.training.fit import fit
 
 
 def test_the_gradient_of_the_log_probabilities_is_penalised_under_the_mask() -> None:
-    # d/dx sum_c log p_c of logits (x1, 0) is 1 - 2 p_1, which is 1 - 2 * 0.5 = 0 at 0.
+    # For logits (x1, 0), d/dx1 sum_c log p_c = 1 - 2 p_1. At x1 = log 3, p_1 = 0.75.
     x = torch.tensor([[[[math.log(3.0), 5.0]]]], dtype=torch.float32).requires_grad_()
     logits = torch.stack([x[:, 0, 0, 0], torch.zeros(1)], dim=1)
     everywhere = mask_gradient_loss(logits, x, torch.ones(1, 1, 2))
@@ -53,7 +53,7 @@ CONFIG = TrialConfig(
 
 
 def _marked(split: Split) -> Split:
-    """Return images whose upper left corner has a grey value that encodes the class, with masks."""
+    """Return images whose upper left corner has a grey that encodes the class, and its mask."""
     images = split.images.copy()
     images[:, :, :2, :2] = (28 * split.labels)[:, None, None, None]
     masks = torch.zeros(len(split), *images.shape[2:], dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Tests of the weighted sum of terms: exact values, second derivatives, absent classes."""
+"""Tests of the loss terms and their weighted sum: exact values, gradcheck, invariances."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,7 +35,7 @@ def _head(features: Tensor, weight: Tensor) -> Tensor:
 def _problem(seed: int, images: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return float64 features `(N, 2, 3, 3)`, head weights, labels and prototypes of 8x8."""
     generator = torch.Generator().manual_seed(seed)
-    # Positive features with positive weights: maps well above the ReLU's kink.
+    # Positive features and weights keep the maps above the kink of the ReLU.
     features = 0.2 + torch.rand(images, 2, 3, 3, generator=generator, dtype=torch.float64)
     weight = 0.2 + torch.rand(CLASSES, 18, generator=generator, dtype=torch.float64)
     labels = torch.randint(CLASSES, (images,), generator=generator)
@@ -44,14 +44,14 @@ def _problem(seed: int, images: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def _constant(values: Sequence[float], classes: int) -> tuple[Tensor, Tensor]:
-    """Return logits and features with constant maps, of the sign of each image's value."""
+    """Return logits and features whose maps are constant, with the sign of each image's value."""
     features = torch.tensor(values)[:, None, None, None].expand(-1, 1, 4, 4).clone()
     features.requires_grad_()
     return features.mean(dim=(1, 2, 3))[:, None].expand(-1, classes), features
 
 
 def test_prototype_loss_is_the_mean_over_images() -> None:
-    # Maps of ones render to 1 / (1 + 1e-6): distances to flat prototypes 0.25 and 0.75.
+    # The maps render to 1 / (1 + 1e-6), at distances of 0.25 and 0.75 to the flat prototypes.
     prototypes = torch.stack([torch.full((8, 8), 0.75), torch.full((8, 8), 0.25)])
     loss = prototype_loss(*_constant([1.0, 2.0, 3.0], 2), torch.tensor([0, 0, 1]), prototypes)
     torch.testing.assert_close(loss.item(), (0.25 + 0.25 + 0.75) / 3, atol=1e-4, rtol=0)
@@ -59,7 +59,7 @@ def test_prototype_loss_is_the_mean_over_images() -> None:
 
 def test_batch_cam_loss_is_the_sum_over_the_classes_present() -> None:
     prototypes = torch.stack([torch.full((8, 8), value) for value in (0.75, 0.25, 0.5)])
-    # Of the second class one image is for it, one against it, and the mean map is empty.
+    # The mean map of the second class is negative, so the ReLU makes it empty.
     for labels, expected in (([0, 0, 1, 1], 0.25 + 0.25), ([0, 0, 0, 0], 0.25)):
         logits, features = _constant([1.0, 3.0, -2.0, 1.0], 3)
         loss = batch_cam_loss(logits, features, torch.tensor(labels), prototypes)
@@ -93,7 +93,7 @@ def test_terms_are_weighted_and_summed() -> None:
 
 
 def test_the_energy_is_the_evidence_outside_the_support_of_the_true_class() -> None:
-    # Two cells; what they add to the true class's score is 3 * 1 - 1 * 2 and 2 * 2 - 1 * 5.
+    # The two cells add 3 * 1 - 1 * 2 = 1 and 2 * 2 - 1 * 5 = -1 to the score of the true class.
     features = torch.tensor([[[[3.0, 2.0]], [[1.0, 1.0]]]]).requires_grad_()
     weight = torch.tensor([[[[1.0, 2.0]], [[-2.0, -5.0]]], [[[7.0, 7.0]], [[7.0, 7.0]]]])
     logits = torch.einsum("nkhw,ckhw->nc", features, weight)
@@ -123,7 +123,7 @@ def test_the_energy_passes_gradcheck_through_the_head() -> None:
 
 @metrics
 def test_several_prototypes_per_class_average_by_class_and_group(metric: str) -> None:
-    """Two prototypes of one class give the loss of two classes with that class's scores."""
+    """Check that two prototypes of one class act like two classes with the same scores."""
     features, weight, _, prototypes = _problem(4, images=6)
     groups = torch.tensor([0, 1, 1, 0, 2, 2])
     labels = torch.tensor([0, 0, 0, 0, 1, 1])
@@ -137,7 +137,7 @@ def test_several_prototypes_per_class_average_by_class_and_group(metric: str) ->
 
 
 def test_the_baseline_computes_no_cam() -> None:
-    # Logits that do not depend on the features have no CAM; cross-entropy alone does not care.
+    # Logits that do not depend on the features have no CAM. Cross-entropy alone computes none.
     features, weight, labels, prototypes = _problem(2)
     logits = _head(features.detach(), weight)
     total, _ = total_loss({"lambda_class": 1.0}, logits, features, labels, prototypes)
@@ -241,7 +241,7 @@ def test_an_absent_class_contributes_neither_value_nor_gradient(metric: str, see
     total.backward()  # type: ignore[no-untyped-call]
     assert weight.grad is not None
     assert weight.grad[-1].count_nonzero() == 0
-    # Whatever its prototype is.
+    # The prototype of the absent class has no influence.
     changed = prototypes.detach().clone()
     changed[-1] = 0.123
     other, _ = total_loss(fields, _head(features, weight), features, labels, changed)

@@ -1,4 +1,4 @@
-"""Tests of the choice of an output stride, and of the errors about unusable backbones."""
+"""Tests of the checks that a CAM can explain a backbone at an output stride and a resolution."""
 
 import copy
 
@@ -75,7 +75,7 @@ def test_a_grid_of_one_cell_is_refused(name: str, stride: int | None) -> None:
 
 
 class _MixingHead(ExplainableModel):
-    """A model with batch normalisation after its features, so that images interact in training."""
+    """A model with batch normalisation in its head, which mixes the images of a training batch."""
 
     def __init__(self) -> None:
         super().__init__()

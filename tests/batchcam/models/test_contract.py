@@ -1,4 +1,4 @@
-"""Tests that every backbone passes."""
+"""Tests of the contract that every backbone passes."""
 
 import copy
 from dataclasses import dataclass
@@ -10,12 +10,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
 from batchcam.cam import batch_cam, fused_weighted_sum, grad_cam, pooled
-from batchcam.models import (
-    ExplainableModel,
-    check_explainable,
-    create_model,
-    feature_grid,
-)
+from batchcam.models import ExplainableModel, check_explainable, create_model, feature_grid
 from tests.batchcam.losses.problems import Head, total_loss
 
 RESOLUTION = 28
@@ -34,7 +29,7 @@ class Backbone:
             return create_model(self.name, in_chans=1, output_stride=self.output_stride)
 
     def batch(self, seed: int = 1) -> tuple[Tensor, Tensor]:
-        """Return images, and labels of two classes."""
+        """Return images and their labels, of two classes."""
         generator = torch.Generator().manual_seed(seed)
         images = torch.randn(self.images, 1, RESOLUTION, RESOLUTION, generator=generator)
         return images, torch.arange(self.images) % 2 * 7
@@ -52,7 +47,7 @@ BACKBONES = (
 
 
 LARGE = {"resnet18", "convnextv2_tiny"}
-"""Backbones that take long; resnet10t and convnextv2_atto are of the same families."""
+"""Slow backbones. resnet10t and convnextv2_atto cover the same families."""
 
 
 @pytest.fixture(
@@ -115,7 +110,7 @@ def test_gradients_of_a_batch_in_training_are_those_of_its_images_alone(
 
 
 class _Tapped(nn.Module):
-    """A model with a layer that outputs the features, for a library that hooks layers."""
+    """A model whose feature maps pass through a layer that pytorch-grad-cam can hook."""
 
     def __init__(self, model: ExplainableModel) -> None:
         super().__init__()
@@ -185,7 +180,7 @@ def test_batch_cam_differentiates_twice_as_numbers_say(
     with torch.no_grad():
         for parameter in parameters:
             if parameter.dim() == 1:
-                # Some gains start at 0, which puts whole blocks on the very kink of a ReLU.
+                # Some gains are initialised to 0, which puts whole blocks on the kink of a ReLU.
                 parameter.add_(torch.rand(parameter.shape, generator=generator), alpha=0.1)
 
     def loss() -> Tensor:
@@ -194,7 +189,8 @@ def test_batch_cam_differentiates_twice_as_numbers_say(
         return maps.square().sum()
 
     gradients = torch.autograd.grad(loss(), parameters, materialize_grads=True)
-    # Up the slope, by the same length in every tensor: the rise is the sum of the slopes.
+    # Step along the gradient, by the same length in every tensor. The directional derivative is
+    # the sum of the gradient norms.
     direction = [gradient / (gradient.norm() + 1e-30) for gradient in gradients]
     exact = torch.stack([gradient.norm() for gradient in gradients]).sum()
     step, sides = 1e-7, []
@@ -215,9 +211,9 @@ LINEAR_HEADS = {"simple_cnn", "resnet18", "resnet10t", "efficientnet_b0", "regne
 def test_weights_of_a_linear_head_are_the_pooled_gradients(
     backbone: Backbone, model: ExplainableModel, resolution: int
 ) -> None:
-    """Class weights equal autograd's in value and gradient, without a backward pass of the head."""
+    """Compare losses and gradients with and without a backward pass through the head."""
     model = copy.deepcopy(model).double()
-    # Grids of which SimpleCNN's pooling takes equal parts, and those of which it does not.
+    # SimpleCNN pools the grid in equal parts at 28 pixels, and in unequal parts at 40.
     images = torch.randn(backbone.images, 1, resolution, resolution, dtype=torch.float64)
     labels = torch.arange(backbone.images) % 2 * 7
     with torch.no_grad():
@@ -253,7 +249,7 @@ def test_weights_of_a_linear_head_are_the_pooled_gradients(
 def test_known_gradients_are_those_of_the_scores(
     backbone: Backbone, model: ExplainableModel, resolution: int, lambda_energy: float
 ) -> None:
-    """HiResCAM and energy equal autograd's in value and gradient, without a backward pass."""
+    """Compare HiResCAM and energy losses with and without a backward pass through the head."""
     model = copy.deepcopy(model).double()
     images = torch.randn(backbone.images, 1, resolution, resolution, dtype=torch.float64)
     labels = torch.arange(backbone.images) % 2 * 7

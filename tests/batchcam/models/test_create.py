@@ -1,4 +1,4 @@
-"""Tests of the creation of models by name."""
+"""Tests of the creation of models by name, and of the errors for invalid names and options."""
 
 from pathlib import Path
 
@@ -6,11 +6,7 @@ import pytest
 import torch
 
 from batchcam.errors import BackboneError
-from batchcam.models import (
-    backbone_names,
-    create_model,
-    feature_grid,
-)
+from batchcam.models import backbone_names, create_model, feature_grid
 
 
 def test_colour_images_are_taken() -> None:
@@ -52,7 +48,7 @@ def test_pretrained_weights_out_of_reach_name_the_cache(
 ) -> None:
     from huggingface_hub import constants
 
-    # As HF_HUB_OFFLINE=1 and an empty HF_HOME would, had they been set before the import.
+    # Same effect as HF_HUB_OFFLINE=1 and an empty HF_HOME, set before the import.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(BackboneError, match=r"resnet18 cannot be loaded.*HF_HOME.*pretrained to"):

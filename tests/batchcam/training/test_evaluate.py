@@ -1,4 +1,4 @@
-"""Tests of evaluation: class CAMs over batches, error maps, and an unchanged model."""
+"""Tests of the evaluation: class CAMs over many batches, errors, and an unmodified model."""
 
 import copy
 from dataclasses import replace
@@ -57,7 +57,7 @@ def model(trained: TrialResult) -> ExplainableModel:
 
 @pytest.fixture
 def split(trained: TrialResult) -> tuple[Tensor, Tensor]:
-    """The test split, of fifty images, shuffled so that batches hold several classes."""
+    """Return the fifty test images, shuffled so that batches hold several classes."""
     images, labels = to_device(trained.prepared.dataset.test, torch.device("cpu"))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     return images[order], labels[order]
@@ -167,7 +167,7 @@ def test_the_batch_size_does_not_change_the_result(
 
 
 class _ByBrightness(ExplainableModel):
-    """Predicts class 0 for a dark image, class 2 for a bright one, and never class 1."""
+    """Predicts class 0 for a dark image and class 2 for a bright one, never class 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,13 +178,16 @@ class _ByBrightness(ExplainableModel):
 
     def head(self, features_NKHW: Tensor) -> Tensor:
         logits: Tensor = features_NKHW.mean(dim=(1, 2, 3))[:, None] * self.weight
-        # A constant that class 1 never beats, and that the gradient does not see.
+        # The constant keeps class 1 from winning, and has no gradient.
         return logits - torch.tensor([0.0, 9.0, 0.0])
 
 
 @pytest.fixture
 def by_brightness() -> dict[str, Any]:
-    """Arguments of an evaluation with known results: dark, bright, bright, dark, bright, bright."""
+    """Return arguments of an evaluation with a known outcome.
+
+    The images are dark, bright, bright, dark, bright, bright.
+    """
     images = torch.tensor([0, 255, 255, 0, 255, 255], dtype=torch.uint8)[:, None, None, None]
     return {
         "model": _ByBrightness(),
@@ -213,8 +216,9 @@ def test_a_class_without_images_is_nan_and_left_out_of_the_mean(
 def test_error_maps_explain_what_the_wrong_answers_rest_on(
     by_brightness: dict[str, Any], batch_size: int
 ) -> None:
-    # Two images of class 0 are bright and taken for 2: bright pixels by a positive weight.
-    # Image 3, of class 2, is dark and taken for 0: -1 pixels by a negative weight. Class 1: none.
+    # Images 2 and 5, of class 0, are bright and classified as 2: pixels of 1, a positive weight.
+    # Image 3, of class 2, is dark and classified as 0: pixels of -1, a negative weight.
+    # Class 1 has no images.
     maps, present = error_maps(**by_brightness, num_classes=3, batch_size=batch_size)
     assert present.tolist() == [True, False, True]
     expected = torch.stack([torch.ones(8, 8), torch.zeros(8, 8), torch.ones(8, 8)])

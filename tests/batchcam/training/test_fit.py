@@ -1,4 +1,4 @@
-"""Tests of training: reproducible, resumed bit-identically, and errors about failures."""
+"""Tests of training: results, reproducibility, bit-identical resumption, and errors."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -58,7 +58,7 @@ def _save_each(folder: Path) -> Callable[[EpochReport], None]:
     return save
 
 
-# --- What a run gives ------------------------------------------------------------------------
+# --- Results of a run ------------------------------------------------------------------------
 
 
 def test_a_run_learns(trained: TrialResult) -> None:
@@ -110,7 +110,7 @@ def test_only_terms_with_a_weight_are_reported(
 
 
 def test_losses_are_means_over_images_not_batches(tiny_prepared: PreparedData) -> None:
-    # Weights that do not move: the epoch's mean must not depend on how batches fall.
+    # The weights do not move, so the mean of the epoch must not depend on the batch size.
     losses = [
         fit(
             TrialConfig(
@@ -168,7 +168,7 @@ def test_training_on_true_digits_prepares_its_own_data() -> None:
 def test_images_are_aligned_with_their_own_cluster(
     tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
-    """Each cluster's CAM is closer to its own prototype than to the others of its class."""
+    """Check that a cluster's CAM is closer to its prototype than to the other of its class."""
     images, labels = to_device(tiny_prepared.dataset.train, torch.device("cpu"))
     centres = cluster_centres(images, labels, 10, 2)
     groups = nearest_prototype_index(images, labels, centres, 10)
@@ -203,13 +203,13 @@ def _share_outside(result: TrialResult) -> float:
     return float((evidence * outside).sum() / evidence.sum())
 
 
-# --- The same again --------------------------------------------------------------------------
+# --- Reproducibility -------------------------------------------------------------------------
 
 
 def test_the_same_configuration_gives_the_same_run(
     trained: TrialResult, tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
-    torch.manual_seed(12345)  # Whatever came before.
+    torch.manual_seed(12345)  # The state before the run must not matter.
     _assert_same_run(fit(tiny_config, prepared=tiny_prepared), trained)
 
 
@@ -252,7 +252,7 @@ def test_inputs_are_not_written_to(tiny_prepared: PreparedData, tiny_config: Tri
     assert torch.equal(tiny_prepared.train_prototypes, prototypes)
 
 
-# --- Cut and gone on with --------------------------------------------------------------------
+# --- Resumption ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -276,11 +276,11 @@ def test_a_run_resumed_after_any_epoch_is_the_run_uninterrupted(
 
 
 def test_dropout_goes_on_where_it_was_cut(tmp_path: Path, tiny_prepared: PreparedData) -> None:
-    # This backbone drops features by default, so a run depends on the random state as well.
+    # This backbone has dropout by default, so a run depends on the random state as well.
     config = TrialConfig(
         backbone="ghostnet_050", resolution=64, epochs=2, batch_size=100, device="cpu"
     )
-    # The ceiling takes longer than the run, and is not what is tested.
+    # Skip the SSIM ceiling, which takes longer than the run and is not tested here.
     prepared = replace(tiny_prepared)
     prepared._ceilings[64, (2, 2)] = torch.ones(10)
     whole = fit(config, _save_each(tmp_path), prepared=prepared)
@@ -352,7 +352,7 @@ def test_a_report_carries_the_evaluation_and_its_prototypes(
 def saved_state(
     tmp_path_factory: pytest.TempPathFactory, tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> Path:
-    """The state after the first of three epochs."""
+    """Return the state saved after the first of three epochs."""
     folder = tmp_path_factory.mktemp("state")
 
     def save(report: EpochReport) -> bool:
@@ -507,7 +507,7 @@ def test_validation_data_has_no_influence_on_the_weights(
         assert torch.equal(value, weights[name]), name
 
 
-# --- What goes wrong -------------------------------------------------------------------------
+# --- Errors ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [0.0, 1.0])
@@ -524,7 +524,7 @@ def test_a_run_that_diverges_says_so(
 def test_a_run_whose_last_step_diverges_says_so(
     tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
-    # One step in all: its own loss is finite, the weights that it leaves are not.
+    # The run has one step. Its loss is finite, the weights after it are not.
     config = replace(
         tiny_config,
         epochs=1,
@@ -558,7 +558,7 @@ def test_a_backbone_that_cannot_be_explained_is_refused_before_training(
         fit(config, prepared=tiny_prepared)
 
 
-# --- Ways of running -------------------------------------------------------------------------
+# --- Precision and compilation ---------------------------------------------------------------
 
 
 def test_a_run_in_bf16_learns_too(
@@ -588,7 +588,7 @@ def test_a_run_in_bf16_learns_too(
     ]
 )
 def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Set the default backend of `torch.compile`, which otherwise is inductor."""
+    """Set the default backend of `torch.compile`, which is inductor without this fixture."""
     before = torch.compiler.get_default_backend()
     torch.compiler.set_default_backend(request.param)
     torch.compiler.reset()
@@ -601,7 +601,7 @@ def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
 def test_a_compiled_run_has_the_losses_of_an_eager_one(
     tiny_prepared: PreparedData, tiny_config: TrialConfig
 ) -> None:
-    # Adam would make steps of one size of gradients that are rounding errors.
+    # Adam would turn gradients that are rounding errors into full steps.
     lambdas = {"lambda_proto": 0.1, "lambda_exchange": 0.1}
     config = replace(tiny_config, epochs=1, batch_size=50, optimizer="sgd", **lambdas)  # type: ignore[arg-type]
     eager = fit(config, prepared=tiny_prepared)

@@ -1,4 +1,4 @@
-"""Tests of a training step: losses, schedules, and no host synchronisation."""
+"""Tests of one training step: its losses, its learning rate, and no waiting for the GPU."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,11 +18,11 @@ from batchcam.models import create_model, resolve_output_stride
 from batchcam.training.fit import Trainer
 from batchcam.training.step import make_optimizer, make_schedule
 
-# --- The same losses as the plainest program --------------------------------------------------
+# --- Losses equal those of a plain implementation ---------------------------------------------
 
 
 def _plain_simple_cnn(weights: dict[str, Tensor]) -> tuple[nn.Module, nn.Module]:
-    """Return SimpleCNN's features and head layer by layer, as its docstring describes them."""
+    """Return SimpleCNN's features and head as plain layers, in the order of its docstring."""
     features = nn.Sequential()
     for inside, outside in ((1, 32), (32, 32), (0, 0), (32, 64), (64, 64)):
         if inside == 0:
@@ -41,7 +41,7 @@ def _plain_simple_cnn(weights: dict[str, Tensor]) -> tuple[nn.Module, nn.Module]
 def _plain_loss(
     logits: Tensor, features: Tensor, labels: Tensor, prototypes: Tensor, config: TrialConfig
 ) -> Tensor:
-    """Return the losses of Eqs. 11 and 12 from the maps of Eqs. 3-6, class by class."""
+    """Return the loss of Eqs. 11 and 12, with the maps of Eqs. 3-6 computed class by class."""
     scores = logits.gather(1, labels[:, None]).sum()
     (gradients,) = torch.autograd.grad(scores, features, create_graph=True)
     ssim = SSIM(data_range=1.0, channel=1, win_size=7, win_sigma=1.5)
@@ -73,7 +73,7 @@ def _plain_loss(
 
 
 _RATE = 0.005
-"""Small: what rounding makes different grows from step to step."""
+"""Small, because differences by rounding grow from step to step."""
 
 
 @pytest.mark.parametrize("metric", ["l1", "l2", "ssim"])
@@ -81,13 +81,13 @@ _RATE = 0.005
 def test_losses_are_those_of_the_plainest_program(
     tiny_prepared: PreparedData, tiny_config: TrialConfig, backbone: str, metric: Metric
 ) -> None:
-    """Covers memory format, closed forms, matrix products and fused optimisers."""
+    """Cover each optimisation: memory formats, closed forms, matrix products, fused optimisers."""
     config = replace(
         tiny_config,
         backbone=backbone,
         metric=metric,
         resolution=28,
-        optimizer="sgd",  # Adam would make steps of one size of gradients that are rounding errors.
+        optimizer="sgd",  # Adam would turn gradients that are rounding errors into full steps.
         learning_rate=_RATE,
         lambda_proto=0.3,
         lambda_batch=0.1,
@@ -130,7 +130,7 @@ def test_losses_are_those_of_the_plainest_program(
         assert found.item() == pytest.approx(wanted.item(), rel=2e-4), start
 
 
-# --- Rates, devices ---------------------------------------------------------------------------
+# --- Learning rates and devices ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ SYNCHRONISING = {
     "aten::unique_dim",
     "aten::_unique2",
 }
-"""Operators for whose result, or whose shape, a host has to wait for a GPU."""
+"""Operators that make the host wait for the GPU, for their value or for their output shape."""
 
 
 @pytest.mark.parametrize("backbone", ["simple_cnn", "convnextv2_atto"])
@@ -196,12 +196,12 @@ SYNCHRONISING = {
 def test_a_step_waits_for_nothing(
     tiny_prepared: PreparedData, tiny_config: TrialConfig, backbone: str, metric: Metric
 ) -> None:
-    """Covers linear heads and others. On a GPU the host would wait at each of these operators."""
+    """Check linear and non-linear heads for operators that make the host wait for a GPU."""
     config = replace(
         tiny_config,
         backbone=backbone,
         metric=metric,
-        optimizer="sgd",  # The CPU's AdamW reads its counter of steps, which a GPU keeps to itself.
+        optimizer="sgd",  # On the CPU, unlike on a GPU, AdamW reads its step counter.
         resolution=28,
         lambda_proto=0.1,
         lambda_batch=0.1,
