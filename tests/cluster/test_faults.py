@@ -13,7 +13,11 @@ import batchcam
 from cluster.local import LocalClusterSettings, local_cluster
 from studies.engine.ledger import LEDGER, Ledger
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.faults]
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.faults,
+    pytest.mark.xdist_group("cluster"),
+]
 
 SCRIPT = Path(__file__).parents[2] / "studies" / "bcpl_sweep.py"
 

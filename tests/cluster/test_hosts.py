@@ -30,6 +30,7 @@ def _may_make_hosts() -> bool:
 pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.faults,
+    pytest.mark.xdist_group("cluster"),
     pytest.mark.skipif(
         not _may_make_hosts(),
         reason="network namespaces need root, leave to make them, and Debian's iproute2",

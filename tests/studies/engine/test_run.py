@@ -1,4 +1,4 @@
-"""Tests of searches with trials that train nothing, on a local Ray."""
+"""Tests of searches with trials that train nothing."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ from studies.engine.run import Search, run_search, trial_id
 from studies.objectives import ACCURACY, SIMILARITY
 from studies.planning.resources import TrialResources
 
-pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.usefixtures("connected_ray"), pytest.mark.xdist_group("ray")]
 
 RESOURCES = TrialResources(1.0, 0.0, 2.0)
 
@@ -50,7 +50,7 @@ def hungry(params: dict[str, Any]) -> None:
 
 
 def test_trial_out_of_memory_starts_again_with_a_larger_share(tmp_path: Path) -> None:
-    # A node of two CPUs: twice the usual one is all there is.
+    # A trial can have two CPUs at most, so the third one cannot get four.
     ledger = run_search(search(1, 2, 4), tmp_path, hungry, RESOURCES.request, lambda: 2)
     states = [(trial.state, trial.resource_multiplier) for trial in ledger.trials]
     assert states == [("completed", 1), ("completed", 2), ("failed", 2)]

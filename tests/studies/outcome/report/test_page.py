@@ -39,7 +39,9 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def report(make_study: Any) -> Path:
-    return write(make_study(16))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("studies.outcome.report.importance._ROUNDS", 1)
+        return write(make_study(16))
 
 
 @pytest.fixture
