@@ -34,7 +34,7 @@ test: env
 	  $(if $(COVERAGE),--cov --cov-report=term --cov-fail-under=90)
 
 faults: env
-	$(BIN)/pytest -m faults --numprocesses 3 --dist loadgroup --durations 12
+	$(BIN)/pytest -m faults --numprocesses 2 --dist loadgroup --durations 12
 
 speed: env
 	$(SPEED).steps --device $(DEVICE) --threads 2 --out results/speed/$(DEVICE)
