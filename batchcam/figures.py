@@ -154,11 +154,20 @@ def _new_figure(figsize: tuple[float, float]) -> Figure:
 
 
 def _draw_map(axis: Axes, map_RR: Tensor) -> None:
-    axis.imshow(map_RR.numpy(), cmap=CAM_COLOURS, vmin=0, vmax=1)
+    """Draw a map; one that is 0 everywhere is a frame with the word "empty"."""
     axis.set_xticks([])
     axis.set_yticks([])
+    empty = not map_RR.any()
     for spine in axis.spines.values():
-        spine.set_visible(False)
+        spine.set_visible(empty)
+        spine.set_color("lightgrey")
+    if empty:
+        axis.set_box_aspect(1)
+        axis.text(
+            0.5, 0.5, "empty", transform=axis.transAxes, ha="center", va="center", color="grey"
+        )
+    else:
+        axis.imshow(map_RR.numpy(), cmap=CAM_COLOURS, vmin=0, vmax=1)
 
 
 def _shorten(name: str, limit: int = 12) -> str:

@@ -77,3 +77,13 @@ def test_the_same_figure_is_the_same_file(tmp_path: Path) -> None:
     with Image.open(tmp_path / "one.png") as picture:
         assert picture.format == "PNG"
         assert min(picture.size) > 100
+
+
+def test_a_map_of_zeros_is_drawn_as_empty() -> None:
+    maps = torch.stack([torch.zeros(8, 8), torch.rand(8, 8)])
+    figure = class_rows([("CAM", maps, None)], ["a", "b"], "one is empty")
+    empty, full = figure.axes
+    assert not empty.images
+    assert [text.get_text() for text in empty.texts] == ["empty"]
+    assert len(full.images) == 1
+    assert not full.texts

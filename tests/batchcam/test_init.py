@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
+from pathlib import Path
 
 import pytest
+import yaml
 
 import batchcam
 
@@ -33,3 +36,12 @@ def test_other_names_are_no_attributes() -> None:
     with pytest.raises(AttributeError, match="module 'batchcam' has no attribute 'nothing'"):
         _ = batchcam.nothing  # type: ignore[attr-defined]
     assert not hasattr(batchcam, "__wrapped__")
+
+
+def test_version_is_that_of_the_package_and_of_the_citation() -> None:
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((root / "CITATION.cff").read_text())
+    assert batchcam.__version__ == project["version"] == citation["version"]
+    assert project["license"] == citation["license"] == "Apache-2.0"
+    assert f"## {project['version']}" in (root / "CHANGELOG.md").read_text()

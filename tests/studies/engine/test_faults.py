@@ -304,5 +304,5 @@ def test_trial_ends_though_w_and_b_is_lost_and_its_record_is_on_the_disk(
     # And the next trial does not wait for the server at all.
     with track(place, "next", "a name", {}) as run:
         run.log(reports[0][0], PICTURE)
-    (record,) = recorded(tmp_path)
-    assert record.run["run_id"] == "next"
+    # On a busy machine the first run may have been recorded offline, too.
+    assert "next" in [record.run["run_id"] for record in recorded(tmp_path)]
