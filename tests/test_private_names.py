@@ -1,7 +1,7 @@
-"""No module uses a private name of the libraries that it stands on.
+"""Check that no module uses a private name of the libraries that it depends on.
 
-A private name may change with any release. Checked are imports, attributes, overridden methods, and
-W&B's experimental settings, which begin with `x_`.
+A private name may change with any release. The check covers imports, attributes, overridden
+methods, and W&B's experimental settings, which begin with `x_`.
 """
 
 import ast
@@ -93,7 +93,7 @@ def _foreign(tree: ast.Module, own: set[str]) -> Iterator[str]:
     """Yield the private names of libraries that a module uses.
 
     A private attribute counts as a library's if no module of the project defines its name, or if it
-    is one of an imported library module.
+    is an attribute of an imported library module.
     """
     imported = _imported(tree)
     for node in ast.walk(tree):
@@ -121,7 +121,7 @@ def _foreign(tree: ast.Module, own: set[str]) -> Iterator[str]:
 
 
 def _imported(tree: ast.Module) -> dict[str, str]:
-    """Return what each imported name stands for."""
+    """Return the full dotted name of each imported name."""
     names: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -135,7 +135,7 @@ def _imported(tree: ast.Module) -> dict[str, str]:
 
 
 def _dotted(node: ast.expr, imported: dict[str, str]) -> str | None:
-    """Return the full name that an expression like `tune.Callback` stands for, if imported."""
+    """Return the full name of an expression like `tune.Callback`; None if it is not imported."""
     if isinstance(node, ast.Name):
         return imported.get(node.id)
     if isinstance(node, ast.Attribute):
@@ -145,7 +145,7 @@ def _dotted(node: ast.expr, imported: dict[str, str]) -> str | None:
 
 
 def _overridden(node: ast.ClassDef, imported: dict[str, str]) -> Iterator[str]:
-    """Yield the private methods of a class that override those of a library's class."""
+    """Yield the private methods of a class that override methods of a library's class."""
     paths = [_dotted(base, imported) for base in node.bases]
     bases = [_load(path) for path in paths if path is not None and _is_library(path)]
     for item in node.body:
@@ -156,7 +156,7 @@ def _overridden(node: ast.ClassDef, imported: dict[str, str]) -> Iterator[str]:
 
 
 def _load(path: str) -> Any:
-    """Return the object of a full name."""
+    """Import and return the object with a full dotted name."""
     names = path.split(".")
     for length in range(len(names), 0, -1):
         try:
