@@ -1,4 +1,4 @@
-"""The command `batchcam-study`: help, errors, and what each subcommand does to a study."""
+"""Check the command `batchcam-study`: help, errors, and the effect of each subcommand."""
 
 import shutil
 import subprocess
@@ -15,12 +15,12 @@ COMMANDS = ("run", "report", "compare", "dashboard", "view")
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    """A copy of the committed study."""
+    """Return a copy of the committed study."""
     return Path(shutil.copytree(ROOT / "results" / "fashion", tmp_path / "fashion"))
 
 
 def _printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """Return status and output of the command in this process."""
+    """Run the command in this process; return its exit status and its output."""
     status = 0
     try:
         main(arguments)

@@ -1,4 +1,4 @@
-"""Intervals: by the formulas that earlier results were made with, and by scipy's own."""
+"""Check confidence intervals against the formulas behind earlier results, and against SciPy."""
 
 from statistics import StatisticsError, mean, stdev
 
