@@ -1,4 +1,4 @@
-"""A study that has nothing to do with images: step sizes of gradient descent on a parabola.
+"""A study without images, which searches step sizes for gradient descent on a parabola.
 
 python -m tests.studies.engine.descent FOLDER RAY_ADDRESS
 
@@ -34,13 +34,13 @@ SEARCH_NAME = "descent"
 
 
 def space(trial: optuna.Trial) -> dict[str, Any]:
-    """Draw the step size, and its decay where the first step does not overshoot."""
+    """Draw the step size, and its decay if the first step does not overshoot."""
     rate = trial.suggest_float("rate", 0.05, 1.5)
     return {"rate": rate, "decay": trial.suggest_float("decay", 0.5, 1.0) if rate < 0.5 else 1.0}
 
 
 def metrics(params: dict[str, Any], epoch: int) -> Metrics:
-    """Return what a trial reports after an epoch, one step of descent on (x - 3)²."""
+    """Return a trial's metrics after an epoch; an epoch is one step of descent on (x - 3)²."""
     gap, rate = 3.0, params["rate"]
     for _ in range(epoch):
         gap = abs(gap - 2 * rate * gap)
@@ -58,7 +58,7 @@ def metrics(params: dict[str, Any], epoch: int) -> Metrics:
 
 
 def train(params: dict[str, Any], *, folder: str) -> None:
-    """Run one trial."""
+    """Run one trial, from its newest checkpoint if there is one."""
     checkpoints = Checkpoints(f"{folder}/{params[TRIAL_ID]}")
     with checkpoints.newest() as state:
         history: list[Metrics] = [] if state is None else json.loads(state.read_text())
@@ -71,7 +71,7 @@ def train(params: dict[str, Any], *, folder: str) -> None:
 
 
 def main(folder: Path, address: str) -> None:
-    """Run the study, or resume it."""
+    """Start the study, or resume it if it exists."""
     folder.mkdir(exist_ok=True)
     ray.init(address=address, log_to_driver=False)
     search = Search(

@@ -1,4 +1,4 @@
-"""The engine stands on its own: it loads neither the trainer nor what reports on it."""
+"""Check that the engine loads neither the trainer nor the modules that monitor or report."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ print(json.dumps(sorted(sys.modules)))
 
 
 def _loaded(environment: dict[str, str], *modules: str) -> set[str]:
-    """Return the modules that a fresh process has after importing some."""
+    """Return all modules that a fresh process has loaded after it imports the given ones."""
     done = subprocess.run(
         [sys.executable, "-c", _LIST, *modules],
         cwd=ROOT,

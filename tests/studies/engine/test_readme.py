@@ -1,4 +1,4 @@
-"""The page about the engine: its example runs as it stands."""
+"""Check that the example in the engine's README.md runs unchanged."""
 
 import re
 import subprocess
