@@ -1,4 +1,4 @@
-"""Growth of the cost: how it is measured and shown; and that absent classes take no memory."""
+"""Check how the growth of the cost is measured and drawn, and that absent classes use no memory."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Three hundred digits, clean and with decoys, under the names of the real data sets."""
+"""Fixtures: 300 digits, clean and with decoys, under the names of the real data sets."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Runs that are made once, here or by several processes."""
+"""Check that each run is computed only once, in this process or in several."""
 
 import json
 import os
