@@ -1,4 +1,4 @@
-"""The W&B workspace: every panel shows something that a real run holds."""
+"""Check that every panel of the W&B workspace shows something that a real run contains."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def _panels(folder: Path) -> list[dict[str, Any]]:
 
 
 def _named(value: Any) -> Iterator[tuple[str, str]]:
-    """Yield what a panel names: of the configuration, or of what was logged."""
+    """Yield each name that a panel refers to, with its kind: "config" or "logged"."""
     if isinstance(value, dict):
         for name, part in value.items():
             if name in ("xAxis", "yAxis", "accessor", "targetKey", "groupBy"):

@@ -1,4 +1,4 @@
-"""Colours of losses: of their own where there are enough, and never an error."""
+"""Check that losses get distinct colours while there are enough, and that more are no error."""
 
 from itertools import combinations
 
