@@ -1,4 +1,4 @@
-"""Settings of all tests: one thread, hypothesis without deadlines, a clean environment."""
+"""Settings of all tests: one thread, Hypothesis without deadlines, a clean environment."""
 
 import os
 import socket
@@ -10,34 +10,34 @@ import pytest
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(1)  # For fixtures that live longer than a test; see _one_thread.
+torch.set_num_threads(1)  # For fixtures of a wider scope, which run before _one_thread.
 
 settings.register_profile("batchcam", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("batchcam")
 
-# Not BATCHCAM_DATA, by which tests find real files.
+# BATCHCAM_DATA stays: tests find the real data files through it.
 _PRIVATE = ("WANDB_", "RAY_", "BATCHCAM_OPTUNA_", "XDG_", "NETRC", "COLUMNS")
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Compute with one thread, whatever the previous test set.
+    """Reset PyTorch to one thread, whatever the previous test has set.
 
-    Results are promised per number of threads, and idle cores are not: one thread is both the
-    reproducible and, on a busy machine, by far the fast choice.
+    Results are reproducible only for a fixed number of threads. One thread is also by far the
+    fastest choice on a busy machine, which has no idle cores.
     """
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a user who has no W&B account, no Ray cluster and no database."""
-    # One home for all tests of a session: Ray keeps the token it once read from there.
+    """Return the environment of a user without W&B account, Ray cluster or database."""
+    # All tests of a session share a home: Ray caches the token that it first read from there.
     home = tmp_path_factory.getbasetemp() / "home"
     home.mkdir(exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_PRIVATE)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    # Ray's workers would else wait for whatever else the machine does.
+    # By default Ray's workers have a lower priority, and wait for the machine's other processes.
     ray = {"RAY_worker_niceness": "0"}
     return kept | {"HOME": str(home), "NETRC": str(home / "netrc"), "PATH": path} | ray
 
@@ -54,7 +54,7 @@ def _clean_environment(environment: dict[str, str]) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
-    """Return a function that returns a free port."""
+    """Return a function that returns a free TCP port."""
 
     def choose() -> int:
         with socket.socket() as probe:

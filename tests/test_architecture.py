@@ -1,4 +1,4 @@
-"""Tests that ARCHITECTURE.md names every module, and no other."""
+"""Check that ARCHITECTURE.md names every module, and no module that does not exist."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ PACKAGES = ("batchcam", "studies", "cluster")
 
 
 def _listed() -> set[str]:
-    """Return the names of the Python files in the tree of modules."""
+    """Return the names of the Python files in the module tree of ARCHITECTURE.md."""
     tree = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("```")[1]
     return set(re.findall(r"\b\w+\.py\b", tree))
 

@@ -1,6 +1,6 @@
-"""Tests that files of earlier versions stay readable, and give the same tables.
+"""Check that files of earlier versions stay readable and still produce the same tables.
 
-The files are those of results/, as they are committed.
+The files are the committed ones in results/.
 """
 
 import json
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def committed(pattern: str) -> list[Path]:
-    """Return the committed files of results/ whose path matches a pattern of git."""
+    """Return the committed files of results/ whose path matches a glob pattern of git."""
     done = subprocess.run(
         ["git", "ls-files", "-z", f":(glob)results/{pattern}"],
         cwd=ROOT,
@@ -55,7 +55,7 @@ def test_configuration_is_read_with_every_field_that_it_names(path: Path) -> Non
 
 
 def _plain(value: str) -> str:
-    """Return a YAML scalar as Python prints it."""
+    """Return a YAML scalar in the form in which Python prints the value."""
     return {"null": "None", "true": "True", "false": "False"}.get(value, value.strip("'"))
 
 
@@ -109,14 +109,14 @@ def test_every_run_of_the_evidence_has_a_configuration_that_is_read() -> None:
 
 
 def copied(name: str, folder: Path) -> Path:
-    """Copy the runs of an evidence command, without its tables."""
+    """Copy the runs of an evidence command without its tables; return the new folder."""
     target = folder / name
     shutil.copytree(ROOT / "results" / name / "runs", target / "runs")
     return target
 
 
 def check_tables(name: str, made: Path, *tables: str) -> None:
-    """Check that new tables equal the committed ones byte for byte."""
+    """Check that regenerated tables equal the committed ones byte for byte."""
     for table in tables:
         assert (made / table).read_bytes() == (ROOT / "results" / name / table).read_bytes()
 

@@ -1,4 +1,4 @@
-"""Tests that the examples in docstrings run."""
+"""Check that the examples in docstrings run."""
 
 import doctest
 import importlib

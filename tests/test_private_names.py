@@ -1,7 +1,7 @@
-"""Tests that no module uses a private name of a library.
+"""Check that no module uses a private name of the libraries that it depends on.
 
-A private name may change with any release. Checked are imports, attributes, overridden methods, and
-W&B's experimental settings, which begin with `x_`.
+A private name may change with any release. The check covers imports, attributes, overridden
+methods, and W&B's experimental settings, which begin with `x_`.
 """
 
 import ast
@@ -89,7 +89,7 @@ def _foreign(tree: ast.Module, own: set[str]) -> Iterator[str]:
     """Yield the private names of libraries that a module uses.
 
     A private attribute counts as a library's if no module of the project defines its name, or if it
-    is one of an imported library module.
+    is an attribute of an imported library module.
     """
     imported = _imported(tree)
     for node in ast.walk(tree):
@@ -117,7 +117,7 @@ def _foreign(tree: ast.Module, own: set[str]) -> Iterator[str]:
 
 
 def _imported(tree: ast.Module) -> dict[str, str]:
-    """Return the full name of each imported name."""
+    """Return the full dotted name of each imported name."""
     names: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -131,7 +131,7 @@ def _imported(tree: ast.Module) -> dict[str, str]:
 
 
 def _dotted(node: ast.expr, imported: dict[str, str]) -> str | None:
-    """Return the full name of an expression such as `tune.Callback`, if its root is imported."""
+    """Return the full name of an expression like `tune.Callback`; None if it is not imported."""
     if isinstance(node, ast.Name):
         return imported.get(node.id)
     if isinstance(node, ast.Attribute):
@@ -152,7 +152,7 @@ def _overridden(node: ast.ClassDef, imported: dict[str, str]) -> Iterator[str]:
 
 
 def _load(path: str) -> Any:
-    """Return the object with a full name."""
+    """Import and return the object with a full dotted name."""
     names = path.split(".")
     for length in range(len(names), 0, -1):
         try:

@@ -1,4 +1,4 @@
-"""Tests of studies whose nodes die while trials run on them."""
+"""Check that a study survives the loss of a node, and uses a node that joins later."""
 
 import json
 import subprocess
@@ -37,7 +37,7 @@ def test_study_outlives_a_node_and_uses_one_that_comes_later(
         while not ledger.exists() or '"epoch":2' not in ledger.read_text():
             assert driver.poll() is None, log.read_text()
             time.sleep(0.05)
-        cluster.remove_worker(cluster.workers[0])  # With the trial that runs on it.
+        cluster.remove_worker(cluster.workers[0])  # Kills the trial that runs there.
         time.sleep(2)
         cluster.add_worker()
         assert driver.wait(timeout=600) == 0, log.read_text()

@@ -1,4 +1,4 @@
-"""Tests of a cluster with token authentication on several hosts, which are network namespaces."""
+"""Check a Ray cluster of several hosts that requires a token; a host is a network namespace."""
 
 import os
 import shutil
@@ -18,7 +18,10 @@ ADDRESS = f"{HEAD}:6379"
 
 
 def _may_make_hosts() -> bool:
-    """Return whether network namespaces can be created; a container's root may lack the right."""
+    """Return whether this process may create network namespaces.
+
+    Root in a container may lack the permission, so the function tries it.
+    """
     if os.geteuid() != 0 or shutil.which("ip") is None:
         return False
     name = f"bc{os.getpid()}probe"
@@ -33,7 +36,7 @@ pytestmark = [
     pytest.mark.xdist_group("cluster"),
     pytest.mark.skipif(
         not _may_make_hosts(),
-        reason="network namespaces need root, leave to make them, and Debian's iproute2",
+        reason="needs root, the permission to create network namespaces, and Debian's iproute2",
     ),
 ]
 
@@ -49,7 +52,7 @@ class Hosts:
         self.environment = environment | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
-            # A node that is not heard of is given up after some seconds, not half a minute.
+            # Ray declares a silent node dead after some seconds instead of half a minute.
             "RAY_health_check_initial_delay_ms": "2000",
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_failure_threshold": "4",
@@ -58,7 +61,7 @@ class Hosts:
         self.switch = f"bc{os.getpid()}s"
 
     def build(self) -> None:
-        """Create the hosts, and their links to the switch."""
+        """Create the switch, the hosts, and the links between them."""
         _ip("netns", "add", self.switch)
         _ip("-n", self.switch, "link", "add", "bridge", "type", "bridge")
         _ip("-n", self.switch, "link", "set", "bridge", "up")
@@ -85,11 +88,11 @@ class Hosts:
             _ip("-n", name, "route", "add", "default", "dev", "eth0")
 
     def unplug(self, number: int) -> None:
-        """Take down a host's link."""
+        """Disconnect a host from the switch."""
         _ip("-n", self.switch, "link", "set", f"port{number}", "down")
 
     def run(self, number: int, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run a command on a host, and wait until it ends."""
+        """Run a command on a host, and return the finished process."""
         return subprocess.run(
             ["ip", "netns", "exec", self.names[number - 1], *words],
             env=self.environment | environment,
@@ -101,7 +104,7 @@ class Hosts:
         )
 
     def remove(self) -> None:
-        """Stop the processes on the hosts, and delete the hosts."""
+        """Kill all processes on the hosts, and remove hosts and switch."""
         for name in (*self.names, self.switch):
             pids = subprocess.run(
                 ["ip", "netns", "pids", name], capture_output=True, text=True, check=False
@@ -146,7 +149,7 @@ def test_a_cluster_of_hosts_keeps_strangers_out_and_survives_a_cut_cable(
         assert client.returncode != 0
         assert "joined" not in client.stdout
         assert "auth" in client.stderr.lower()
-    # The dashboard and the job API listen on the head itself alone.
+    # The dashboard and the job API listen only on the head's loopback address.
     jobs = "import urllib.request as r; print(r.urlopen('http://{}:8265/api/jobs/').status)"
     assert hosts.run(3, sys.executable, "-c", jobs.format(HEAD)).returncode != 0
     own = hosts.run(1, sys.executable, "-c", jobs.format("127.0.0.1"))

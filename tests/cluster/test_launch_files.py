@@ -1,4 +1,4 @@
-"""Tests of the files for Kubernetes and clouds: their validators, and forbidden content."""
+"""Check the files for Kubernetes and clouds by their own validators and for unsafe settings."""
 
 import re
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ KUBERNETES = sorted((CLUSTER / "kubernetes").glob("*.yaml"))
 CLOUDS = sorted((CLUSTER / "cloud").glob("*.yaml"))
 
 FIELDS: dict[str, set[str]] = {
-    # Of KubeRay 1.6's ray.io/v1, those that are used here.
+    # The fields of KubeRay 1.6's ray.io/v1 that our files use.
     "RayCluster": {
         "rayVersion",
         "authOptions",
@@ -51,7 +51,10 @@ def _documents() -> Iterator[dict[str, Any]]:
 
 
 def _templates() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the pod templates inside KubeRay's resources, which Kubernetes does not validate."""
+    """Yield name and pod template of each group of pods in KubeRay's resources.
+
+    The schemas of Kubernetes do not cover templates inside custom resources.
+    """
     for document in _documents():
         spec = document["spec"]
         if document["kind"] == "RayCluster":

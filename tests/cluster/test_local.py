@@ -36,22 +36,22 @@ def _joined(cluster: LocalCluster) -> Iterator[None]:
 
 
 def alive() -> dict[str, dict[str, Any]]:
-    """Return the nodes of the connected cluster by their ids."""
+    """Return the live nodes of the cluster that this process has joined, by their ids."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return {node["NodeID"]: node for node in nodes if node["Alive"]}
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait until a condition holds, at most a minute."""
+    """Wait until a condition holds; fail after a minute."""
     for _ in range(600):
         if condition():
             return
         time.sleep(0.1)
-    raise AssertionError("it did not happen within a minute")
+    raise AssertionError("the condition did not hold within a minute")
 
 
 def where(params: dict[str, Any]) -> None:
-    """A trial that writes the id of its node."""
+    """Report the node on which the trial runs."""
     del params
     tune.report({"node": ray.get_runtime_context().get_node_id()})
 
@@ -78,7 +78,7 @@ def test_nodes_come_and_go(cluster: LocalCluster) -> None:
     assert alive().keys() - before.keys() == {added.node_id}
     assert alive()[added.node_id]["Resources"]["CPU"] == 1
     cluster.remove_worker(added)
-    # The head learns of the loss by missing the node's signs of life.
+    # The head notices the loss only when the node fails its health checks.
     wait_until(lambda: alive().keys() == before.keys())
 
 
@@ -111,19 +111,19 @@ def test_settings_that_cannot_work_are_refused(words: list[str], message: str) -
 
 
 def processes_with(mark: str) -> list[int]:
-    """Return the processes whose environment contains `mark`."""
+    """Return the ids of the processes whose environment contains `mark`."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if mark.encode() in (folder / "environ").read_bytes():
                 found.append(int(folder.name))
-        except OSError:  # Ended since, or not ours.
+        except OSError:  # The process has ended, or belongs to another user.
             continue
     return found
 
 
 @pytest.mark.faults
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find processes")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_command_keeps_a_cluster_until_it_is_ended(
     environment: dict[str, str], number: signal.Signals, tmp_path: Path

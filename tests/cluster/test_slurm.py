@@ -1,4 +1,4 @@
-"""Tests of the Slurm scripts on a real Slurm with a controller and two nodes on this machine."""
+"""Check the Slurm scripts on a real Slurm: a controller and two nodes, all on this machine."""
 
 import json
 import os
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(
         os.geteuid() != 0
         or not all(shutil.which(tool, path="/usr/sbin:/usr/bin") for tool in TOOLS),
-        reason="Slurm (Debian's slurm-wlm and munge) is not installed, or this is not root",
+        reason="needs root and Slurm (Debian's slurm-wlm and munge)",
     ),
 ]
 
@@ -59,13 +59,13 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 
 @dataclass
 class Slurm:
-    """A running Slurm, and the environment for its tools."""
+    """A running Slurm, and the environment in which its tools find it."""
 
     folder: Path
     environment: dict[str, str]
 
     def run(self, *words: str) -> str:
-        """Return the output of a command."""
+        """Run a command, check that it succeeds, and return its output."""
         done = subprocess.run(
             words, env=self.environment, cwd=ROOT, capture_output=True, text=True, check=False
         )
@@ -125,7 +125,7 @@ def slurm(
             assert time.monotonic() < end, (folder / "slurmctld.log").read_text()
             time.sleep(0.5)
         yield running
-        running.run("scancel", "--user=root")  # Of a test that failed; their processes, too.
+        running.run("scancel", "--user=root")  # Ends jobs and processes of a failed test.
         while running.run("squeue", "--noheader"):
             time.sleep(0.2)
     finally:
@@ -164,7 +164,7 @@ def test_nodes_join_a_job_and_one_that_is_cut_goes_on_on_two_nodes(
     while "Ray runtime started" not in (other.read_text() if other.exists() else ""):
         assert time.monotonic() < end, (log.read_text(), other)
         time.sleep(0.2)
-    # What Slurm sends two minutes before the end of a job's time.
+    # Slurm sends this signal two minutes before a job's time limit.
     slurm.run("scancel", "--batch", "--signal=TERM", job)
     assert slurm.ended(job, log) == "FAILED"
     assert "resume with --study cut --resume" in log.read_text()
@@ -176,7 +176,7 @@ def test_nodes_join_a_job_and_one_that_is_cut_goes_on_on_two_nodes(
     assert "\n2 nodes\n" in log.read_text()
     assert [trial.state for trial in Ledger(ledger).trials] == ["completed"] * 4
     assert json.loads((out / "cut" / "best" / "knee" / "metrics.json").read_text())["epochs"] == 8
-    # Nothing is left: neither the token nor a job.
+    # Neither the token nor a job is left.
     assert not list((tmp_path / "home" / ".batchcam").iterdir())
     assert slurm.run("squeue", "--noheader") == ""
 

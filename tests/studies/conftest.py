@@ -1,4 +1,4 @@
-"""Fixtures: a small trial, a finished study, Ray, PostgreSQL, S3, and the commands."""
+"""Shared fixtures: a small real trial, a finished study, its commands; Ray, PostgreSQL and S3."""
 
 import csv
 import json
@@ -33,10 +33,10 @@ from studies.outcome.export import TrialRecord
 
 ROOT = Path(__file__).parents[2]
 STUDY_COMMAND = [str(Path(sys.executable).with_name("batchcam-study"))]
-"""The command of studies, as it is installed."""
+"""The installed command `batchcam-study`."""
 
 RAY_CPUS = 3
-"""What trials have on the Ray that tests share; who asks for two of them is alone there."""
+"""CPUs of the Ray that tests share. A trial that requests two of them runs alone."""
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -61,17 +61,17 @@ def sweep(environment: dict[str, str]) -> Command:
     return run
 
 
-# Images of fourteen pixels take a quarter of the arithmetic of the default.
+# Images of 14 pixels need a quarter of the arithmetic of the default resolution.
 SMALL = ("--resolutions", "14", "--cpus-per-trial", "1", "--min-epochs", "1")
 STUDY = ("--study", "small", "--num-trials", "3", "--max-epochs", "2", *SMALL)
 """The options of the study that tests share."""
 API_KEY = "0123456789abcdef" * 2 + "01234567"
-"""The W&B key of the user who ran it."""
+"""The W&B key of the user who ran the shared study."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished study: its folder, and the output of the command."""
+    """A finished study: its folder, and the output of its command."""
 
     folder: Path
     stdout: str
@@ -82,9 +82,9 @@ class Finished:
 def study(
     sweep: Command, free_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory
 ) -> Finished:
-    """A study of three trials by a user with a W&B key whose server cannot be reached.
+    """Return a finished study of three trials, by a user with a W&B key but no route to the server.
 
-    Shared by all tests in the xdist group "ray", so a test that changes it works on a copy.
+    All tests in the xdist group "ray" share it. A test that changes it works on a copy.
     """
     folder = tmp_path_factory.mktemp("study")
     url = f"http://127.0.0.1:{free_port()}"
@@ -105,7 +105,7 @@ class Recorded:
 
 @pytest.fixture(scope="session")
 def recorded(environment: dict[str, str]) -> Callable[[Path], list[Recorded]]:
-    """Return a function that reads the offline runs in a folder, oldest first."""
+    """Return a function that reads the offline W&B runs in a folder, the oldest first."""
 
     def inspect(file: Path, *options: str) -> str:
         command = ["wandb", "leet", "inspect", *options, "--json", str(file)]
@@ -133,14 +133,14 @@ def recorded(environment: dict[str, str]) -> Callable[[Path], list[Recorded]]:
 
 
 class PostgreSQL:
-    """A PostgreSQL server of Debian's package, which can be started and stopped."""
+    """A PostgreSQL server of Debian's package, which can be stopped and started again."""
 
     def __init__(self, folder: Path, port: int) -> None:
         (self._bin,) = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1:]
         self._folder = folder
         self._port = port
         self._databases = 0
-        # It refuses to run as root.
+        # PostgreSQL refuses to run as root.
         self._user = "postgres" if os.geteuid() == 0 else None
         if self._user:
             shutil.chown(folder, self._user, self._user)
@@ -152,7 +152,7 @@ class PostgreSQL:
         self._run("pg_ctl", "start", "-w", "-o", options, "-l", str(self._folder / "log"))
 
     def stop(self) -> None:
-        """Stop the server as a power failure would."""
+        """Stop at once, without a shutdown, as a power failure would."""
         self._run("pg_ctl", "stop", "-w", "-m", "immediate")
 
     def address(self, database: str) -> str:
@@ -184,7 +184,7 @@ class PostgreSQL:
 def postgresql(free_port: Callable[[], int]) -> Iterator[PostgreSQL]:
     if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
         pytest.skip("PostgreSQL is not installed; on Debian: apt-get install postgresql")
-    # Not below pytest's folder, which its user may not enter.
+    # Not below pytest's folder, which the server's user may not enter.
     with tempfile.TemporaryDirectory(prefix="postgresql-") as folder:
         server = PostgreSQL(Path(folder), free_port())
         server.start()
@@ -192,24 +192,24 @@ def postgresql(free_port: Callable[[], int]) -> Iterator[PostgreSQL]:
         server.stop()
 
 
-@pytest.fixture(scope="session")
-def shared_ray(_clean_environment: None) -> Iterator[str]:
-    """The address of a Ray cluster of three CPUs, which outlives its drivers."""
-    with local_cluster(LocalClusterSettings(workers=0, head_cpus=RAY_CPUS)) as cluster:
-        yield cluster.address
-
-
-@pytest.fixture
-def connected_ray(shared_ray: str) -> Iterator[None]:
-    """The shared Ray cluster, to which this process is connected during the test."""
-    ray.init(address=shared_ray, log_to_driver=False)
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """Run a Ray of two CPUs in this process and its children."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
 
 @pytest.fixture(scope="session")
+def shared_ray(_clean_environment: None) -> Iterator[str]:
+    """Yield the address of a Ray of three CPUs, which outlives the drivers that join it."""
+    with local_cluster(LocalClusterSettings(workers=0, head_cpus=RAY_CPUS)) as cluster:
+        yield cluster.address
+
+
+@pytest.fixture(scope="session")
 def prepared() -> PreparedData:
-    """Two hundred training digits, and a hundred each for validation and test."""
+    """Return 200 digits for training, and 100 each for validation and test."""
 
     def first(split: Split, count: int) -> Split:
         return Split(split.images[:count], split.labels[:count])
@@ -237,7 +237,7 @@ def config() -> TrialConfig:
 def reports(
     config: TrialConfig, prepared: PreparedData, tmp_path_factory: pytest.TempPathFactory
 ) -> list[tuple[EpochReport, str]]:
-    """The report of each epoch of a trial, with a folder of checkpoints up to it."""
+    """Return the report of each epoch of a real trial, with a folder of that epoch's checkpoint."""
     found = []
 
     def on_epoch(report: EpochReport) -> None:
@@ -251,7 +251,7 @@ def reports(
 
 @pytest.fixture
 def make_record() -> Callable[..., TrialRecord]:
-    """Return a function that makes a TrialRecord from given metrics."""
+    """Return a function that makes a trial's record from metrics, without running a trial."""
 
     def make(
         trial_id: str,
@@ -292,7 +292,7 @@ def read_csv() -> Callable[[Path], list[dict[str, str]]]:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """The address of a bucket in an S3 server, which the environment names."""
+    """Run an S3 server, set the variables that lead to it, and yield the address of a bucket."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
@@ -309,7 +309,7 @@ def s3() -> Iterator[str]:
 
 @pytest.fixture(params=["folder", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A path in a folder, and one in an object store; neither exists yet."""
+    """Return the address of an empty storage location: a folder, then an object store."""
     if request.param == "folder":
         return str(tmp_path / "place")
     bucket: str = request.getfixturevalue("s3")

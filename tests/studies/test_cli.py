@@ -1,4 +1,4 @@
-"""Tests of the command `batchcam-study`: help, errors, and each subcommand."""
+"""Check the command `batchcam-study`: help, errors, and the effect of each subcommand."""
 
 import shutil
 import subprocess
@@ -15,12 +15,12 @@ COMMANDS = ("run", "report", "compare", "dashboard", "view")
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    """A copy of the committed study."""
+    """Return a copy of the committed study."""
     return Path(shutil.copytree(ROOT / "results" / "fashion", tmp_path / "fashion"))
 
 
 def _printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """Run the command in this process, and return its exit status and its output."""
+    """Run the command in this process; return its exit status and its output."""
     status = 0
     try:
         main(arguments)

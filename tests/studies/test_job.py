@@ -1,4 +1,4 @@
-"""Tests of studies as jobs of a running Ray cluster, as cluster/README.md describes."""
+"""Check studies that are submitted as jobs to a running Ray cluster, as README.md shows."""
 
 import shutil
 import signal
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("ray"), pytest.m
 
 @dataclass(frozen=True)
 class Head:
-    """A cluster's head node: the folder it was started in, and the environment of its clients."""
+    """A cluster's head node: the checkout that started it, and the environment of its clients."""
 
     checkout: Path
     client: dict[str, str]
@@ -31,12 +31,12 @@ def head(
     free_port: Callable[[], int],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Head]:
-    """A cluster of one node with token authentication, started from a copy of the checkout."""
+    """Start a one-node cluster with token authentication from a copy of the checkout."""
     folder = tmp_path_factory.mktemp("head")
     checkout = folder / "checkout"
     for room in ("batchcam", "studies"):
         shutil.copytree(ROOT / room, checkout / room, ignore=shutil.ignore_patterns("__pycache__"))
-    # A home of its own, where Ray keeps the token.
+    # A separate home, because Ray stores the token there.
     (folder / "home").mkdir()
     variables = environment | {"RAY_AUTH_MODE": "token", "HOME": str(folder / "home")}
     subprocess.run(
@@ -46,7 +46,7 @@ def head(
         capture_output=True,
         timeout=60,
     )
-    # Ray tells a job the address of the latest cluster that was started with the same folder.
+    # A separate folder: Ray gives jobs the address of the latest cluster that uses the same one.
     scratch = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     dashboard = free_port()
     command = ["ray", "start", "--head", "--block", "--num-cpus", "2", "--port", str(free_port())]
@@ -58,7 +58,7 @@ def head(
         "--dashboard-port",
         str(dashboard),
     ]
-    # Ports that another cluster on this machine would have taken; without its agent, no jobs.
+    # Another cluster on this machine may hold the default ports. Jobs need the agent.
     command += ["--dashboard-agent-listen-port", str(free_port())]
     command += ["--ray-client-server-port", str(free_port())]
     with (folder / "log").open("w") as log:

@@ -126,13 +126,13 @@ def test_base_configuration_is_what_all_trials_share() -> None:
     config = settings.base_config()
     assert (config.dataset, config.epochs, config.batch_size) == ("mnist", 9, 7)
     assert (config.precision, config.seed) == ("bf16", 3)
-    # Trials run in other folders than the driver.
+    # The path is absolute, because trials run in other folders than the driver.
     assert config.data_root == str(Path("files").resolve())
 
 
 @pytest.fixture
 def begun(tmp_path: Path) -> StudySettings:
-    """A study that was begun with settings other than the defaults."""
+    """Return the saved settings of a started study; they differ from the defaults."""
     space = SearchSpace(resolutions=(14, 28), lambda_batch=(0.1, 1.0))
     settings = StudySettings(
         study="s",
@@ -158,7 +158,7 @@ def test_study_is_resumed_by_the_settings_it_was_started_with(
 def test_settings_may_be_repeated_on_resuming(begun: StudySettings) -> None:
     again = replace(begun, resume=True)
     assert again.resumed() == again
-    # The command line knows nothing of the key.
+    # The command line has no flag for the key.
     assert replace(again, key="").resumed() == again
 
 

@@ -35,7 +35,7 @@ def strides() -> Strides:
 
 @pytest.fixture(scope="module")
 def drawn(strides: Strides) -> list[tuple[optuna.Trial, TrialConfig]]:
-    """Two hundred random draws: Optuna's parameters, and the configuration of each."""
+    """Return 200 random draws: Optuna's trial, and the configuration made from it."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     trials = [study.ask() for _ in range(200)]
     return [(t, trial_config(TrialConfig(), suggest(t, SPACE, strides))) for t in trials]
@@ -109,14 +109,14 @@ def test_output_stride_is_drawn_only_where_there_is_a_choice(
 
 
 def test_strides_are_those_with_a_usable_grid(strides: Strides) -> None:
-    # At 112 pixels resnet18 has grids of 14, 7 and 4 cells a side; at 28, of 4, 2 and 1.
+    # At 112 pixels resnet18 has grids of 14, 7 and 4 cells per side; at 28 pixels, of 4, 2 and 1.
     assert strides["resnet18", 112] == (8, 16, 32)
     assert strides["resnet18", 28] == (8,)
     assert strides["simple_cnn", 28] == (None,)
 
 
 def test_of_strides_with_one_grid_the_largest_is_kept() -> None:
-    # The first layer of efficientnet_b0 halves the image, so that 1 gives the grid of 2.
+    # The first layer of efficientnet_b0 halves the image: strides 1 and 2 give the same grid.
     space = SearchSpace(backbones=("efficientnet_b0",), output_strides=(4, 2, 1))
     assert feasible_strides(space, in_chans=1)["efficientnet_b0", 28] == (2, 4)
 
@@ -157,7 +157,7 @@ def test_first_points_lie_in_the_space(space: SearchSpace) -> None:
         study.enqueue_trial(point)
         trial = study.ask()
         suggest(trial, space, strides)
-        # What is not in the space Optuna would have replaced, with a warning.
+        # Optuna replaces values outside the space, with a warning.
         assert trial.params.items() >= point.items()
 
 
@@ -225,7 +225,7 @@ STRIDES: Strides = {
     ("resnet18", 28): (8,),
     ("resnet18", 112): (8, 16, 32),
 }
-"""As `feasible_strides` has them; see `test_strides_are_those_with_a_usable_grid`."""
+"""The strides that `feasible_strides` finds; see `test_strides_are_those_with_a_usable_grid`."""
 
 
 def log_uniform(name: str) -> st.SearchStrategy[float]:
@@ -259,7 +259,7 @@ def configs(draw: st.DrawFn) -> TrialConfig:
 def test_point_of_a_configuration_gives_it_again(config: TrialConfig) -> None:
     trial = FixedTrial(point_of(config, SPACE, STRIDES))
     assert trial_config(TrialConfig(), suggest(trial, SPACE, STRIDES)) == config  # type: ignore[arg-type]
-    # Nothing in it goes unused.
+    # Every value of the point is used.
     assert trial.params == point_of(config, SPACE, STRIDES)
 
 

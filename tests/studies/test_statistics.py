@@ -1,4 +1,4 @@
-"""Tests of confidence intervals against the formulas of earlier results and scipy."""
+"""Check confidence intervals against the formulas behind earlier results, and against SciPy."""
 
 from statistics import StatisticsError, mean, stdev
 

@@ -1,4 +1,4 @@
-"""Tests of whole studies on local Ray clusters, mostly through the command."""
+"""Check whole studies on local Ray clusters, most of them started by the command itself."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def rows(study: Finished, read_csv: Callable[[Path], list[dict[str, str]]]) -> l
 
 
 def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Return the time of modification and the size of each file."""
+    """Return the modification time and the size of each file."""
     return {
         path: (path.stat().st_mtime_ns, path.stat().st_size)
         for path in folder.rglob("*")
@@ -80,7 +80,7 @@ def test_exported_bundle_loads_and_is_the_trial(
     model = batchcam.load(folder)
     row = next(row for row in rows if row["trial_id"] == model.metrics["trial_id"])
     assert model.metrics["study"] == "small"
-    # The bundle's are measured anew, on the saved weights.
+    # The bundle's metrics are measured again, on the saved weights.
     assert model.metrics["val_accuracy"] == float(row["val_accuracy"])
     assert model.metrics["cam_ssim"] == pytest.approx(float(row["cam_ssim"]), abs=1e-6)
     assert model.config.learning_rate == float(row["learning_rate"])
@@ -104,7 +104,7 @@ def test_each_trial_is_a_run_of_the_group(
     recorded: Callable[[Path], list[Recorded]],
 ) -> None:
     runs = {record.run["run_id"]: record for record in recorded(study.folder)}
-    # Two actors took three trials: a run that was left open would have swallowed the third.
+    # Two actors ran three trials: a run that was left open would contain the next trial too.
     assert runs.keys() == {row["trial_id"] for row in rows}
     for row in rows:
         record = runs[row["trial_id"]]
@@ -137,7 +137,7 @@ def test_output_ends_with_the_best_bundle(study: Finished, rows: list[dict[str, 
     assert study.stdout.rstrip().endswith(f"Best bundle: {study.folder / 'best' / 'knee'}")
     assert "Best of 3 trials" in study.stdout
     for row in rows:
-        assert study.stdout.count(row["trial_id"]) == 1  # As it ends; the table has numbers.
+        assert study.stdout.count(row["trial_id"]) == 1  # When it ends; the table has numbers.
 
 
 def test_w_and_b_went_offline_and_said_why(study: Finished) -> None:
@@ -169,7 +169,7 @@ def test_second_study_of_a_name_is_refused_and_the_first_left_alone(
 def test_resuming_a_finished_study_exports_again_without_training(
     study: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A copy under the same name: the other tests read the original.
+    # Works on a copy under the same name, because other tests read the original.
     folder = tmp_path / "results" / "small"
     shutil.copytree(study.folder, folder, symlinks=True)
     table = (folder / "trials.csv").read_bytes()
@@ -225,7 +225,7 @@ def test_local_study_does_not_join_a_cluster_that_is_there(
     command = ["ray", "start", "--head", "--block", "--num-cpus", "0"]
     command += ["--include-dashboard=False", "--port", str(free_port())]
     log = tmp_path / "ray.log"
-    # Both ask for too much, and are told what the cluster has.
+    # Both studies request too much; the error names what their cluster has.
     alone = StudySettings(study="s", out=tmp_path, cpus_per_trial=100_000)
     with log.open("w") as file:
         head = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
@@ -250,7 +250,7 @@ def test_folder_under_a_file_is_refused_before_anything_starts(tmp_path: Path) -
 
 
 def test_folder_that_cannot_be_written_is_refused_before_anything_starts() -> None:
-    # Not even root can make a folder there.
+    # Not even root can create a folder there.
     with pytest.raises(BundleError, match=r"/proc/nowhere/s cannot be written"):
         run_study(StudySettings(study="s", out=Path("/proc/nowhere")))
 
@@ -274,7 +274,7 @@ def test_backbone_without_pretrained_weights_is_refused_before_anything_starts(
 
 @pytest.fixture(scope="module")
 def in_process(tmp_path_factory: pytest.TempPathFactory) -> StudySettings:
-    """A study of one objective, run in this process without W&B."""
+    """Return the settings of a study of one objective that ran in this process, without W&B."""
     settings = StudySettings(
         study="here",
         out=tmp_path_factory.mktemp("in-process"),
@@ -294,7 +294,7 @@ def test_study_of_one_objective_has_one_best(in_process: StudySettings) -> None:
     front = json.loads((in_process.folder / "pareto.json").read_text())
     assert front["objectives"] == {"images_per_second": "maximise"}
     assert len(front["trials"]) == 1
-    # It is chosen by its objective, and by nothing else.
+    # Only the objective chooses the bundles.
     best = in_process.folder / "best"
     assert {path.name for path in best.iterdir()} == {"speed", "knee", "baseline"}
     chosen = {batchcam.load(best / name).metrics["trial_id"] for name in ("speed", "knee")}
@@ -333,7 +333,7 @@ def test_study_is_extended_and_its_best_confirmed(
     assert "seeds 1000, 1001" in page
     assert " ± " in page
 
-    # Asked for again it is there already: nothing is trained.
+    # Resuming finds the confirmation complete: nothing is trained.
     ledgers = {path: path.read_bytes() for path in (tmp_path / "here").rglob("ledger.jsonl")}
     assert len(ledgers) == 2
     main([*words, "--resume"])

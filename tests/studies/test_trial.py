@@ -33,7 +33,7 @@ PARAMS = {"number": 0, "trial_id": "k_00000", RESOURCE_MULTIPLIER: 1, RESUMES_AT
 
 
 def make_settings(folder: Path, base: TrialConfig) -> TrialSettings:
-    """Return settings of trials of one CPU, whose folders are in `folder`."""
+    """Return the settings of trials with one CPU and with all files below `folder`."""
     return TrialSettings(
         base=base,
         resources=TrialResources(1.0, 0.0, 2.0),
@@ -86,7 +86,7 @@ def test_tags_say_of_what_kind_a_run_is() -> None:
 def crash_once(
     params: dict[str, Any], *, settings: TrialSettings, prepared: PreparedData, crashed: Path
 ) -> None:
-    """Run a trial whose process is killed once, after its second epoch."""
+    """Run a trial; kill its process after the second epoch, but only the first time."""
     report = tune.report
 
     def report_and_crash(metrics: dict[str, Any]) -> None:
@@ -124,23 +124,23 @@ def test_trial_that_crashes_goes_on_to_the_end_it_would_have_had(
     assert (tmp_path / "crashed").exists()
     assert result.error is None
     assert result.metrics_dataframe is not None
-    # What came after the ledger's last report is reported again; the ledger drops what it has.
+    # The resumed trial repeats all reports after `RESUMES_AT`. The ledger drops repeated reports.
     rows = result.metrics_dataframe.drop_duplicates("epoch", keep="last")
     assert list(rows["epoch"]) == [1, 2, 3]
-    # Each epoch was trained once, and as if nothing had happened.
+    # Each epoch was trained once, with the same result as without the crash.
     timed = ("images_per_second", "seconds")
     for (report, _), (_, row) in zip(reports, rows.iterrows(), strict=True):
         for name, value in report.metrics.items():
             assert name in timed or row[name] == value, name
-    # What W&B had not written yet went with the process; the rest is in one more file.
+    # Records that W&B had not written were lost with the process. The resumed run has a new file.
     last = recorded(tmp_path)[-1]
     assert [item["epoch"] for item in last.history] == [3]
     assert last.exit_code == 0
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The reports of a trial that runs in this process."""
+def reported(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Return the list of what a trial in this process reports; it grows with each report."""
     found: list[dict[str, Any]] = []
     monkeypatch.setattr(tune, "report", found.append)
     return found
@@ -149,7 +149,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_trial_keeps_a_state_before_it_reports(
     config: TrialConfig,
     prepared: PreparedData,
-    told: list[dict[str, Any]],
+    reported: list[dict[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -158,51 +158,51 @@ def test_trial_keeps_a_state_before_it_reports(
     def look(metrics: dict[str, Any]) -> None:
         with Checkpoints(str(tmp_path / "checkpoints/k_00000")).newest() as state:
             kept.append(0 if state is None else load_state(state)["history"][-1]["epoch"])
-        told.append(metrics)
+        reported.append(metrics)
 
     monkeypatch.setattr(tune, "report", look)
     run_trial(PARAMS, settings=make_settings(tmp_path, config), prepared=prepared)
-    assert [metrics["epoch"] for metrics in told] == kept == [1, 2, 3]
+    assert [metrics["epoch"] for metrics in reported] == kept == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("resumes_at", "again"), [(0, [1, 2, 3]), (2, [3]), (3, [])])
 def test_trial_that_had_ended_reports_what_the_study_has_not_heard(
     config: TrialConfig,
     prepared: PreparedData,
-    told: list[dict[str, Any]],
+    reported: list[dict[str, Any]],
     tmp_path: Path,
     resumes_at: int,
     again: list[int],
 ) -> None:
     settings = make_settings(tmp_path, config)
     run_trial(PARAMS, settings=settings, prepared=prepared)
-    whole, told[:] = list(told), []
+    whole, reported[:] = list(reported), []
     run_trial(PARAMS | {RESUMES_AT: resumes_at}, settings=settings, prepared=prepared)
-    assert told == [metrics for metrics in whole if metrics["epoch"] in again]
+    assert reported == [metrics for metrics in whole if metrics["epoch"] in again]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
 def test_trial_that_runs_out_of_memory_says_so_with_the_epoch_it_has(
     config: TrialConfig,
     prepared: PreparedData,
-    told: list[dict[str, Any]],
+    reported: list[dict[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
 ) -> None:
     def fail(metrics: dict[str, Any]) -> None:
-        told.append(metrics)
+        reported.append(metrics)
         if metrics["epoch"] == 2 and OUT_OF_MEMORY not in metrics:
             raise error
 
     monkeypatch.setattr(tune, "report", fail)
     run_trial(PARAMS, settings=make_settings(tmp_path, config), prepared=prepared)
-    assert [metrics["epoch"] for metrics in told[:2]] == [1, 2]
-    assert told[2] == {"epoch": 1, OUT_OF_MEMORY: True}
+    assert [metrics["epoch"] for metrics in reported[:2]] == [1, 2]
+    assert reported[2] == {"epoch": 1, OUT_OF_MEMORY: True}
 
 
 def test_trial_of_a_larger_share_has_more_threads(
-    config: TrialConfig, prepared: PreparedData, told: list[dict[str, Any]], tmp_path: Path
+    config: TrialConfig, prepared: PreparedData, reported: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     settings = make_settings(tmp_path, replace(config, epochs=1))
     try:
@@ -210,7 +210,7 @@ def test_trial_of_a_larger_share_has_more_threads(
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
-    assert len(told) == 1
+    assert len(reported) == 1
 
 
 def test_state_that_cannot_be_kept_fails_the_trial_and_not_its_process(

@@ -1,4 +1,4 @@
-"""Tests of the baseline that runs pytorch-grad-cam in the training loop."""
+"""Check that pytorch-grad-cam beside the loss returns CAMs and does not change the step."""
 
 import copy
 
@@ -34,7 +34,7 @@ def test_a_step_is_one_of_cross_entropy_with_cams_beside_it() -> None:
     assert model.training
     assert not model.hook_point._forward_hooks
 
-    # Pictures to look at: NumPy, without a graph.
+    # The maps are only for viewing: NumPy arrays, without an autograd graph.
     assert isinstance(maps, np.ndarray)
     assert maps.shape == (4, 28, 28)
     assert maps.min() >= 0

@@ -1,4 +1,4 @@
-"""Tests of the predecessor: exact loss, CAMs equal to ours, parameters with gradients."""
+"""Check the predecessor: its loss by hand, its CAMs against ours, and its gradients."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def batch() -> tuple[Tensor, Tensor]:
 def test_contrastive_loss_is_what_pencil_and_paper_give() -> None:
     distance = torch.tensor([3.0, 3.0, 0.5, 0.5, 0.0])
     similar = torch.tensor([1, 0, 1, 0, 0])
-    # 9 / 2; beyond the margin 0; 0.25 / 2; (2 - 0.5)² / 2; 2² / 2.
+    # 3² / 2; 0 beyond the margin; 0.5² / 2; (2 - 0.5)² / 2; 2² / 2.
     expected = torch.tensor([4.5, 0.0, 0.125, 1.125, 2.0])
     torch.testing.assert_close(contrastive_loss(distance, similar, margin=2), expected)
     torch.testing.assert_close(contrastive_loss(distance, similar.bool(), margin=2), expected)
@@ -82,7 +82,7 @@ def test_its_loss_reaches_the_weights(model: HookableModel, batch: tuple[Tensor,
     ):
         assert mine.abs().sum() > 0
         torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-5)
-    # Gradients kept by a hook are constants: the head has no part in the loss.
+    # Gradients stored by a hook are constants: the loss does not reach the head's weights.
     found = torch.autograd.grad(through_model, weights, allow_unused=True)
     assert found[0] is not None
     assert found[1] is None
@@ -98,7 +98,8 @@ def test_a_step_lowers_the_loss(
         training_step(model, optimizer, x, x[:, 0], labels, reach=reach).item() for _ in range(4)
     ]
     assert losses[-1] < losses[0]
-    # Cross-entropy of some 2.3, and a tenth of D² / 2: of 28 x 28 pixels, D² is some hundreds.
+    # Cross-entropy is about 2.3. The contrastive loss adds a tenth of D² / 2, and D² is several
+    # hundred for 28 x 28 pixels.
     assert losses[0] > 5
 
 

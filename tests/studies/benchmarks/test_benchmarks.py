@@ -45,7 +45,7 @@ def curves() -> dict[int, Curve]:
 
 
 def flat(quality: float, seconds: float = 1.0, epochs: int = 4) -> Curve:
-    """Return a curve that never changes."""
+    """Return a learning curve of constant quality."""
     return Curve(np.full((epochs, 2), quality), np.full(epochs, seconds))
 
 
@@ -55,7 +55,7 @@ def test_recorded_curves_are_whole(curves: dict[int, Curve]) -> None:
         assert curve.values.shape == (16, len(OBJECTIVES))
         assert np.isfinite(curve.values).all()
         assert (curve.seconds > 0).all()
-    # Early stopping has something to find: the trials differ, in both objectives.
+    # The trials differ in both objectives, so early stopping has something to choose from.
     ends = np.array([curve.values[-1] for curve in curves.values()])
     assert (np.quantile(ends, 0.9, axis=0) - np.quantile(ends, 0.1, axis=0) > 0.02).all()
 
@@ -109,7 +109,7 @@ def test_a_subset_has_every_class_in_proportion() -> None:
 def test_workers_take_the_next_trial_when_one_ends() -> None:
     trials = {0: flat(0.9, 3.0, 2), 1: flat(0.1, 1.0, 2), 2: flat(0.5, 1.5, 2)}
     reports = simulate(trials, [0, 1, 2], lambda number, *_: number != 1, workers=2)
-    # Trial 1 is stopped at 1 s, and 2 takes its place: it reports at 2.5 s and at 4 s.
+    # Trial 1 is stopped at 1 s. Trial 2 takes its worker, and reports at 2.5 s and at 4 s.
     assert [(report.number, report.epoch) for report in reports] == [
         (1, 1),
         (2, 1),
@@ -157,8 +157,9 @@ def test_random_search_reaches_itself_at_the_end(curves: dict[int, Curve]) -> No
 
 
 def test_asha_is_that_of_ray(curves: dict[int, Curve]) -> None:
-    # Ray compares with an interpolated quantile of those before. An odd number cannot be halved:
-    # the one in the middle goes on here, and with Ray if it is near enough to the better ones.
+    # Ray compares a report with an interpolated quantile of the earlier ones. An odd number of
+    # reports has no half. Our ASHA continues the trial in the middle; Ray does so only if it is
+    # close to the better ones.
     found = agreements(
         [agreement(curves, order, Rules(16), asha, ray_asha) for order in orders(list(curves), 3)]
     )
@@ -172,7 +173,7 @@ def test_every_second_decision_of_asha_is_that_of_ray() -> None:
     ours, rays = asha(rules), ray_asha(rules)
     for number, value in enumerate(generator.random(400)):
         decided = [judge(number, 1, (float(value), 0.0)) for judge in (ours, rays)]
-        if number % 2:  # The second, the fourth ...: what came can be halved.
+        if number % 2:  # An even number of reports has an exact half.
             assert decided[0] == decided[1]
         else:
             assert decided[0] >= decided[1]
@@ -186,7 +187,7 @@ def test_syne_tune_looks_at_when_the_worst_trial_came(mended: bool) -> None:
         judge = (syne_tune_corrected if mended else syne_tune_moasha)(Rules(16))
         return [judge(n, 1, (quality, quality)) for n, quality in enumerate(qualities)][-1]
 
-    # The best of all comes right after the worst; the last but one comes long after the worst.
+    # First the best report follows the worst directly; then the second worst follows it late.
     assert last_decision([5, 4, 3, 2, 1, 9]) == mended
     assert last_decision([1, 5, 6, 7, 8, 2]) != mended
 
@@ -208,7 +209,7 @@ def test_mended_syne_tune_agrees_more_often(curves: dict[int, Curve]) -> None:
 
 @pytest.fixture(scope="module")
 def recorded(curves: dict[int, Curve]) -> Callable[[Method, str], dict[str, list[float | None]]]:
-    """Return a function that runs a method on recorded curves, above a reference point."""
+    """Return a function that calls `raced` on the recorded curves, with a named reference point."""
 
     def run(method: Method, point: str) -> dict[str, list[float | None]]:
         return raced(curves, method, references(curves)[point])
@@ -219,7 +220,7 @@ def recorded(curves: dict[int, Curve]) -> Callable[[Method, str], dict[str, list
 def raced(
     curves: dict[int, Curve], method: Method, reference: Sequence[float], min_epochs: int = 2
 ) -> dict[str, list[float | None]]:
-    """Return the results of a method's studies of all trials, in twenty orders."""
+    """Simulate a method on all trials in twenty orders; return the outcome."""
     races = []
     for order in orders(list(curves), 20):
         reports = simulate(curves, order, method(Rules(16, min_epochs)))
@@ -228,14 +229,14 @@ def raced(
 
 
 def least(found: dict[str, list[float | None]], name: str) -> float:
-    """Return the worst value of a result over the orders."""
+    """Return the worst value of an outcome over the orders."""
     value = found[name][0]
     assert value is not None
     return value
 
 
 def middle(found: dict[str, list[float | None]], name: str) -> float:
-    """Return the median of a result over the orders."""
+    """Return the median value of an outcome over the orders."""
     value = found[name][1]
     assert value is not None
     return value
@@ -244,7 +245,7 @@ def middle(found: dict[str, list[float | None]], name: str) -> float:
 def test_pareto_asha_reaches_99_percent_in_a_third_of_the_epochs(
     recorded: Callable[[Method, str], dict[str, list[float | None]]],
 ) -> None:
-    # Not 100 %, and random search alone is sooner at 99 %: see results/early_stopping.
+    # It misses 100 %, and random search alone reaches 99 % sooner: see results/early_stopping.
     found = recorded(pareto_asha, "a model that knows nothing")
     assert middle(found, "to_99") <= 1 / 3
     assert middle(found, "at_a_third") >= 0.99
@@ -263,15 +264,15 @@ def test_pareto_asha_loses_less_than_asha_on_accuracy(
 
 
 def test_accuracy_of_the_first_epochs_says_little_of_the_last(curves: dict[int, Curve]) -> None:
-    # Why no method does well on these curves from rungs at the first epochs.
+    # This is why no method does well on these curves with rungs at the first epochs.
     found = foresight(curves)
     assert max(found["val_accuracy"][:2]) < 0.2
     assert min(found["cam_ssim"]) > 0.7
 
 
 def test_where_early_epochs_tell_the_end_the_front_is_found() -> None:
-    # Trials between two trades of one objective for the other, each of its own quality, that all
-    # learn at the same pace: what the recorded curves are not.
+    # Each trial has its own trade-off between the objectives and its own quality, and all trials
+    # learn at the same pace. The recorded curves do not.
     generator = np.random.default_rng(0)
     pace = 1 - np.exp(-np.arange(1, 17) / 4)
     curves = {}

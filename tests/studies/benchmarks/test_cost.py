@@ -1,4 +1,4 @@
-"""Tests of the cost of models and losses: operation counts with known values."""
+"""Check the measured cost of models and losses against operation counts known by hand."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,8 @@ def test_the_explanation_adds_little_and_the_rivals_more(tmp_path: Path) -> None
     (entry,) = json.loads((tmp_path / "cost.json").read_text())["models"]
     training = entry["training_gflops"]
     base = training["cross-entropy"]
-    # A backward pass has two products for each of the forward pass, but for the first layer.
+    # The backward pass has two products for each one of the forward pass, except in the first
+    # layer.
     assert 2.5 < base / entry["forward_gflops"] <= 3
     for name in ("BCPL, L1", "Prototype Loss, L1"):
         assert 1 <= training[name] / base < 1.02

@@ -1,4 +1,4 @@
-"""Tests of the growth benchmark, and that absent classes take no memory."""
+"""Check how the growth of the cost is measured and drawn, and that absent classes use no memory."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tests of the step benchmark: measuring, recording and drawing, not speed."""
+"""Check how the cost of a step is measured, stored and shown; speed itself is not tested."""
 
 import json
 import time
@@ -142,7 +142,7 @@ def test_what_is_measured_is_kept(
     assert (tmp_path / "steps.png").stat().st_size > 5_000
     capsys.readouterr()
 
-    main(settings)  # Is there already.
+    main(settings)  # The result exists already.
     assert (tmp_path / "steps.json").read_text() == text
     assert not capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""Tests of the benchmarks of throughput, start-up and time to a target, not of speed."""
+"""Check how throughput, start-up and time to a target are measured; speed itself is not tested."""
 
 import json
 from dataclasses import replace
@@ -86,7 +86,7 @@ def test_time_to_a_target_stops_where_it_is_reached(
     prepared: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def resized(_: object) -> PreparedData:
-        """Digits of MNIST's size, because MNIST may be missing."""
+        """Return digits in the size of MNIST's images, because MNIST's files may be missing."""
 
         def larger(images: np.ndarray) -> np.ndarray:
             return np.kron(images, np.ones((1, 1, 4, 4), dtype=np.uint8))[:, :, 2:30, 2:30]

@@ -1,4 +1,4 @@
-"""A study without images: it searches the step size of gradient descent on a parabola.
+"""A study without images, which searches step sizes for gradient descent on a parabola.
 
 python -m tests.studies.engine.descent FOLDER RAY_ADDRESS
 
@@ -40,7 +40,7 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
 
 
 def metrics(params: dict[str, Any], epoch: int) -> Metrics:
-    """Return the metrics after an epoch, which is one step of descent on (x - 3)²."""
+    """Return a trial's metrics after an epoch; an epoch is one step of descent on (x - 3)²."""
     gap, rate = 3.0, params["rate"]
     for _ in range(epoch):
         gap = abs(gap - 2 * rate * gap)
@@ -58,7 +58,7 @@ def metrics(params: dict[str, Any], epoch: int) -> Metrics:
 
 
 def train(params: dict[str, Any], *, folder: str) -> None:
-    """Run one trial."""
+    """Run one trial, from its newest checkpoint if there is one."""
     checkpoints = Checkpoints(f"{folder}/{params[TRIAL_ID]}")
     with checkpoints.newest() as state:
         history: list[Metrics] = [] if state is None else json.loads(state.read_text())
@@ -71,7 +71,7 @@ def train(params: dict[str, Any], *, folder: str) -> None:
 
 
 def main(folder: Path, address: str) -> None:
-    """Run the study, or resume it."""
+    """Start the study, or resume it if it exists."""
     folder.mkdir(exist_ok=True)
     ray.init(address=address, log_to_driver=False)
     search = Search(

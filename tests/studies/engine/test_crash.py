@@ -1,4 +1,4 @@
-"""Tests of drivers killed at random: a resumed study ends as an uninterrupted one."""
+"""Kill drivers at random moments: a resumed study must end like an uninterrupted one."""
 
 import json
 import random
@@ -54,7 +54,7 @@ def kill_at(
     environment: dict[str, str],
     moment: Callable[[subprocess.Popen[bytes]], bool],
 ) -> bool:
-    """Run a study, kill it when `moment` returns true, and return whether it was killed."""
+    """Run a study and kill it when `moment` returns true; return False if it ended before."""
     driver = run(command, folder.parent / "log", environment)
     try:
         while driver.poll() is None:
@@ -70,7 +70,7 @@ def kill_at(
 
 
 def after(folder: Path, count: int, delay: float = 0.0) -> Callable[[Any], bool]:
-    """Return a condition: the ledger has `count` more events, and `delay` seconds passed."""
+    """Return a moment that comes `delay` seconds after the ledger has `count` more events."""
     goal = events(folder) + count
 
     def moment(_: Any) -> bool:
@@ -83,12 +83,12 @@ def after(folder: Path, count: int, delay: float = 0.0) -> Callable[[Any], bool]
 
 
 def never(_: Any) -> bool:
-    """Return False: the study is not killed."""
+    """Return False: a moment that never comes, so that a study runs to its end."""
     return False
 
 
 def check_whole(folder: Path, num_trials: int, max_epochs: int, study_name: str) -> None:
-    """Check the invariants of a finished study, which hold after any number of interruptions."""
+    """Check the ledger and Optuna's states of a finished study, however often it was killed."""
     lines = [json.loads(line) for line in (folder / LEDGER).read_text().splitlines()]
     seen = Counter(
         (line["number"], line["metrics"]["epoch"]) for line in lines if "metrics" in line
@@ -107,16 +107,17 @@ def check_whole(folder: Path, num_trials: int, max_epochs: int, study_name: str)
 
 
 def outcome(trials: list[TrialHistory]) -> list[tuple[Any, ...]]:
-    """Return the parts of a ledger that must not depend on interruptions."""
+    """Return what must not depend on the moment of a kill."""
     return [(trial.number, trial.params, trial.reports, trial.state) for trial in trials]
 
 
 def test_studies_killed_at_random_moments_end_as_one_that_was_not(
     environment: dict[str, str], shared_ray: str, tmp_path: Path
 ) -> None:
-    """Ten kills, the first during the start. One trial at a time, so that the order is the same.
+    """Kill the driver ten times, the first time while the study starts.
 
-    The first two drivers start a local Ray, which dies with them; the others join a cluster.
+    One trial runs at a time, so that the order of events is fixed. The first two drivers start
+    their own Ray, which dies with them. The others join a Ray that outlives them.
     """
     chance = random.Random(0)
     words = ["--trials", 16, "--epochs", 8, "--seconds", 0.1, "--cpus", RAY_CPUS]
@@ -126,7 +127,7 @@ def test_studies_killed_at_random_moments_end_as_one_that_was_not(
     assert not kill_at([*module, "--out", whole, *words, *shared], whole, environment, never)
 
     command = [*module, "--out", cut, *words]
-    # The first one whatever it is doing then.
+    # The first kill comes at a random time, whatever the driver does then.
     due = time.monotonic() + chance.uniform(2, 6)
     assert kill_at(command, cut, environment, lambda _: time.monotonic() > due)
     for kill in range(1, 10):
@@ -141,7 +142,7 @@ def test_studies_killed_at_random_moments_end_as_one_that_was_not(
 def test_parallel_studies_killed_at_random_moments_lose_nothing(
     environment: dict[str, str], shared_ray: str, tmp_path: Path
 ) -> None:
-    """Three trials at a time have a random order; nothing may be lost or repeated."""
+    """Run three trials at a time: their order is random, but no event is lost or duplicated."""
     chance = random.Random(1)
     cut = tmp_path / "cut"
     command: list[Any] = ["-m", "studies.benchmarks.dummy", "--out", cut]
@@ -157,7 +158,7 @@ def test_parallel_studies_killed_at_random_moments_lose_nothing(
 def test_real_study_killed_three_times_ends_as_one_that_was_not(
     environment: dict[str, str], shared_ray: str, tmp_path: Path
 ) -> None:
-    """The first driver starts a local Ray, which dies with it; the others join a cluster."""
+    """Kill three drivers. The first one's own Ray dies with it; the others join one that stays."""
     chance = random.Random(2)
     words = ["--num-trials", 4, "--max-epochs", 3, "--min-epochs", 1, "--resolutions", 14]
     script = ROOT / "studies" / "bcpl_sweep.py"

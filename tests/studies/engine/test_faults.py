@@ -1,4 +1,4 @@
-"""Tests of studies during faults: a damaged checkpoint, a full disk, lost S3, lost W&B."""
+"""Check studies when a checkpoint, the disk, the driver's machine or W&B is damaged or lost."""
 
 import gzip
 import http.server
@@ -37,7 +37,7 @@ SMALL = ("--resolutions", "14", "--cpus-per-trial", "2", "--min-epochs", "1")
 
 
 def fill(disk: Path) -> Path:
-    """Fill a small file system; return the file that fills it."""
+    """Fill a small file system completely; return the file that fills it."""
     rest = disk / "rest"
     with suppress(OSError), rest.open("wb", buffering=0) as file:
         while True:
@@ -47,7 +47,7 @@ def fill(disk: Path) -> Path:
 
 
 def dummy(folder: Path, address: str) -> list[Any]:
-    """Return the command of a study of one trial at a time on the shared Ray."""
+    """Return the command of a study that runs one trial at a time on the shared Ray."""
     words = ["--trials", 6, "--epochs", 6, "--seconds", 0.2, "--cpus", RAY_CPUS]
     return ["-m", "studies.benchmarks.dummy", "--out", folder, *words, "--address", address]
 
@@ -56,7 +56,7 @@ def test_damaged_checkpoint_costs_an_epoch_and_nothing_else(
     environment: dict[str, str], shared_ray: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "study"
-    # In the first trial, four of its epochs done.
+    # The kill comes in the first trial, after four of its epochs.
     assert kill_at(dummy(folder, shared_ray), folder, environment, after(folder, 5))
     newest = max((folder / "checkpoints" / "dummy_00000").glob("epoch_*"))
     newest.write_bytes(newest.read_bytes()[:-7] + b"garbage")
@@ -73,7 +73,7 @@ def test_interrupted_study_says_how_to_go_on(
     folder = tmp_path / "s"
     command = [SCRIPT, "--study", "s", "--out", tmp_path]
     words = ["--num-trials", 2, "--max-epochs", 4, *SMALL]
-    # Else a driver whose tests run in the background of a shell would ignore it.
+    # A background job of a shell ignores SIGINT, and the driver would inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     driver = run([*command, *words], tmp_path / "log", environment)
     signal.signal(signal.SIGINT, before)
@@ -93,12 +93,12 @@ def test_interrupted_study_says_how_to_go_on(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
+    """Mount a file system of one megabyte, and yield its folder."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a file system")
+        pytest.skip("needs the permission to mount a file system")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
@@ -162,7 +162,7 @@ def test_study_stops_where_the_disk_stays_full_and_goes_on_when_it_is_not(
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """An S3 server with a bucket, and the environment that names it."""
+    """Run an S3 server with a bucket; yield the environment variables that lead to it."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     variables = {
@@ -191,7 +191,8 @@ def test_study_goes_on_from_an_object_store_when_the_drivers_machine_is_lost(
     storage = ["--storage", "s3://studies/mine"]
     folder = tmp_path / "results" / "far"
     command = [SCRIPT, "--out", tmp_path / "results", *storage, *words]
-    # After two epochs of the first trial, most likely before there is a copy of the second.
+    # The kill comes after two epochs of the first trial, most likely before the second epoch's
+    # report is in the replica.
     assert kill_at(command, folder, environment | s3, lambda _: first_epoch(folder) == 2)
     (lost, *_) = Ledger(folder / LEDGER).trials
     assert not (folder / "checkpoints").exists()
@@ -202,7 +203,7 @@ def test_study_goes_on_from_an_object_store_when_the_drivers_machine_is_lost(
     done = sweep("--study", "far", "--resume", *storage, cwd=tmp_path, **s3)
     assert done.returncode == 0, done.stdout + done.stderr
     check_whole(folder, 3, 2, "far")
-    # To the seconds that they took: nothing was trained anew.
+    # Even the measured seconds are equal: no epoch was trained again.
     (first, *_) = Ledger(folder / LEDGER).trials
     assert (first.params, first.reports) == (lost.params, lost.reports)
     assert batchcam.load(folder / "best" / "knee").metrics["study"] == "far"
@@ -211,13 +212,13 @@ def test_study_goes_on_from_an_object_store_when_the_drivers_machine_is_lost(
 def test_no_secret_is_on_the_disk_whenever_a_study_is_killed(
     s3: dict[str, str], environment: dict[str, str]
 ) -> None:
-    """A killed study leaves all its files, those of Ray included."""
+    """Search all files that a killed study leaves behind, Ray's own files included."""
     secrets = {
         "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567",
         "AWS_SECRET_ACCESS_KEY": s3["AWS_SECRET_ACCESS_KEY"],
         "BATCHCAM_OPTUNA_STORAGE": "sqlite:///{folder}/planted-secret-of-the-database.db",
     }
-    # Short, for it holds sockets.
+    # A short path, because the paths of sockets are limited.
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     try:
         secrets["BATCHCAM_OPTUNA_STORAGE"] = secrets["BATCHCAM_OPTUNA_STORAGE"].format(
@@ -301,7 +302,7 @@ def test_trial_ends_though_w_and_b_is_lost_and_its_record_is_on_the_disk(
     assert time.monotonic() - began < 30
     (folder,) = tmp_path.glob("wandb/run-*-lost")
     assert next(folder.glob("*.wandb")).stat().st_size > 0
-    # And the next trial does not wait for the server at all.
+    # The next trial does not wait for the server at all.
     with track(place, "next", "a name", {}) as run:
         run.log(reports[0][0], PICTURE)
     # On a busy machine the first run may have been recorded offline, too.

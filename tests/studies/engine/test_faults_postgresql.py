@@ -55,7 +55,10 @@ def make(
 
 
 def steps(bridge: OptunaSearcher) -> Iterator[dict[str, Any]]:
-    """Run trials without Ray, yield before each call of the searcher, and return the results."""
+    """Run trials without Ray, and yield before each call of the searcher.
+
+    Yields the configuration after a proposal, and an empty dictionary otherwise.
+    """
     for number in range(TRIALS):
         yield {}
         config = bridge.suggest("a")
@@ -75,7 +78,7 @@ def run(bridge: OptunaSearcher) -> list[dict[str, Any]]:
 
 
 def away(server: PostgreSQL) -> threading.Thread:
-    """Stop the server, and start it again after some seconds."""
+    """Stop the server; return the thread that starts it again after a while."""
     server.stop()
 
     def start() -> None:
@@ -123,7 +126,7 @@ def test_database_that_is_away_is_waited_for(
         [1, 2, 3],
         [1, 2],
     ]
-    # What is proposed is what would have been.
+    # The proposals are those of a study whose storage was never away.
     memory = InMemoryStorage()
     study = optuna.create_study(
         storage=memory, directions=["maximize"] * 2, sampler=ReproducibleTPE(0)

@@ -1,4 +1,4 @@
-"""Tests of the engine with a trainable without images, killed and resumed."""
+"""Check the engine on a trainable without images, in a study that was killed and resumed."""
 
 import json
 import math
@@ -33,7 +33,7 @@ IN_OPTUNA = {
 
 def drive(folder: Path, address: str, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
     """Start a driver of the study."""
-    # A Ray that an earlier test started in this process made later ones ask for a token.
+    # A Ray that an earlier test started here may set RAY_AUTH_MODE; later ones then need a token.
     mode = {name: value for name, value in os.environ.items() if name == "RAY_AUTH_MODE"}
     with (folder.parent / "log").open("a") as log:
         return subprocess.Popen(
@@ -50,7 +50,7 @@ def drive(folder: Path, address: str, environment: dict[str, str]) -> "subproces
 def folder(
     shared_ray: str, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The folder of a study whose driver was killed and which another driver resumed."""
+    """Return the folder of a study whose driver was killed, and that another driver resumed."""
     folder = tmp_path_factory.mktemp("generic") / "study"
     ledger = folder / LEDGER
     driver = drive(folder, shared_ray, environment)
@@ -69,7 +69,7 @@ def folder(
         assert again.wait(timeout=120) == 0, (folder.parent / "log").read_text()
     finally:
         again.kill()
-    # The ledger is appended to; only a last line that was cut short may go.
+    # Resuming appends to the ledger, and removes at most an incomplete last line.
     assert ledger.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     return folder
 
@@ -88,7 +88,7 @@ def study(folder: Path) -> optuna.Study:
 def test_ledger_has_every_number_of_every_epoch_once(trials: list[TrialHistory]) -> None:
     assert [trial.number for trial in trials] == list(range(descent.TRIALS))
     for trial in trials:
-        # What Ray adds to results is not there.
+        # The ledger has none of the values that Ray adds to results.
         expected = [descent.metrics(trial.params, epoch + 1) for epoch in range(trial.epoch)]
         assert repr(trial.reports) == repr(expected)  # NaN is not equal to itself.
         assert list(trial.params) == ["rate", "decay", "trial_id", "number"]

@@ -14,11 +14,11 @@ from studies.engine.halving import ParetoHalving, Vector, has_place
 Report = tuple[int, int, Vector]
 
 GRID = [index / 8 for index in range(9)]
-"""Objectives that tie often, and that doubling does not round."""
+"""Values of objectives that tie often, and that powers of two scale without rounding."""
 
 
 def ordered(vectors: list[Vector]) -> list[Vector]:
-    """Return distinct vectors in the order of their ranks."""
+    """Return distinct vectors in the order of their places."""
     recorded = Counter(vectors)
     places = {
         vector: next(n for n in range(1, len(vectors) + 1) if has_place(recorded, vector, n))
@@ -30,7 +30,7 @@ def ordered(vectors: list[Vector]) -> list[Vector]:
 
 @st.composite
 def studies(draw: st.DrawFn, objectives: int = 2) -> list[Report]:
-    """Reports of six trials over eight epochs; those of one trial are in order."""
+    """Draw reports of six trials over eight epochs, in any order that keeps each trial's epochs."""
     vectors = st.tuples(*[st.sampled_from(GRID)] * objectives)
     turns = draw(st.permutations([number for number in range(6) for _ in range(8)]))
     epochs = Counter[int]()
@@ -42,7 +42,7 @@ def studies(draw: st.DrawFn, objectives: int = 2) -> list[Report]:
 
 
 def run(halving: ParetoHalving, reports: list[Report]) -> dict[tuple[int, int], bool]:
-    """Judge the reports of each trial up to its end."""
+    """Judge the reports of each trial until it is stopped; return the decisions."""
     decisions: dict[tuple[int, int], bool] = {}
     for number, epoch, values in reports:
         if decisions.get((number, epoch - 1), epoch == 1):
@@ -56,14 +56,14 @@ def test_fronts_come_one_after_the_other() -> None:
 
 
 def test_a_front_comes_by_spread() -> None:
-    # From the best in the first objective; then the other end; then the middle of what is left.
+    # First the best in the first objective; then repeatedly the vector farthest from all chosen.
     front: list[Vector] = [(0.0, 10.0), (1.0, 9.0), (5.0, 5.0), (9.0, 1.0), (10.0, 0.0)]
     expected = [(10.0, 0.0), (0.0, 10.0), (5.0, 5.0), (9.0, 1.0), (1.0, 9.0)]
     assert ordered(front) == expected
 
 
 def test_units_of_the_objectives_do_not_count() -> None:
-    # Unscaled, the first objective would decide alone, and (900, 0.9) would come last.
+    # Without scaling, the first objective would decide alone, and (900, 0.9) would come last.
     front: list[Vector] = [(1000.0, 0.0), (900.0, 0.9), (500.0, 0.95), (0.0, 1.0)]
     assert ordered(front) == [(1000.0, 0.0), (0.0, 1.0), (900.0, 0.9), (500.0, 0.95)]
 
@@ -79,7 +79,7 @@ def test_the_first_to_arrive_goes_on_then_the_better_half() -> None:
     halving = ParetoHalving(min_epochs=1, max_epochs=9)
     arriving = [0.5, 0.4, 0.1, 0.6, 0.5, 0.45]
     decisions = [halving.judge(number, 1, (it, it)) for number, it in enumerate(arriving)]
-    # Places are one of one, one of two, two of three, two of four, three of five, three of six.
+    # The trials that continue are the best 1 of 1, 1 of 2, 2 of 3, 2 of 4, 3 of 5 and 3 of 6.
     assert decisions == [True, False, False, True, True, False]
 
 

@@ -1,4 +1,4 @@
-"""Tests that the engine imports neither the trainer nor the monitoring."""
+"""Check that the engine loads neither the trainer nor the modules that monitor or report."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ print(json.dumps(sorted(sys.modules)))
 
 
 def _loaded(environment: dict[str, str], *modules: str) -> set[str]:
-    """Return the modules that are loaded in a new process after an import."""
+    """Return all modules that a fresh process has loaded after it imports the given ones."""
     done = subprocess.run(
         [sys.executable, "-c", _LIST, *modules],
         cwd=ROOT,

@@ -78,7 +78,7 @@ def test_journal_that_is_not_there_is_made(tmp_path: Path) -> None:
 
 
 class TestContractOfOptuna(StorageTestCase):
-    """Optuna's whole test suite of storages."""
+    """Run the whole test suite of Optuna for storages."""
 
     @pytest.fixture
     def storage(self, tmp_path: Path) -> BaseStorage:
@@ -101,7 +101,7 @@ def test_optunas_own_backend_reads_and_writes_a_running_study(tmp_path: Path) ->
         assert other.trials[-1] == study.trials[-1]
         other.tell(number, [1.0, 2.0])
         assert study.trials[-1].values == [1.0, 2.0]
-    # A line of which only a part is there yet.
+    # A last line that is not written completely yet.
     with (tmp_path / JOURNAL).open("ab") as file:
         file.write(b'{"op_code":')
     assert len(other.trials) == 3
@@ -153,13 +153,13 @@ def test_reader_leaves_the_lock_and_the_unfinished_line_of_the_driver(tmp_path: 
     reader = optuna.load_study(study_name="s", storage=open_optuna_storage(tmp_path))
     assert [trial.state for trial in reader.trials] == [TrialState.RUNNING]
     assert (tmp_path / JOURNAL).read_bytes().endswith(b'{"op_code":')
-    lock.release()  # Raises if the lock was broken.
+    lock.release()  # Raises if the reader removed the lock.
 
 
 def test_lock_of_a_journal_with_a_relative_path_leads_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Optuna tells the age of a lock by what it leads to, and waits for ever if it leads nowhere.
+    # Optuna reads the age of a lock from the link's target, and waits forever if it is missing.
     monkeypatch.chdir(tmp_path)
     Path("results").mkdir()
     seen: list[Path] = []

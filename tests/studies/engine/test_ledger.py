@@ -36,7 +36,7 @@ EVENTS: list[Callable[[Ledger], object]] = [
     lambda ledger: ledger.report(1, metrics(2)),
     lambda ledger: ledger.end(1, "stopped"),
 ]
-"""A study of three trials, the last of which was only begun."""
+"""The events of a study of three trials; the last trial has only started."""
 
 
 def record(path: Path, count: int = len(EVENTS)) -> Ledger:
@@ -106,7 +106,7 @@ def test_number_that_is_none_is_kept(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[Any]]:
-    """A ledger's file, and its content after each of its events."""
+    """Return the ledger file of a study, and the content of the ledger after each event."""
     folder = tmp_path_factory.mktemp("whole")
     states = [content(record(folder / str(count), count)) for count in range(len(EVENTS) + 1)]
     return (folder / str(len(EVENTS))).read_bytes(), states
@@ -125,7 +125,7 @@ def test_file_that_is_cut_anywhere_holds_what_came_before(
     ledger = Ledger(path)
     done = text[:cut].count(b"\n")
     assert content(ledger) == states[done]
-    # And it goes on as if nothing had happened.
+    # The ledger continues as if the file had not been cut.
     for event in EVENTS[done:]:
         event(ledger)
     assert path.read_bytes() == text
@@ -157,7 +157,7 @@ def test_full_disk_is_waited_for_and_leaves_no_half_lines(
     path: Path, whole: tuple[bytes, list[Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     ledger = record(path, count=4)
-    # Room for a part of a line, as on a disk that is full; the limit is on the size of any file.
+    # Simulates a full disk: a limit on file sizes leaves room for only a part of the next line.
     room, unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     size = path.stat().st_size + 10
 

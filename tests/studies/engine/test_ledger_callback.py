@@ -33,7 +33,7 @@ def make_trial(number: int = 0, share: int = 1) -> Trial:
 
 
 def report(recorder: LedgerCallback, trial: Trial, **result: Any) -> None:
-    """Pass a result to the callback as Ray does, with the entries that Ray adds."""
+    """Pass a result to the callback as Ray does, with the values that Ray adds."""
     if OUT_OF_MEMORY not in result:
         result[REPORTED] = list(result)
     result |= {"training_iteration": 1, "time_total_s": 2.5, "done": False}
@@ -112,7 +112,7 @@ def test_trial_that_ran_out_of_memory_has_failed_only_where_there_is_no_more(
     trial = make_trial(share=1)
     recorder.on_trial_start(1, [], trial)
     report(recorder, trial, epoch=1, val_accuracy=0.9, cam_ssim=0.5)
-    # The bridge, which comes before, has found twice the memory.
+    # The searcher, which Ray calls first, has granted twice the memory.
     ledger.enlarge(0, 2)
     report(recorder, trial, epoch=1, **{OUT_OF_MEMORY: True})
     recorder.on_trial_complete(1, [], trial)

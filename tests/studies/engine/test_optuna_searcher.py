@@ -37,7 +37,7 @@ Make = Callable[..., OptunaSearcher]
 def open_study(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Open]:
-    """Return a function that opens the test's study as a new driver does."""
+    """Return a function that opens the test's study as each new driver does."""
     if request.param == "sqlite":
         monkeypatch.setenv(STORAGE_VARIABLE, f"sqlite:///{tmp_path}/secret.db")
     elif request.param == "postgresql":
@@ -77,7 +77,7 @@ def objectives(request: pytest.FixtureRequest) -> tuple[Objective, ...]:
 
 @pytest.fixture
 def make(open_study: Open, objectives: tuple[Objective, ...]) -> Make:
-    """Return a function that makes a searcher on the test's study, as a new driver does."""
+    """Return a function that makes a searcher for the test's study, as each new driver does."""
 
     def make(num_trials: int = 3, **changes: Any) -> OptunaSearcher:
         study, storage = open_study(len(objectives))
@@ -100,11 +100,11 @@ def suggest(bridge: OptunaSearcher, trial_id: str) -> dict[str, Any]:
 
 
 def run(bridge: OptunaSearcher, trial_id: str, epochs: int = EPOCHS) -> dict[str, Any]:
-    """Run a trial that ends after `epochs`, with Ray's calls of the searcher."""
+    """Run a trial of `epochs` epochs by Ray's calls of the searcher; return its configuration."""
     config = suggest(bridge, trial_id)
     for epoch in range(1, epochs + 1):
         result = curve(config["x"], config["y"], epoch)
-        # The report at which a trial is stopped comes with its end.
+        # Ray passes the report that stops a trial only to on_trial_complete.
         if epoch < epochs or epochs == EPOCHS:
             bridge.on_trial_result(trial_id, result)
     bridge.on_trial_complete(trial_id, result)
@@ -187,7 +187,7 @@ def test_trials_that_a_crash_cut_are_proposed_first_as_they_were(make: Make) -> 
     second = make(num_trials=5)
     assert [suggest(second, "x"), suggest(second, "y")] == cut
     assert suggest(second, "z")["number"] == 3
-    # And again, if the second was cut as well.
+    # The same holds if the second driver is killed too.
     third = make(num_trials=5)
     assert [suggest(third, "x"), suggest(third, "y")] == cut
 
@@ -227,7 +227,7 @@ def test_more_is_to_come_while_trials_run_and_nothing_after(make: Make) -> None:
     assert bridge.suggest("c") is None
     bridge.on_trial_complete("a", curve(config["x"], config["y"], EPOCHS))
     assert bridge.suggest("c") == Searcher.FINISHED
-    # Those of earlier runs count.
+    # The trials of earlier drivers count.
     assert make(num_trials=2).suggest("d") == Searcher.FINISHED
     assert suggest(make(num_trials=3), "d")["number"] == 2
 

@@ -24,14 +24,14 @@ F1 = Objective("f1", "F1", short="best_f1")
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The reports to Ray of a trainable that runs in this process."""
+def reported(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Return the list of what a trainable in this process reports to Ray."""
     found: list[dict[str, Any]] = []
     monkeypatch.setattr(tune, "report", found.append)
     return found
 
 
-def test_report_comes_back_without_what_ray_adds(told: list[dict[str, Any]]) -> None:
+def test_report_comes_back_without_what_ray_adds(reported: list[dict[str, Any]]) -> None:
     metrics: dict[str, Any] = {
         "epoch": 2,
         "f1": np.float32(0.5),
@@ -39,10 +39,10 @@ def test_report_comes_back_without_what_ray_adds(told: list[dict[str, Any]]) -> 
         "count": np.int64(3),
     }
     report(metrics)
-    (result,) = told
+    (result,) = reported
     found = reported_metrics(result | {"time_total_s": 3.0, "training_iteration": 1})
     assert found == metrics
-    # JSON knows no numbers of NumPy.
+    # JSON cannot encode NumPy's numbers.
     assert [type(value) for value in found.values()] == [int, float, float, int]
 
 
@@ -58,26 +58,26 @@ def test_report_comes_back_without_what_ray_adds(told: list[dict[str, Any]]) -> 
     ],
 )
 def test_report_that_cannot_be_recorded_is_refused(
-    told: list[dict[str, Any]], metrics: dict[str, Any], message: str
+    reported: list[dict[str, Any]], metrics: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         report(metrics)
-    assert told == []
+    assert reported == []
 
 
 def test_epochs_of_a_checkpoint_are_reported_after_the_last_known_one(
-    told: list[dict[str, Any]],
+    reported: list[dict[str, Any]],
 ) -> None:
     history = [{"epoch": epoch, "f1": epoch / 10} for epoch in (1, 2, 3)]
     assert report_again(history, 1) == 3
-    assert [result["epoch"] for result in told] == [2, 3]
+    assert [result["epoch"] for result in reported] == [2, 3]
     assert report_again([], 4) == 4
 
 
-def test_out_of_memory_is_no_report_of_an_epoch(told: list[dict[str, Any]]) -> None:
+def test_out_of_memory_is_no_report_of_an_epoch(reported: list[dict[str, Any]]) -> None:
     report_out_of_memory(2)
-    assert told == [{"epoch": 2, OUT_OF_MEMORY: True}]
-    assert REPORTED not in told[0]
+    assert reported == [{"epoch": 2, OUT_OF_MEMORY: True}]
+    assert REPORTED not in reported[0]
 
 
 def test_gains_are_to_be_maximised() -> None:

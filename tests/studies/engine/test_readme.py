@@ -1,4 +1,4 @@
-"""Tests that the example of the engine's page runs."""
+"""Check that the example in the engine's README.md runs unchanged."""
 
 import re
 import subprocess

@@ -34,16 +34,16 @@ IN_OPTUNA = {
 
 
 class Killed(BaseException):
-    """Raised in place of the driver's death."""
+    """Raised in place of killing the driver."""
 
 
 class Driver:
-    """A driver without Ray that makes the same calls in the same order.
+    """A driver without Ray, which makes the same calls in the same order as one with Ray.
 
     Args:
-        folder: of the study.
-        objectives: of the study.
-        num_trials: of the study.
+        folder: the study's folder.
+        objectives: the study's objectives.
+        num_trials: the study's number of trials.
         fails: numbers of trials that fail in their second epoch.
         large: numbers of trials that need twice the memory from their second epoch on.
     """
@@ -144,9 +144,9 @@ class Driver:
 
 @pytest.fixture
 def writes(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Counts a driver's writes, and kills it after the write number `last`, if given.
+    """Count a driver's writes in `count`; kill the driver after write number `last`, if it is set.
 
-    Ledger and journal sync each line that they write, so a sync is a write.
+    The ledger and Optuna's journal both call fsync once for each line, so that calls are counted.
     """
     found = SimpleNamespace(count=0, last=None)
 
@@ -175,7 +175,7 @@ def in_optuna(driver: Driver) -> list[tuple[Any, ...]]:
 
 
 def check_agreement(driver: Driver) -> list[FrozenTrial]:
-    """Check that ledger and Optuna agree on every trial; return the running trials."""
+    """Check that the ledger and Optuna agree on every trial; return the running trials."""
     known = {trial.number: trial.state for trial in driver.ledger.trials}
     told = [trial for trial in driver.study.trials if trial.state != TrialState.WAITING]
     assert known.keys() <= {trial.number for trial in told}
@@ -185,7 +185,7 @@ def check_agreement(driver: Driver) -> list[FrozenTrial]:
 
 
 def check_whole(driver: Driver) -> None:
-    """Check that every trial of a study has ended, and that nothing is recorded twice."""
+    """Check that every trial of a study has ended, and that no event is recorded twice."""
     assert not check_agreement(driver)
     for trial in driver.ledger.trials:
         assert [report["epoch"] for report in trial.reports] == list(range(1, trial.epoch + 1))
@@ -195,7 +195,7 @@ def check_whole(driver: Driver) -> None:
 
 
 def kill(folder: Path, writes: SimpleNamespace, after: int, slots: int, **options: Any) -> bool:
-    """Run a driver, kill it after a number of writes, and return whether it was killed."""
+    """Run a driver and kill it after `after` writes; return False if it ended before."""
     folder.mkdir(exist_ok=True)
     writes.count, writes.last = 0, after
     try:
@@ -210,12 +210,12 @@ def kill(folder: Path, writes: SimpleNamespace, after: int, slots: int, **option
 
 
 def resume(folder: Path, slots: int, **options: Any) -> Driver:
-    """Recover a study, run it to its end, and check both."""
+    """Recover a study, run it to its end, check both, and return the driver."""
     driver = Driver(folder, **options)
     driver.recover()
     running = [trial.number for trial in check_agreement(driver)]
     driver.run(slots)
-    # What was cut comes first, as it was; and nothing comes twice that needs no more memory.
+    # Interrupted trials come first, in order. Only trials that need more memory come twice.
     assert driver.suggested[: len(running)] == running
     large = options.get("large", frozenset())
     again = [number for number, count in Counter(driver.suggested).items() if count > 1]
@@ -226,7 +226,7 @@ def resume(folder: Path, slots: int, **options: Any) -> Driver:
 
 @pytest.mark.parametrize(
     ("objectives", "num_trials"),
-    # The larger study is beyond the ten random trials that TPE starts with.
+    # The larger study has more trials than the ten random ones that TPE starts with.
     [(BOTH, TRIALS), (BOTH[:1], 13)],
     ids=["both", "one"],
 )
@@ -298,7 +298,7 @@ def test_trial_that_failed_is_tried_once_more_wherever_the_study_was_cut(
         after += 1
         folder = tmp_path / str(after)
         was_cut = kill(folder, writes, after, **options)
-        for _ in range(2):  # Where it failed only after the cut, the second tries it once more.
+        for _ in range(2):  # If the trial fails after the kill, only the second resume retries it.
             last = resume(folder, **options)
         retries = [trial for trial in last.study.trials if "retry_of" in trial.user_attrs]
         (retry,) = retries

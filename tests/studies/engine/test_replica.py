@@ -34,13 +34,13 @@ def objects(place: str) -> list[str]:
 
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
-    """The study's folder on the driver's machine."""
+    """Return the study's folder on the driver's machine."""
     return tmp_path / "here"
 
 
 @pytest.fixture
 def there(tmp_path: Path) -> Path:
-    """The study's folder on another machine, which has no files of it."""
+    """Return the study's folder on another machine, where nothing of it exists yet."""
     return tmp_path / "there"
 
 
@@ -83,7 +83,7 @@ def test_copy_stays_few_objects(
         assert len(objects(place)) == count % 4 + 1
     Replica(there, place)
     assert memory(there) == memory(here)
-    # Who goes on begins with an object that holds everything, after all others.
+    # A resumed replica first writes an object that holds everything, and replaces all others by it.
     copy = Replica(there, place)
     add(there, LEDGER, "one more\n")
     copy.flush()
@@ -125,7 +125,7 @@ def test_two_files_of_different_moments_are_refused(here: Path, there: Path, pla
     for name in (LEDGER, JOURNAL):
         add(here, name, "first\n")
     copy.flush()
-    add(there, LEDGER, "first\nsecond\n")  # And no journal.
+    add(there, LEDGER, "first\nsecond\n")  # Without a journal.
     with pytest.raises(ConfigError, match="have diverged"):
         Replica(there, place)
 

@@ -7,7 +7,7 @@ from studies.engine.retry import StorageLostError, retry
 
 
 class Storage:
-    """Storage that raises until its nth use."""
+    """A storage that fails until its use number `back_at`."""
 
     def __init__(self, back_at: int, error: Exception) -> None:
         self.uses = 0
@@ -34,7 +34,7 @@ def test_storage_that_comes_back_is_waited_for_and_said_so_once(
     storage = Storage(4, OSError(28, "No space left on device"))
     began = time.monotonic()
     assert retry(storage.use, "the storage") == "used"
-    # 0.2, 0.4 and 0.8 seconds between four uses.
+    # The waits between the four uses are 0.2, 0.4 and 0.8 seconds.
     assert 1.4 <= time.monotonic() - began < 10
     assert storage.uses == 4
     gone, back = caplog.messages

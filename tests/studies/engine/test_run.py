@@ -1,4 +1,4 @@
-"""Tests of searches with trials that train nothing."""
+"""Check searches on a local Ray, with trials that train no model."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
 
 
 def search(*needs: int) -> Search:
-    """Return a search of trials that need a multiple of the usual memory."""
+    """Return a search whose trials need the given multiples of the usual memory."""
     return Search(
         name="s",
         key="k",
@@ -50,7 +50,7 @@ def hungry(params: dict[str, Any]) -> None:
 
 
 def test_trial_out_of_memory_starts_again_with_a_larger_share(tmp_path: Path) -> None:
-    # A trial can have two CPUs at most, so the third one cannot get four.
+    # The node has two CPUs, so that twice the usual resources are the maximum.
     ledger = run_search(search(1, 2, 4), tmp_path, hungry, RESOURCES.request, lambda: 2)
     states = [(trial.state, trial.resource_multiplier) for trial in ledger.trials]
     assert states == [("completed", 1), ("completed", 2), ("failed", 2)]

@@ -33,7 +33,7 @@ def tell(study: optuna.Study, trial: optuna.Trial, decided: dict[str, Any]) -> N
 
 
 def run(storage: Callable[[], BaseStorage], seed: int, count: int = 16) -> list[dict[str, Any]]:
-    """Run trials, and open the study again for each."""
+    """Run trials, opening the study again for each; return the proposals."""
     proposed = []
     for _ in range(count):
         study = make(storage(), seed)
@@ -54,7 +54,7 @@ def make(storage: BaseStorage, seed: int) -> optuna.Study:
 
 
 def test_same_history_has_the_same_proposals(tmp_path: Path) -> None:
-    # More than the ten random ones that TPE starts with.
+    # More trials than the ten random ones that TPE starts with.
     study = make(InMemoryStorage(), 3)
     at_once = []
     for _ in range(16):
@@ -235,7 +235,7 @@ def test_sampler_is_shown_running_trials_the_best_and_the_latest_ended_ones(
 
 
 def test_draws_are_those_of_earlier_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The values were drawn at commit 346d551, so that a study from then resumes unchanged."""
+    """Compare with the draws of commit 346d551, so that a study of that time resumes unchanged."""
     monkeypatch.setattr(sampler, "_KNOWN", 20)
     study = optuna.create_study(directions=["maximize"] * 2, sampler=ReproducibleTPE(7))
     drawn: list[dict[str, Any]] = []
@@ -246,7 +246,7 @@ def test_draws_are_those_of_earlier_versions(monkeypatch: pytest.MonkeyPatch) ->
             study.tell(trial, state=TrialState.PRUNED)
         elif number % 11 == 10:
             study.tell(trial, state=TrialState.FAIL)
-        elif number % 13 != 12:  # Else it runs on.
+        elif number % 13 != 12:  # Otherwise the trial keeps running.
             tell(study, trial, drawn[-1])
     assert drawn[36:] == [
         {"x": 0.43877845067055876, "rate": 0.00011106336395066693, "kind": "a"},
@@ -257,10 +257,10 @@ def test_draws_are_those_of_earlier_versions(monkeypatch: pytest.MonkeyPatch) ->
 
 
 class TestOptunasSuite(BasicSamplerTestCase, MultiObjectiveSamplerTestCase):
-    """Optuna's test suite of samplers.
+    """Run Optuna's test suite for samplers.
 
-    Its tests of relative sampling are omitted, because the sampler draws every parameter
-    independently. Its tests of samplers that refuse several objectives are omitted too.
+    Its tests of relative sampling are left out, because our sampler draws every parameter
+    independently. Its tests of samplers that refuse several objectives are left out too.
     """
 
     @pytest.fixture

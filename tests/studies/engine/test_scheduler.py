@@ -16,7 +16,7 @@ OBJECTIVES = (ACCURACY, SIMILARITY)
 
 
 def learn(params: dict[str, Any]) -> None:
-    """Report the metrics of a trial of given quality, counting epochs from a restart."""
+    """Report a trial of constant quality, from the epoch after `start` on, as after a resume."""
     for epoch in range(params["start"] + 1, EPOCHS + 1):
         accuracy, ssim = params["quality"]
         report({"epoch": epoch, "val_accuracy": accuracy, "cam_ssim": ssim})
@@ -54,7 +54,7 @@ def judge(scheduler: ParetoASHA, number: int, result: dict[str, Any]) -> str:
 @pytest.mark.xdist_group("ray")
 @pytest.mark.usefixtures("connected_ray")
 def test_ray_stops_what_is_behind_in_every_objective(tmp_path: Path) -> None:
-    # The fifth has the worst accuracy of all, and the best SSIM. The last one is not finite.
+    # The fifth trial has the worst accuracy and the best SSIM. The last one's accuracy is NaN.
     qualities = [(0.5, 0.5), (0.9, 0.6), (0.1, 0.1), (0.95, 0.7), (0.05, 0.9), (math.nan, 0.9)]
     assert last_epochs(tmp_path, qualities) == [6, 6, 2, 6, 6, 1]
 
@@ -62,8 +62,8 @@ def test_ray_stops_what_is_behind_in_every_objective(tmp_path: Path) -> None:
 @pytest.mark.xdist_group("ray")
 @pytest.mark.usefixtures("connected_ray")
 def test_rungs_are_epochs_and_not_reports(tmp_path: Path) -> None:
-    # The second trial goes on from epoch 3: its first report is beyond the first rung, and the
-    # next rung is at epoch 4, which is its first report.
+    # The second trial resumes after epoch 3. Its first report, at epoch 4, is past the first rung
+    # and at the second.
     assert last_epochs(tmp_path, [(0.9, 0.9), (0.1, 0.1)], starts=[0, 3]) == [6, 4]
 
 
@@ -83,7 +83,7 @@ def test_replayed_reports_count() -> None:
     assert not scheduler.replay(1, poor)
     assert judge(scheduler, 2, poor | {"cam_ssim": 0.2}) == TrialScheduler.CONTINUE
     assert judge(scheduler, 3, poor) == TrialScheduler.STOP
-    # What was replayed is not judged anew when the trial reports it again.
+    # A replayed report is not judged again when the trial repeats it.
     assert judge(scheduler, 0, poor) == TrialScheduler.CONTINUE
 
 

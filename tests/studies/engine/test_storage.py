@@ -49,7 +49,7 @@ def test_place_that_cannot_be_read_is_an_error_that_says_what_to_look_at(s3: str
 
 
 def test_keys_are_read_when_a_place_is_opened(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver removes the keys from its environment, so that Ray cannot pass them on."""
+    """Remove the keys after opening, as the driver does to keep them from Ray."""
     fs, path = open_storage(f"{s3}/kept")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")

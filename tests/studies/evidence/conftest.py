@@ -1,4 +1,4 @@
-"""Fixtures: three hundred digits with and without decoys, named as the real data sets."""
+"""Fixtures: 300 digits, clean and with decoys, under the names of the real data sets."""
 
 from dataclasses import replace
 

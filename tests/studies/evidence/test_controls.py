@@ -1,4 +1,4 @@
-"""Tests of the ablations: supports without the decoys' pixels, or the cells that see them."""
+"""Check the controls: supports exclude cells that touch decoys, or whose features see them."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def test_cells_are_touched_where_decoys_are_painted(small: dict[str, ImageData])
 
 
 def test_cells_see_decoys_as_far_as_their_receptive_field_reaches() -> None:
-    # Two convolutions, pooling and two more: cell i depends on the pixels from 2i - 6 to 2i + 7.
+    # With two convolutions on each side of a pooling, cell i sees the pixels 2i - 6 to 2i + 7.
     near = torch.tensor([2 * cell - 6 < 4 for cell in range(14)])
     ends = near | near.flip(0)
     assert torch.equal(seeing_cells("simple_cnn", 28, 1, None), ends[:, None] & ends)
@@ -44,7 +44,7 @@ def test_cells_see_decoys_as_far_as_their_receptive_field_reaches() -> None:
 def test_with_a_control_no_class_has_support_there(
     control: str, side: int, small: dict[str, ImageData]
 ) -> None:
-    """Covers the CAM grid, which the energy loss uses, and pixels, which the exchange uses."""
+    """Check the CAM grid, which the energy loss uses, and pixels, which the exchange loss uses."""
     data = small["decoy_mnist"]
     prototypes = class_prototypes(*to_device(data.train, torch.device("cpu")), 10)
     prepared = PreparedData(data, prototypes, prototypes)

@@ -1,4 +1,4 @@
-"""Tests of the Decoy study's figure, which shows the final runs that have a saved model."""
+"""Check that the Decoy study's figure shows the finished final runs, without training again."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,11 +30,11 @@ def test_a_figure_shows_the_final_runs_that_are_there(
     right_reasons.main(replace(settings, methods=("cross-entropy",)))
 
     def no_training(*_: object) -> None:
-        raise AssertionError("a model that is kept was trained again")
+        raise AssertionError("a saved model was trained again")
 
     monkeypatch.setattr(Trainer, "run_epoch", no_training)
     decoy_pictures.main(settings)
     (drawn,) = tmp_path.rglob("*.png")
     assert drawn.name == "decoy_mnist.png"
-    with Image.open(drawn) as picture:  # Images, and what one model looks at: two rows of ten.
+    with Image.open(drawn) as picture:  # Two rows of ten: images, one model's attribution.
         assert picture.width > 3 * picture.height

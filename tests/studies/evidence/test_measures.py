@@ -1,4 +1,4 @@
-"""Tests of the measures of explanations: models and maps with known values."""
+"""Check measures of explanations on models and maps whose values are known by hand."""
 
 import math
 
@@ -15,7 +15,7 @@ PLAIN = Preprocess(8, (0.0,), (1.0,))
 
 
 class _Corners(ExplainableModel):
-    """A model whose features are the image; its halves score classes 0 and 1."""
+    """A model whose features are the image; class 0 scores its left half, class 1 its right."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class _Corners(ExplainableModel):
 
 
 def _images() -> Tensor:
-    """An image that is bright on the left, one that is bright on the right, and a dark one."""
+    """Return three images: bright on the left, bright on the right, dark."""
     images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
     images[0, 0, 2, 1], images[0, 0, 2, 6] = 30, 10
     images[1, 0, 5, 5] = 7
@@ -46,9 +46,9 @@ def test_explanations_of_a_linear_model_are_its_terms() -> None:
     terms = torch.zeros(3, 8, 8)
     terms[0, 2, 1], terms[1, 5, 5] = 30 / 255, 7 / 255
     torch.testing.assert_close(found.evidence, terms)
-    # From 0, the data's mean grey once normalised, along a straight line.
+    # The path is a straight line from 0, which is the data's mean grey after normalisation.
     torch.testing.assert_close(found.integrated, terms, atol=1e-6, rtol=1e-5)
-    # Grad-CAM pools the gradient, a half here, and so shows the other side too.
+    # Grad-CAM averages the gradient, to 0.5 here, and so shows the other half of the image too.
     torch.testing.assert_close(found.cams, 0.5 * _images()[:, 0] / 255)
 
 
@@ -56,7 +56,7 @@ def test_mass_share_is_the_part_under_the_mask_and_concentration_that_by_its_are
     mass = torch.zeros(3, 4, 4)
     mass[0, 0, 0], mass[0, 3, 3] = 30, 10
     mass[1, 1, 1] = 7
-    masks = torch.zeros(3, 8, 8, dtype=torch.bool)  # Four pixels to a cell.
+    masks = torch.zeros(3, 8, 8, dtype=torch.bool)  # Four pixels per cell.
     masks[:, :4, :4] = True
     shares = measures.mass_share(mass, masks)
     assert shares[:2].tolist() == [0.75, 1.0]

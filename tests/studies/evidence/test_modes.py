@@ -1,4 +1,4 @@
-"""Tests of merged classes: pairs of digits, and their k-means prototypes."""
+"""Check merged classes of two digits, and that k-means separates the digits without labels."""
 
 import csv
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_k_means_finds_the_digits_of_a_pair() -> None:
     images, labels = to_device(prepared.dataset.train, torch.device("cpu"))
     assert len(images) == len(groups) == len(digits)
     assert torch.equal(groups // 2, labels)
-    # Of each group, which digit most of its images show.
+    # For each group, the number of its images that show its most frequent digit.
     shown = [int(digits[groups == group].bincount().max()) for group in range(10)]
     assert sum(shown) / len(digits) > 0.85
 

@@ -1,4 +1,4 @@
-"""Tests of Table 1: selection on the validation split, test split for final runs only."""
+"""Check Table 1: settings and λ are chosen on validation; only final runs read the test split."""
 
 import csv
 import json
@@ -47,7 +47,7 @@ def test_the_table_is_filled_and_goes_on(tmp_path: Path) -> None:
     assert len(table) == 4
     assert " ± " not in table[3]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
-    # Three learning rates, three λ, a seed of each of two losses.
+    # Three learning rates, three λ, and one seed for each of two losses.
     assert len(before) == 3 + 3 + 2
     selection = [json.loads(path.read_text()) for path in before if "selection" in path.parts]
     assert not any("test" in name for content in selection for name in content["metrics"])

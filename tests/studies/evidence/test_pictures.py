@@ -1,4 +1,4 @@
-"""Tests of the figures of final runs, which show the runs that have a saved model."""
+"""Check that the figures show the finished final runs, without training again."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_figures_show_the_final_runs_that_are_there(
     paper.main(replace(settings, conditions=(BASELINE,)))
 
     def no_training(*_: object) -> None:
-        raise AssertionError("a model that is kept was trained again")
+        raise AssertionError("a saved model was trained again")
 
     monkeypatch.setattr(Trainer, "run_epoch", no_training)
     pictures.main(settings)

@@ -1,4 +1,4 @@
-"""Tests of the Decoy study: λ from validation images only, all methods by one command."""
+"""Check the Decoy study: λ is chosen on validation images alone; one command runs all methods."""
 
 import json
 from dataclasses import replace
@@ -32,7 +32,7 @@ def test_the_study_is_made_and_goes_on_and_is_written_as_tables(tmp_path: Path) 
     settings = _settings(tmp_path, CLEAN, "prototype energy")
     main(settings)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
-    # One λ to choose from and several; two seeds each.
+    # Selection runs only for the method with several λ; two final seeds for each method.
     assert len(made) == len(METHODS["prototype energy"]) + 2 + 2
     selection = [json.loads(path.read_text()) for path in made if "selection" in path.parts]
     assert not any("test" in name for content in selection for name in content["metrics"])
@@ -96,7 +96,7 @@ def test_every_method_is_a_set_of_configurations(method: str, tmp_path: Path) ->
     }
 
 
-# --- The ceiling -----------------------------------------------------------------------------
+# --- The upper bound: RRR with the true masks ------------------------------------------------
 
 
 @pytest.mark.faults

@@ -1,4 +1,4 @@
-"""Tests of runs, which are executed once, in this process or in several."""
+"""Check that each run is computed only once, in this process or in several."""
 
 import json
 import os

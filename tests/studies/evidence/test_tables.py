@@ -1,4 +1,4 @@
-"""Tests of tables: intervals and tests against exact values or SciPy."""
+"""Check the intervals and significance tests in tables against hand-computed values and SciPy."""
 
 import pytest
 from scipy import stats
@@ -18,7 +18,7 @@ def test_an_interval_is_students_t() -> None:
 def test_a_paired_comparison_is_a_paired_t_test() -> None:
     ours, theirs = [0.91, 0.93, 0.925, 0.94], [0.90, 0.91, 0.926, 0.93]
     by_seed, of_others = dict(enumerate(ours)), dict(enumerate(theirs))
-    # Seeds that only one of them has are left out, and order does not matter.
+    # Seeds that only one method has are ignored, and the order of seeds does not matter.
     found = paired(by_seed | {9: 0.1}, dict(reversed(of_others.items())) | {8: 0.2})
     assert found is not None
     assert found.points == f"+0.97 ± {100 * found.margin:.2f}"

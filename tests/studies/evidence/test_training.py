@@ -1,4 +1,4 @@
-"""Tests of a run's model: trained once, resumed after an interruption."""
+"""Check that a run's model is trained once, and resumes after an interruption."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_a_run_that_is_cut_goes_on_to_the_same_model(
 ) -> None:
     data = small["decoy_mnist"]
     data = replace(data, train=data.train.take(np.arange(96)))
-    if RRR not in beyond:  # What is not given the masks does without.
+    if RRR not in beyond:  # The other losses must work without masks.
         data = replace(data, train=replace(data.train, masks=None))
     train_prototypes, validation_prototypes = (
         class_prototypes(*to_device(split, torch.device("cpu")), 10)
@@ -57,7 +57,7 @@ def test_a_run_that_is_cut_goes_on_to_the_same_model(
         train(run, prepared, tmp_path / "cut.pt")
     resumed = train(run, prepared, tmp_path / "cut.pt")
     assert len(saved) == 2
-    again = train(run, prepared, tmp_path / "cut.pt")  # Nothing is trained any more.
+    again = train(run, prepared, tmp_path / "cut.pt")  # Trains nothing: the run is finished.
     assert len(saved) == 2
     for other in (resumed, again):
         for name, value in whole.model.state_dict().items():

@@ -1,4 +1,4 @@
-"""Tests of Optuna Dashboard on a finished study, over HTTP."""
+"""Check Optuna Dashboard on a real study over HTTP."""
 
 import io
 import json
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.xdist_group("ray")]
 def ask(
     study: Finished, environment: dict[str, str], free_port: Callable[[], int]
 ) -> Iterator[Callable[[str], bytes]]:
-    """Return a function that reads a path of the dashboard of a study of three trials."""
+    """Return a function that requests a path from the dashboard of a study of three trials."""
     port = free_port()
     server = subprocess.Popen(
         [*STUDY_COMMAND, "view", "results/small", "--port", str(port)],
@@ -72,7 +72,7 @@ def test_the_dashboard_shows_trials_and_their_pictures(ask: Callable[[str], byte
         assert (artifact["filename"], artifact["mimetype"]) == ("cams.png", "image/png")
         place = f"/artifacts/{found['study_id']}/{trial['trial_id']}/{artifact['artifact_id']}"
         with Image.open(io.BytesIO(ask(place))) as picture:
-            # Ten prototypes above ten CAMs, of 14 pixels times 4.
+            # Ten prototypes above ten CAMs, each of 14 pixels enlarged four times.
             assert picture.size == (10 * 56, 2 * 56)
 
 

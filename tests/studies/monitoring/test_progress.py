@@ -1,4 +1,4 @@
-"""Tests of the progress of a search on the terminal, with the engine's warnings."""
+"""Check the progress of a search and the warnings of the engine on the terminal."""
 
 import logging
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from studies.monitoring.progress import on_terminal, print_engine_warnings
 
 @pytest.fixture
 def _engine_log() -> Iterator[None]:
-    """Restore the handlers of the engine's log."""
+    """Remove the handlers of the engine's log, and restore them after the test."""
     log = logging.getLogger("studies.engine")
     before = list(log.handlers)
     log.handlers.clear()
@@ -53,4 +53,4 @@ def test_lines_go_on_from_what_had_ended(
         (lines,) = callbacks
         assert isinstance(lines, TrialLines)
         assert vars(lines) == {"_num_trials": 3, "_ended": 1}
-    assert capsys.readouterr().out == ""  # No table where there is no terminal.
+    assert capsys.readouterr().out == ""  # No table without a terminal.

@@ -1,4 +1,4 @@
-"""Tests of the status table: its content, its width of 80, and no output without a terminal."""
+"""Check the status table: its content, its 80 columns, and no output without a terminal."""
 
 import io
 import os
@@ -18,7 +18,7 @@ from tests.studies.conftest import ROOT
 
 
 class Clock:
-    """A clock that a test sets."""
+    """A clock that tests set by hand."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -67,7 +67,7 @@ def test_it_counts_and_names_the_best_and_the_time_left(ledger: Ledger) -> None:
     ledger.report(3, _report(1, 0.95, 0.1))
     clock.now = 60.0
     lines = _text(table)
-    # Six epochs in a minute; three of trial 3 and four of the one to come are left.
+    # Six epochs took a minute. Three epochs of trial 3 and four of the next trial are left.
     assert lines[1] == "3 of 5 trials ended (1 completed, 1 stopped, 1 failed), 1 running"
     assert lines[2] == "best val_accuracy 0.9000, cam_ssim 0.7000; 2 on the Pareto front"
     assert lines[3] == "0:01:10 left at most"
@@ -113,7 +113,7 @@ def test_on_a_terminal_the_table_is_shown_and_removed(ledger: Ledger) -> None:
     text = console.file.getvalue()
     assert "a line\n" in text
     assert "0 of 5 trials ended" in text
-    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # The cursor is back.
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # The cursor is shown again.
 
 
 @pytest.mark.faults
@@ -134,7 +134,7 @@ def test_a_sweep_on_a_terminal_shows_the_table_and_leaves_the_lines(
     while True:
         try:
             part = os.read(master, 65536)
-        except OSError:  # The other end was closed.
+        except OSError:  # The study closed its end of the terminal.
             break
         if not part:
             break
@@ -145,4 +145,4 @@ def test_a_sweep_on_a_terminal_shows_the_table_and_leaves_the_lines(
     assert "of 2 trials ended" in text
     assert "images/s" in text
     assert "   2/2  " in text
-    assert text.count("\x1b[?25l") == text.count("\x1b[?25h")  # The cursor is back.
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h")  # The cursor is shown again.

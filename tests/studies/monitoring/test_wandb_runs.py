@@ -27,7 +27,7 @@ Reports = list[tuple[EpochReport, tune.Checkpoint]]
 
 @pytest.fixture(autouse=True)
 def _fresh_w_and_b() -> Iterator[None]:
-    """Reset W&B, which keeps settings for the whole process."""
+    """Reset W&B for each test, because it keeps its settings for the whole process."""
     wandb.teardown()
     yield
     wandb.teardown()
@@ -177,7 +177,10 @@ def test_run_that_cannot_be_started_costs_the_record_only(
 
 @pytest.fixture(autouse=True)
 def _services_are_waited_for() -> Iterator[None]:
-    """Poll W&B's service processes; W&B does not, so Python would warn in a later test."""
+    """Collect the exit status of W&B's service processes.
+
+    W&B drops the processes without doing so, and Python later warns about them.
+    """
     yield
     for found in gc.get_objects():
         if type(found) is subprocess.Popen:
@@ -185,14 +188,14 @@ def _services_are_waited_for() -> Iterator[None]:
 
 
 def kill_service() -> None:
-    """Kill W&B's service process."""
+    """Kill the service process that W&B started for this process."""
     for name in Path("/proc/self/task").glob("*/children"):
         for pid in map(int, name.read_text().split()):
             if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for a process in /proc")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find a process")
 def test_service_that_dies_costs_records_and_no_trial(
     tracking: Tracking, reports: Reports, recorded: Read, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -200,7 +203,7 @@ def test_service_that_dies_costs_records_and_no_trial(
         kill_service()
         for report, _ in reports:
             run.log(report, PICTURE)
-    # The next run learns of it, the one after that has a service again.
+    # The next run notices the loss; the run after it has a new service.
     for name in ("unheard", "heard"):
         with track(tracking, name, "name", {}) as run:
             run.log(reports[0][0], PICTURE)
@@ -215,7 +218,7 @@ def test_server_that_is_gone_leaves_an_offline_run(
     monkeypatch: pytest.MonkeyPatch,
     free_port: Callable[[], int],
 ) -> None:
-    # It was there when the study began.
+    # The server answered when the study began.
     monkeypatch.setenv("WANDB_API_KEY", API_KEY)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setattr("studies.monitoring.wandb_runs._INIT_SECONDS", 2)

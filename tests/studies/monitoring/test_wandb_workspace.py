@@ -1,4 +1,4 @@
-"""Tests of the W&B workspace: every panel names something that a run records."""
+"""Check that every panel of the W&B workspace shows something that a real run contains."""
 
 import json
 import subprocess
@@ -41,7 +41,7 @@ def _panels(folder: Path) -> list[dict[str, Any]]:
 
 
 def _named(value: Any) -> Iterator[tuple[str, str]]:
-    """Yield the names in a panel, each with its kind: config or logged."""
+    """Yield each name that a panel refers to, with its kind: "config" or "logged"."""
     if isinstance(value, dict):
         for name, part in value.items():
             if name in ("xAxis", "yAxis", "accessor", "targetKey", "groupBy"):

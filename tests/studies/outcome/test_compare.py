@@ -1,4 +1,4 @@
-"""Tests of the comparison of studies from their exports."""
+"""Check the comparison of studies, which is read from their exports."""
 
 import json
 import shutil
@@ -29,7 +29,8 @@ def test_studies_stand_side_by_side_and_their_choices_beneath_each_other(
     states = [row["state"] for row in read_csv(STUDY / "trials.csv")]
     assert cells["trials"] == [str(len(states))] * 2
     assert cells["stopped early"] == [str(states.count("stopped"))] * 2
-    # Of each trial of the front, the part of the area that those of less accuracy leave to it.
+    # Each trial adds a strip: as wide as its accuracy, from the SSIM of the next more accurate
+    # trial up to its own.
     front = sorted(studies[0].front.tolist())
     below = [ssim for _, ssim in front[1:]] + [0.0]
     area = sum(

@@ -84,14 +84,14 @@ def test_means_are_of_the_runs_that_came_to_the_end(
         ("a", make_record("r0", 0.90, 0.1)),
         ("a", make_record("r1", 0.80, 0.3)),
         ("a", make_record("r2", 0.10, 0.9, state="failed")),
-        ("b", make_record("r3", 0.70, 0.6)),  # A single one says nothing.
+        ("b", make_record("r3", 0.70, 0.6)),  # A single run has no interval.
     ]
     (found,) = gather(front, runs)
     assert found.candidate is front[0]
     record = found.as_record
     assert record.metrics["val_accuracy"] == pytest.approx(0.85)
     assert record.metrics["cam_ssim"] == pytest.approx(0.2)
-    assert record.trial_id == "r0"  # The first, not the best.
+    assert record.trial_id == "r0"  # The first run, not the best one.
     facts = record.facts["confirmed"]
     assert facts["candidate"] == "a"
     assert facts["val_accuracy"]["mean"] == pytest.approx(0.85)

@@ -83,7 +83,7 @@ def test_knee_is_the_compromise(make_record: Make) -> None:
 
 
 def test_knee_of_a_front_of_two_gives_up_the_least(make_record: Make) -> None:
-    # 0.2 points of accuracy cost nothing beside most of the SSIM.
+    # 0.2 points of accuracy are a small loss for most of the SSIM.
     records = [
         make_record("baseline", 0.992, 0.10),
         make_record("bcpl", 0.990, 0.90),
@@ -120,7 +120,7 @@ def test_ties_are_broken_by_the_other_metric(make_record: Make) -> None:
 
 @pytest.fixture
 def rivals(make_record: Make) -> list[TrialRecord]:
-    """Three records of a front, one without the explanation's loss, and one that diverged."""
+    """Return three records, none best in everything; one that diverged; one without a loss."""
     losses = {"low": 0.1, "middle": 0.2, "high": 0.9, "diverged": math.nan}
     accuracies = {"low": 0.5, "middle": 0.8, "high": 0.9, "diverged": 0.99, "lacking": 0.99}
     plain = TrialConfig(lambda_batch=0.0)
@@ -216,7 +216,7 @@ def test_front_is_written_as_json_that_makes_the_configurations_again(
 
 @pytest.fixture
 def trained(config: TrialConfig, reports: Reports, make_record: Make) -> list[TrialRecord]:
-    """A trial that completed, and another one that was stopped after its first epoch."""
+    """Return two records of a real trial: after its last epoch, and stopped after its first."""
     first, *_, last = reports
     return [
         make_record(name, 0, 0, config=config, metrics=dict(report.metrics), checkpoints=folder)
@@ -314,5 +314,5 @@ def test_records_tell_how_trials_ended(config: TrialConfig, tmp_path: Path) -> N
     assert records[0].metrics == last
     assert records[0].checkpoints == "s3://bucket/s/checkpoints/k_00000"
     assert [record.error for record in records] == [None, None, "the reason", "the reason", None]
-    # One that failed after an epoch can be exported.
+    # A trial that failed after an epoch can be exported.
     assert [record.usable for record in records] == [True, True, True, False, True]

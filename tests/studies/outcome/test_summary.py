@@ -29,7 +29,7 @@ WIDE = TrialConfig(
 
 @pytest.fixture
 def records(make_record: Callable[..., TrialRecord]) -> list[TrialRecord]:
-    """Twenty trials: a front of three, fifteen dominated, one failed, one unfinished."""
+    """Return 20 trials: three on the front, 15 dominated, one failed, one unfinished."""
     front = [
         make_record(f"front-{n}", 0.99 - 0.01 * n, 0.3 + 0.1 * n, config=WIDE) for n in range(3)
     ]
@@ -69,7 +69,7 @@ def test_table_fits_eighty_columns(
 ) -> None:
     *table, path, _ = printed(records, chosen, 80).split("\n")
     assert max(map(len, table)) <= 80
-    # A path that is broken cannot be copied.
+    # A path that is split over two lines cannot be copied.
     assert path.startswith("Best bundle: /a/folder")
     assert path.endswith("/study/best/knee")
 
@@ -81,7 +81,7 @@ def test_table_counts_states_and_shows_the_front_first(
     assert "Best of 20 trials (18 completed, 1 failed, 1 unfinished)" in text
     rows = [line for line in text.splitlines() if "convnextv2_tiny" in line]
     assert len(rows) == 12
-    # Trials are named by their numbers; their ids are long.
+    # The table shows numbers of trials, because their ids are long.
     assert [int(row.split()[-1]) for row in rows] == [16, 17, 18, *range(9)]
     assert "accuracy" in rows[0]
     assert "(front)" in rows[1]
@@ -122,7 +122,7 @@ def test_test_metrics_are_those_of_the_bundles(
 
 @pytest.fixture
 def confirmed(records: list[TrialRecord]) -> list[Confirmed]:
-    """The first two trials of the front, trained again with two seeds."""
+    """Return the first two trials of the front, trained again with two seeds."""
     intervals = {"val_accuracy": (0.98, 0.97, 0.99), "cam_ssim": (0.25, 0.2, 0.3)}
     return [
         Confirmed(
@@ -147,7 +147,7 @@ def test_confirmed_means_are_printed_with_their_intervals(
     rows = [line for line in table.splitlines() if "convnextv2_tiny" in line]
     assert len(rows) == 2
     assert all("0.9800 ± 0.0100" in row and "0.250 ± 0.050" in row for row in rows)
-    # Numbers of the trials that were confirmed, as in the table above.
+    # The numbers are those of the confirmed trials, as in the table above.
     assert [row.split()[-1] for row in rows] == ["16", "17"]
     assert max(map(len, printed(records, chosen, 80, confirmed).split("\n")[:-2])) <= 80
 

@@ -1,4 +1,4 @@
-"""Tests of probes in Ray processes, which may be killed."""
+"""Check probes as a study runs them, in processes that may be killed."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.xdist_group("ray")
 
 @contextmanager
 def local_ray(**settings: float) -> Iterator[None]:
-    """Start a Ray of one CPU, with internal settings."""
+    """Run a Ray of one CPU, with internal settings that users do not change."""
     ray.init(
         address="local",
         num_cpus=1,
@@ -60,7 +60,7 @@ def test_probe_killed_by_ray_is_out_of_memory(
         return Probe(each, threads)
 
     monkeypatch.setattr("studies.planning.probe.probe", greedy)
-    # To this Ray a node is full that has more than a thousandth of its memory in use.
+    # This Ray treats a node as full when more than a thousandth of its memory is in use.
     with local_ray(memory_usage_threshold=0.001, memory_monitor_refresh_ms=50):
         (killed,) = probe_all([config], prepared, 1.0, 0.0)
     assert "memory" in str(killed.error)

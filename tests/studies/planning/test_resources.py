@@ -17,21 +17,21 @@ NODE = {"CPU": 8.0, "memory": 1e9}
 
 @pytest.fixture(params=[0, 2], ids=["no GPU", "2 GPUs"])
 def gpus(request: pytest.FixtureRequest) -> int:
-    """The number of GPUs of a cluster of one node with 8 CPUs."""
+    """Return the number of GPUs of a cluster of one node with 8 CPUs."""
     number: int = request.param
     return number
 
 
 @pytest.fixture
 def nodes(gpus: int) -> list[Node]:
-    """The only node of the cluster. As in Ray, a node without a GPU has no entry "GPU"."""
+    """Return the only node of the cluster; as in Ray, it has the key "GPU" only if it has GPUs."""
     return [NODE | {"GPU": float(gpus)} if gpus else NODE]
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [0, 2])
 def test_nodes_of_the_connected_cluster_are_read(number: int) -> None:
-    # Ray accepts any number of GPUs that it is told.
+    # Ray accepts any declared number of GPUs.
     ray.init(address="local", num_cpus=8, num_gpus=number, include_dashboard=False)
     try:
         (node,) = alive_nodes()
@@ -51,7 +51,7 @@ def test_given_cpus_are_kept(nodes: list[Node], gpus: int) -> None:
 
 def test_trials_can_share_a_gpu(nodes: list[Node], gpus: int) -> None:
     if not gpus:
-        pytest.skip("nothing to share")
+        pytest.skip("needs a GPU to share")
     assert choose_resources(nodes, None, 0.5) == TrialResources(2.0, 0.5, 8.0)
     assert choose_resources(nodes, None, 0.01) == TrialResources(1.0, 0.01, 8.0)
 
@@ -70,10 +70,10 @@ def test_more_than_any_node_has_is_refused(
 
 
 def test_memory_that_was_measured_decides_the_share(nodes: list[Node], gpus: int) -> None:
-    # A fifth and its reserve: four fit on a device.
+    # Each trial takes a fifth of the memory plus a reserve: four trials fit on a device.
     chosen = choose_resources(nodes, None, None, 0.2)
     assert chosen == (TrialResources(1.0, 0.25, 8.0) if gpus else TrialResources(2.0, 0.0, 8.0))
-    # What was said goes before what was measured.
+    # Requested resources take precedence over measured ones.
     assert choose_resources(nodes, 1.0, 0.0, 0.2) == TrialResources(1.0, 0.0, 8.0)
 
 
@@ -109,7 +109,7 @@ def test_request_is_in_the_terms_of_ray() -> None:
         ((3.0, 0.0), 4, (8.0, 0.0)),
         ((1.0, 0.25), 2, (2.0, 0.5)),
         ((1.0, 0.25), 8, (8.0, 1.0)),
-        # Of several GPUs a trial uses what was asked for, and no more.
+        # A trial that requests several GPUs never gets more of them.
         ((1.0, 2.0), 2, (2.0, 2.0)),
     ],
 )

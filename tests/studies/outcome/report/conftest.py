@@ -1,4 +1,4 @@
-"""Fixtures: studies with made-up trials, in the files that a driver writes."""
+"""Fixtures for the tests of reports: finished studies, made without training."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from studies.settings import StudySettings
 from studies.space import SearchSpace
 
 CLASSES = ("cat", "dog", "<b>bird</b>")
-"""The last is a name that a page must not take for its own."""
+"""Names of classes; a page must escape the last one, which looks like HTML."""
 
 LOSSES: tuple[dict[str, Any], ...] = (
     {"lambda_proto": 0.0, "lambda_batch": 0.0},
@@ -31,9 +31,9 @@ MakeStudy = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def make_study(tmp_path_factory: pytest.TempPathFactory) -> MakeStudy:
-    """Return a function that writes a study of some trials, of which one failed, with bundles.
+    """Return a function that makes a study with bundles; its last trial has failed.
 
-    Accuracy follows the learning rate; SSIM is high where a CAM is in the loss.
+    Accuracy depends on the learning rate. SSIM is high if the loss compares CAMs.
     """
 
     # By default too few trials for the importance of parameters, which takes seconds.
@@ -91,7 +91,7 @@ def _metrics(epoch: int, rate: float, explained: bool) -> dict[str, float]:
         "cam_ssim_sample": 0.5,
         "images_per_second": 1000.0 + 100 * epoch,
         "seconds": 30.0,
-        "loss": float("nan"),  # What no JSON has a number for.
+        "loss": float("nan"),  # JSON cannot represent NaN.
     }
 
 

@@ -1,4 +1,4 @@
-"""Tests of the colours of losses: distinct while there are enough, and never an error."""
+"""Check that losses get distinct colours while there are enough, and that more are no error."""
 
 from itertools import combinations
 

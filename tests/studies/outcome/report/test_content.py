@@ -91,7 +91,7 @@ def test_positions_are_in_order_and_off_is_below_the_smallest_weight(
     content = read(make_study())
     rows, ticks = parallel_rows(content)
     axes = list(dict.fromkeys(tick["axis"] for tick in ticks))
-    # One value for all: resolution, stride, decay. Not searched: energy.
+    # Left out: resolution, stride and decay, which have one value; energy, which is not searched.
     assert axes == [
         "backbone",
         "metric",
@@ -136,7 +136,7 @@ def test_findings_name_the_compromise_and_what_it_costs(make_study: MakeStudy) -
     assert "one run" in warning
     confirmed = findings(read(make_study(confirmed=True)))
     assert len(confirmed) == 2
-    # Means over the fresh seeds, which are the same for all here, and not the bundles' own runs.
+    # Compares the means over fresh seeds, which are equal here, not the bundles' own runs.
     assert "0.00 points more accurate" in confirmed[1]
     assert findings(read(make_study(bundles=False))) == ["The study has exported no bundles yet."]
 

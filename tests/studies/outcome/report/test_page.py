@@ -1,4 +1,4 @@
-"""Tests of the report in a browser, Debian's Chromium, without a network."""
+"""Check the report in a browser, Debian's Chromium, without a network."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -46,7 +46,7 @@ def report(make_study: Any) -> Path:
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[Open]:
-    """Return a function that opens a page; its errors and its network requests fail the test."""
+    """Return a function that opens a page; a console message, dialog or request fails the test."""
     complaints: list[str] = []
     pages: list[Page] = []
 
@@ -98,7 +98,7 @@ def test_every_chart_is_drawn_and_nothing_is_asked_of_a_network(
 def test_filters_show_some_of_the_trials_in_charts_and_table(open_page: Open, report: Path) -> None:
     page = open_page(report)
     assert page.locator("#count").inner_text() == "15 of 15 trials"
-    # By the keyboard alone.
+    # Uses the keyboard alone.
     page.locator("select[name=filter_loss]").focus()
     page.keyboard.press("ArrowDown")
     assert page.locator("select[name=filter_loss]").input_value() == "BCPL"
@@ -129,7 +129,7 @@ def test_names_are_text_whatever_they_hold(open_page: Open, report: Path) -> Non
     page = open_page(report)
     assert page.locator(".gallery thead th").last.inner_text() == "<b>bird</b>"
     assert "<script>alert(1)</script>" in page.locator("#trials li").inner_text()
-    # Prototypes, baseline, accuracy, and ssim with knee: three classes each.
+    # Four rows of three classes: prototypes, baseline, accuracy, and ssim with knee.
     assert page.locator(".gallery img").count() == 4 * 3
 
 
