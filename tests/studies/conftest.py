@@ -192,19 +192,19 @@ def postgresql(free_port: Callable[[], int]) -> Iterator[PostgreSQL]:
         server.stop()
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """Run a Ray of two CPUs in this process and its children."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture(scope="session")
 def shared_ray(_clean_environment: None) -> Iterator[str]:
     """Yield the address of a Ray of three CPUs, which outlives the drivers that join it."""
     with local_cluster(LocalClusterSettings(workers=0, head_cpus=RAY_CPUS)) as cluster:
         yield cluster.address
+
+
+@pytest.fixture
+def connected_ray(shared_ray: str) -> Iterator[None]:
+    """The shared Ray cluster, to which this process is connected during the test."""
+    ray.init(address=shared_ray, log_to_driver=False)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

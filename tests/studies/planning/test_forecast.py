@@ -67,12 +67,12 @@ def test_probe_that_runs_out_of_memory_says_so(
 def test_epochs_and_hours_add_up(settings: StudySettings, prepared: PreparedData) -> None:
     configs = [each.config for each in probes(settings)]
     result = forecast(settings, configs, probes(settings), prepared, at_a_time=2)
-    assert (result.most_epochs, result.at_a_time, result.trials) == (80, 2, 10)
+    assert (result.max_epochs, result.at_a_time, result.trials) == (80, 2, 10)
     # Half of the trials stop at each rung, epochs 1, 2 and 4: 1 + 1/2 + 2/4 + 4/8 epochs a trial.
-    assert result.fewest_epochs == 25
+    assert result.min_epochs == 25
     # 200 training images at 100 per second, 100 validation images at 50; two trials at a time.
-    assert result.most_hours == pytest.approx(80 * (2 + 2) / 2 / 3600)
-    assert result.fewest_hours == pytest.approx(25 * (2 + 2) / 2 / 3600)
+    assert result.max_hours == pytest.approx(80 * (2 + 2) / 2 / 3600)
+    assert result.min_hours == pytest.approx(25 * (2 + 2) / 2 / 3600)
     assert result.peak_bytes == 2**30
 
 
