@@ -242,7 +242,11 @@ class Explain:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Retrain a bundle from its config.yaml, and compare the metrics."""
+    """Retrain a bundle from its config.yaml, and compare the metrics.
+
+    On a CPU it trains with as many threads as the bundle was trained with, since rounding depends
+    on their number.
+    """
 
     bundle: tyro.conf.Positional[Path]
     accuracy_tolerance: float = 0.005
@@ -265,6 +269,7 @@ class Verify:
 
         prepared = prepare(config)
         _check_same_data(model, prepared.dataset.sha256)
+        torch.set_num_threads(int(model.metrics.get("threads", torch.get_num_threads())))
         result = _fit_with_progress(config, prepared, stop)
         passed = True
         for name, tolerance in (

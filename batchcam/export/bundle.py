@@ -15,6 +15,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -233,8 +234,7 @@ def _describe(result: TrialResult, command: str) -> dict[str, Any]:
         "epochs": int(last["epoch"]),
         "seconds": sum(epoch["seconds"] for epoch in result.history),
         "seed": config.seed,
-        "device": device.type,
-        "threads": torch.get_num_threads(),
+        **asdict(result.hardware),
         "dataset_sha256": data.sha256,
         "git_commit": git_commit(),
         "versions": package_versions(),

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,14 @@ class EpochReport:
 
 
 @dataclass(frozen=True)
+class Hardware:
+    """The kind of device that trained a run ("cpu", "cuda" or "mps"), and PyTorch's threads."""
+
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True)
 class TrialResult:
     """A finished run: the model after its last epoch, and the metrics of every epoch.
 
@@ -71,6 +79,7 @@ class TrialResult:
         grid: rows and columns of the CAM grid.
         history: the metrics of every epoch.
         evaluation: of the validation split, after the last epoch.
+        hardware: where the last epoch was trained; on a CPU, results depend on its threads.
         extra_terms: the user's own loss terms, with their weights.
     """
 
@@ -81,6 +90,7 @@ class TrialResult:
     grid: tuple[int, int]
     history: list[Metrics]
     evaluation: Evaluation
+    hardware: Hardware
     extra_terms: ExtraTerms = field(default=())
 
     @property
@@ -220,6 +230,7 @@ class Trainer:
         self.validation = prepared.split("validation", resolution, device)
         self._prepared = prepared
         self._device = device
+        self._hardware = Hardware(device.type, torch.get_num_threads())
         self._extra_terms = tuple(terms)
 
         stride = resolve_output_stride(
@@ -240,6 +251,7 @@ class Trainer:
     def run_epoch(self, on_step: Callable[[int, int], None] | None) -> Evaluation:
         """Train for one epoch, validate, and append the metrics to the history."""
         started = time.perf_counter()
+        self._hardware = Hardware(self._device.type, torch.get_num_threads())
         means = self._train_epoch(on_step)
         trained = time.perf_counter() - started
         losses = {name: value.item() for name, value in means.items()}
@@ -313,6 +325,7 @@ class Trainer:
             grid=self.grid,
             history=self.history,
             evaluation=evaluation,
+            hardware=self._hardware,
             extra_terms=self._extra_terms,
         )
 
@@ -324,6 +337,7 @@ class Trainer:
             EXTRA_TERMS: self._extra_weights(),
             "epoch": self.epoch,
             "history": self.history,
+            "hardware": asdict(self._hardware),
             **self.step.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": (
@@ -357,6 +371,8 @@ class Trainer:
             )
         self.epoch = state["epoch"]
         self.history = state["history"]
+        if "hardware" in state:  # Older states lack it.
+            self._hardware = Hardware(**state["hardware"])
         self.step.load_state_dict(state)
         torch.set_rng_state(state["rng"].cpu())
         if self._device.type == "cuda" and state["cuda_rng"] is not None:

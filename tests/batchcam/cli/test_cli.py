@@ -381,6 +381,12 @@ def test_verify_fails_on_altered_metrics(
     assert shown.endswith("NOT verified\n")
 
 
+def test_verify_trains_with_the_threads_of_the_bundle(copied: Path) -> None:
+    _edit_metrics(copied, threads=2)
+    assert run("verify", copied, "--accuracy-tolerance", "1", "--ssim-tolerance", "2") == 0
+    assert torch.get_num_threads() == 2
+
+
 def test_verify_retrains_a_run_that_was_ended_early_for_as_long(
     copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

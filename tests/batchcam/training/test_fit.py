@@ -20,6 +20,7 @@ from batchcam.similarity import ssim
 from batchcam.training.fit import (
     STATE_FORMAT,
     EpochReport,
+    Hardware,
     Metrics,
     Trainer,
     TrialResult,
@@ -614,3 +615,13 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(
 def test_images_reach_the_trainer_without_a_copy(tiny_prepared: PreparedData) -> None:
     images, _ = to_device(tiny_prepared.dataset.train, torch.device("cpu"))
     assert images.data_ptr() == tiny_prepared.dataset.train.images.ctypes.data
+
+
+def test_a_restored_run_names_the_threads_of_its_training(
+    tmp_path: Path, tiny_config: TrialConfig, tiny_prepared: PreparedData
+) -> None:
+    config, state = replace(tiny_config, device="cpu", epochs=1), tmp_path / "state.pt"
+    torch.set_num_threads(2)
+    fit(config, lambda report: report.save_state(state), prepared=tiny_prepared)
+    torch.set_num_threads(1)
+    assert restore(config, state, prepared=tiny_prepared).hardware == Hardware("cpu", 2)
