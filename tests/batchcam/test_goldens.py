@@ -135,12 +135,15 @@ def machine() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("term", TERMS)
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
-    "backbone",
+    ("backbone", "precision"),
     [
-        pytest.param(name, marks=() if name == "simple_cnn" else pytest.mark.faults)
-        for name in BACKBONES
+        pytest.param(
+            backbone,
+            precision,
+            marks=() if (backbone, precision) == ("simple_cnn", "fp32") else pytest.mark.faults,
+        )
+        for backbone, precision in product(BACKBONES, PRECISIONS)
     ],
 )
 def test_steps_are_the_golden_ones(backbone: str, precision: Precision, term: str) -> None:

@@ -99,6 +99,7 @@ def crash_once(
         run_trial(params, settings=settings, prepared=prepared)
 
 
+@pytest.mark.faults
 @pytest.mark.xdist_group("ray")
 @pytest.mark.usefixtures("connected_ray")
 def test_trial_that_crashes_goes_on_to_the_end_it_would_have_had(

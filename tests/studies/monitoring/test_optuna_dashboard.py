@@ -95,15 +95,3 @@ def test_a_store_that_cannot_be_written_stops_nothing(
     (settings.folder / paths.ARTIFACTS).write_text("a file where the folder should be")
     attach_picture(SimpleNamespace(number=3), settings)  # type: ignore[arg-type]
     assert "the picture of trial 3 was not attached" in caplog.text
-
-
-def test_a_folder_without_a_study_is_said(environment: dict[str, str], tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*STUDY_COMMAND, "view", str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {tmp_path} holds no study")

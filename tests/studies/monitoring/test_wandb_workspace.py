@@ -1,7 +1,6 @@
 """Check that every panel of the W&B workspace shows something that a real run contains."""
 
 import json
-import subprocess
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,13 +14,14 @@ import wandb_workspaces.workspaces as ws
 from ray import tune
 
 from batchcam.config import TrialConfig
+from batchcam.errors import ConfigError
 from batchcam.training.fit import EpochReport
 from studies import paths
 from studies.monitoring.wandb_runs import Tracking, track
-from studies.monitoring.wandb_workspace import begin, workspace, write
+from studies.monitoring.wandb_workspace import begin, create, workspace, write
 from studies.settings import StudySettings
 from studies.space import SearchSpace
-from tests.studies.conftest import STUDY_COMMAND, Recorded
+from tests.studies.conftest import Recorded
 
 PICTURE = np.zeros((4, 8, 3), dtype=np.uint8)
 Read = Callable[[Path], list[Recorded]]
@@ -133,26 +133,11 @@ def test_a_server_that_refuses_the_dashboard_stops_nothing(
     assert message.startswith("warning: W&B did not accept the dashboard of 'mine': ")
 
 
-def test_the_command_writes_the_dashboard_of_a_study_that_was_begun(
-    tmp_path: Path, environment: dict[str, str]
-) -> None:
+def test_dashboard_of_a_study_that_was_begun_is_written(tmp_path: Path) -> None:
     settings = StudySettings(study="mine", out=tmp_path).begun()
     settings.folder.mkdir()
-    command = [
-        *STUDY_COMMAND,
-        "dashboard",
-        str(settings.folder),
-        "--offline",
-    ]
-
-    def run() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-    missing = run()
-    assert missing.returncode == 2
-    assert missing.stderr.startswith(f"error: {settings.folder} holds no study")
+    with pytest.raises(ConfigError, match=f"{settings.folder} holds no study"):
+        create(settings.folder, offline=True)
     settings.save()
-    done = run()
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(settings.folder / paths.DASHBOARD)
+    assert create(settings.folder, offline=True) == str(settings.folder / paths.DASHBOARD)
     assert _panels(settings.folder)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 from batchcam.errors import ConfigError
 from studies.markdown import markdown_table
 from studies.outcome.compare import bundles_table, compare, read, studies_table
-from tests.studies.conftest import STUDY_COMMAND
 
 STUDY = Path(__file__).parents[3] / "results" / "fashion"
 
@@ -70,7 +68,3 @@ def test_a_folder_without_a_study_is_said(tmp_path: Path) -> None:
         read(tmp_path)
     with pytest.raises(ConfigError, match="no study is given; name the folders"):
         compare(())
-    command = [*STUDY_COMMAND, "compare", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {tmp_path} does not hold")

@@ -35,6 +35,7 @@ def local_ray(**settings: float) -> Iterator[None]:
         ray.shutdown()
 
 
+@pytest.mark.usefixtures("connected_ray")
 def test_probe_killed_by_the_kernel_is_out_of_memory_and_the_next_one_is_not(
     config: TrialConfig, prepared: PreparedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -45,13 +46,13 @@ def test_probe_killed_by_the_kernel_is_out_of_memory_and_the_next_one_is_not(
 
     monkeypatch.setattr("studies.planning.probe.probe", greedy)
     larger = TrialConfig(batch_size=128)
-    with local_ray():
-        killed, found = probe_all([larger, config], prepared, 1.0, 0.0)
+    killed, found = probe_all([larger, config], prepared, 1.0, 0.0)
     assert (killed.config, killed.threads, killed.device) == (larger, 1, "cpu")
     assert killed.error
     assert found == Probe(config, 1, 1.0, 1.0, 1, 2)
 
 
+@pytest.mark.faults
 def test_probe_killed_by_ray_is_out_of_memory(
     config: TrialConfig, prepared: PreparedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
