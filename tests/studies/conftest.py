@@ -199,10 +199,10 @@ def shared_ray(_clean_environment: None) -> Iterator[str]:
         yield cluster.address
 
 
-@pytest.fixture
-def connected_ray(shared_ray: str) -> Iterator[None]:
-    """The shared Ray cluster, to which this process is connected during the test."""
-    ray.init(address=shared_ray, log_to_driver=False)
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A local Ray of two CPUs, to which this process is connected."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

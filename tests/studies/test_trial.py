@@ -101,7 +101,7 @@ def crash_once(
 
 @pytest.mark.faults
 @pytest.mark.xdist_group("ray")
-@pytest.mark.usefixtures("connected_ray")
+@pytest.mark.usefixtures("local_ray")
 def test_trial_that_crashes_goes_on_to_the_end_it_would_have_had(
     config: TrialConfig,
     prepared: PreparedData,

@@ -17,7 +17,7 @@ from studies.engine.run import Search, run_search, trial_id
 from studies.objectives import ACCURACY, SIMILARITY
 from studies.planning.resources import TrialResources
 
-pytestmark = [pytest.mark.usefixtures("connected_ray"), pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.xdist_group("ray")]
 
 RESOURCES = TrialResources(1.0, 0.0, 2.0)
 

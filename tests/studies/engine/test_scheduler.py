@@ -52,7 +52,7 @@ def judge(scheduler: ParetoASHA, number: int, result: dict[str, Any]) -> str:
 
 
 @pytest.mark.xdist_group("ray")
-@pytest.mark.usefixtures("connected_ray")
+@pytest.mark.usefixtures("local_ray")
 def test_ray_stops_what_is_behind_in_every_objective(tmp_path: Path) -> None:
     # The fifth trial has the worst accuracy and the best SSIM. The last one's accuracy is NaN.
     qualities = [(0.5, 0.5), (0.9, 0.6), (0.1, 0.1), (0.95, 0.7), (0.05, 0.9), (math.nan, 0.9)]
@@ -60,7 +60,7 @@ def test_ray_stops_what_is_behind_in_every_objective(tmp_path: Path) -> None:
 
 
 @pytest.mark.xdist_group("ray")
-@pytest.mark.usefixtures("connected_ray")
+@pytest.mark.usefixtures("local_ray")
 def test_rungs_are_epochs_and_not_reports(tmp_path: Path) -> None:
     # The second trial resumes after epoch 3. Its first report, at epoch 4, is past the first rung
     # and at the second.

@@ -35,7 +35,6 @@ def local_ray(**settings: float) -> Iterator[None]:
         ray.shutdown()
 
 
-@pytest.mark.usefixtures("connected_ray")
 def test_probe_killed_by_the_kernel_is_out_of_memory_and_the_next_one_is_not(
     config: TrialConfig, prepared: PreparedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -46,7 +45,8 @@ def test_probe_killed_by_the_kernel_is_out_of_memory_and_the_next_one_is_not(
 
     monkeypatch.setattr("studies.planning.probe.probe", greedy)
     larger = TrialConfig(batch_size=128)
-    killed, found = probe_all([larger, config], prepared, 1.0, 0.0)
+    with local_ray():
+        killed, found = probe_all([larger, config], prepared, 1.0, 0.0)
     assert (killed.config, killed.threads, killed.device) == (larger, 1, "cpu")
     assert killed.error
     assert found == Probe(config, 1, 1.0, 1.0, 1, 2)
