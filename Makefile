@@ -34,7 +34,9 @@ test: env
 	  $(if $(COVERAGE),--cov --cov-report=term --cov-fail-under=90)
 
 faults: env
-	$(BIN)/pytest -m faults --numprocesses 2 --dist loadgroup --durations 12
+	$(BIN)/pytest -m faults tests/cluster --ignore tests/cluster/test_local.py
+	$(BIN)/pytest -m faults --ignore tests/cluster/test_faults.py --ignore tests/cluster/test_hosts.py \
+	  --ignore tests/cluster/test_slurm.py --numprocesses 2 --dist loadgroup --durations 12
 
 speed: env
 	$(SPEED).steps --device $(DEVICE) --threads 2 --out results/speed/$(DEVICE)

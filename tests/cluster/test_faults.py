@@ -16,7 +16,6 @@ from studies.engine.ledger import LEDGER, Ledger
 pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.faults,
-    pytest.mark.xdist_group("cluster"),
 ]
 
 SCRIPT = Path(__file__).parents[2] / "studies" / "bcpl_sweep.py"

@@ -33,7 +33,6 @@ def _may_make_hosts() -> bool:
 pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.faults,
-    pytest.mark.xdist_group("cluster"),
     pytest.mark.skipif(
         not _may_make_hosts(),
         reason="needs root, the permission to create network namespaces, and Debian's iproute2",

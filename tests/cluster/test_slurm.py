@@ -22,7 +22,6 @@ TOOLS = ("slurmctld", "slurmd", "munged", "sbatch")
 pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.faults,
-    pytest.mark.xdist_group("cluster"),
     pytest.mark.skipif(
         os.geteuid() != 0
         or not all(shutil.which(tool, path="/usr/sbin:/usr/bin") for tool in TOOLS),
