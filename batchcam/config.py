@@ -25,12 +25,7 @@ Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["one_cycle", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
-DATASETS: tuple[Dataset, ...] = get_args(Dataset)
 METRICS: tuple[Metric, ...] = get_args(Metric)
-PROTOTYPES: tuple[Prototype, ...] = get_args(Prototype)
-OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
-SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 MIN_RESOLUTION = 8
 """Pixels. The SSIM window is 7 pixels wide, so a smaller image has at most one window position."""

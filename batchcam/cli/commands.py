@@ -244,8 +244,8 @@ class Explain:
 class Verify:
     """Retrain a bundle from its config.yaml, and compare the metrics.
 
-    On a CPU it trains with as many threads as the bundle was trained with, since rounding depends
-    on their number.
+    It trains with as many PyTorch threads as the bundle was trained with, because on a CPU the
+    rounding depends on their number.
     """
 
     bundle: tyro.conf.Positional[Path]

@@ -3,30 +3,32 @@
 import math
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchcam.config import (
-    DATASETS,
     METRICS,
-    OPTIMIZERS,
-    PRECISIONS,
-    PROTOTYPES,
-    SCHEDULES,
+    Cam,
+    Dataset,
+    Optimizer,
+    Precision,
+    Prototype,
+    Schedule,
     TrialConfig,
 )
 from batchcam.data.sources import LOADERS
 from batchcam.errors import ConfigError
+from batchcam.explainers import EXPLAINERS
 from batchcam.prototypes import KINDS
 from batchcam.similarity import METRICS as METRIC_FUNCTIONS
 
 weights = st.floats(0, 1e6)
 configs = st.builds(
     TrialConfig,
-    dataset=st.sampled_from(DATASETS),
+    dataset=st.sampled_from(get_args(Dataset)),
     data_root=st.none() | st.text(st.characters(codec="utf-8"), max_size=20),
     val_fraction=st.floats(0, 1, exclude_min=True, exclude_max=True),
     split_seed=st.integers(0, 2**32 - 1),
@@ -38,14 +40,14 @@ configs = st.builds(
     lambda_class=st.floats(1e-9, 1e6),
     lambda_proto=weights,
     lambda_batch=weights,
-    prototype=st.sampled_from(PROTOTYPES),
+    prototype=st.sampled_from(get_args(Prototype)),
     epochs=st.integers(1, 10**6),
     batch_size=st.integers(1, 10**6),
     learning_rate=st.floats(0, 1e6, exclude_min=True),
     weight_decay=weights,
-    optimizer=st.sampled_from(OPTIMIZERS),
-    schedule=st.sampled_from(SCHEDULES),
-    precision=st.sampled_from(PRECISIONS),
+    optimizer=st.sampled_from(get_args(Optimizer)),
+    schedule=st.sampled_from(get_args(Schedule)),
+    precision=st.sampled_from(get_args(Precision)),
     compile=st.booleans(),
     device=st.sampled_from(["auto", "cpu", "cuda:1"]),
     seed=st.integers(0, 2**32 - 1),
@@ -84,9 +86,10 @@ def test_a_configuration_cannot_be_changed() -> None:
 
 
 def test_every_choice_has_an_implementation() -> None:
-    assert set(DATASETS) == set(LOADERS)
+    assert set(get_args(Dataset)) == set(LOADERS)
+    assert set(get_args(Cam)) == set(EXPLAINERS)
     assert set(METRICS) == set(METRIC_FUNCTIONS)
-    assert set(PROTOTYPES) == {*KINDS, "kmeans"}
+    assert set(get_args(Prototype)) == {*KINDS, "kmeans"}
 
 
 @pytest.mark.parametrize(
