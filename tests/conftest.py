@@ -38,7 +38,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_PRIVATE)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # By default Ray's workers have a lower priority, and wait for the machine's other processes.
-    ray = {"RAY_worker_niceness": "0"}
+    # A Ray that starts in this process would require a token from then on, also of the drivers of
+    # clusters that started without one. Tests of tokens set the mode themselves.
+    ray = {"RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled"}
     return kept | {"HOME": str(home), "NETRC": str(home / "netrc"), "PATH": path} | ray
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -33,13 +32,11 @@ IN_OPTUNA = {
 
 def drive(folder: Path, address: str, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
     """Start a driver of the study."""
-    # A Ray that an earlier test started here may set RAY_AUTH_MODE; later ones then need a token.
-    mode = {name: value for name, value in os.environ.items() if name == "RAY_AUTH_MODE"}
     with (folder.parent / "log").open("a") as log:
         return subprocess.Popen(
             [sys.executable, "-m", descent.__name__, str(folder), address],
             cwd=ROOT,
-            env=environment | mode,
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
