@@ -3,7 +3,9 @@
 All derive from :class:`BatchCamError`, so that a command line can print them without a traceback.
 """
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -53,6 +55,21 @@ def check_format(path: Path, found: object, known: int) -> None:
         f"{path} has the format {found!r}, but this version of batchcam reads formats up to "
         f"{known}; upgrade batchcam to the version that wrote the file, or a later one."
     )
+
+
+@contextmanager
+def exit_on_error(*more: type[BaseException]) -> Iterator[None]:
+    """Print an error that a user can correct in one line on stderr, and exit with status 2.
+
+    Args:
+        more: further classes of errors that a user can correct.
+    """
+    correctable: tuple[type[BaseException], ...] = (BatchCamError, *more)
+    try:
+        yield
+    except correctable as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def suggest_names(name: str, known: Iterable[str], limit: int = 3) -> str:

@@ -22,10 +22,12 @@ def command_line() -> str:
 def git_commit() -> str | None:
     """Return the commit of this project's checkout, with "+dirty" if it has changes.
 
-    None outside of a checkout.
+    None outside of a checkout. An installed copy is none, even within a checkout of something else.
     """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
+        tracked = [*git, "ls-files", "--error-unmatch", Path(__file__).name]
+        subprocess.run(tracked, capture_output=True, check=True)
         commit = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import tyro
-from ray.cluster_utils import Cluster
+
+from batchcam.errors import exit_on_error
+from batchcam.extras import require_extra
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class LocalCluster:
     """A running local cluster with its address and worker nodes."""
 
     def __init__(self, settings: LocalClusterSettings, *, dashboard: bool) -> None:
+        with require_extra("studies", "a Ray cluster"):
+            from ray.cluster_utils import Cluster
         self._settings = settings
         head: dict[str, Any] = {"num_cpus": settings.head_cpus, "include_dashboard": dashboard}
         if dashboard:
@@ -86,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a cluster with the settings of the command line until SIGINT or SIGTERM."""
     settings = tyro.cli(LocalClusterSettings, args=argv, prog="python -m cluster.local")
     stop = threading.Event()
-    with local_cluster(settings, dashboard=True) as cluster:
+    with exit_on_error(), local_cluster(settings, dashboard=True) as cluster:
         # After Ray has started, because Ray installs its own handlers.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())

@@ -12,12 +12,9 @@ import sys
 import time
 from dataclasses import dataclass
 
-import ray
-import tyro
-
 from batchcam.errors import BatchCamError
-from studies.planning.ray_cluster import connect
-from studies.planning.resources import alive_nodes
+from batchcam.extras import require_extra
+from studies.commands import run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +31,11 @@ class Wait:
 
 def main(settings: Wait) -> None:
     """Return when the cluster has the nodes, or exit with 2 after the timeout."""
+    with require_extra("studies", "cluster.wait"):
+        import ray
+
+        from studies.planning.ray_cluster import connect
+        from studies.planning.resources import alive_nodes
     end = time.monotonic() + settings.seconds
     address = settings.address or os.environ.get("RAY_ADDRESS")
     if address is None:
@@ -61,4 +63,4 @@ def main(settings: Wait) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Wait))
+    run_command(main, Wait)

@@ -12,7 +12,7 @@ from pathlib import Path
 # checkout of the script replaces it, and is the one that runs, installed or not.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from studies.study import main  # noqa: E402
+from studies.cli import run_study  # noqa: E402
 
 if __name__ == "__main__":
-    main()
+    run_study()

@@ -1,7 +1,7 @@
 """The command line of studies: `batchcam-study run | report | compare | dashboard | view`.
 
 Errors that a user can correct are printed without a traceback, and the exit status is 2. Each
-command imports what it needs when it runs, so that help is fast.
+command imports what it needs when it runs, so that help is fast, and a missing extra is named.
 """
 
 import sys
@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from batchcam.errors import BatchCamError
+from batchcam.errors import exit_on_error
+from batchcam.extras import require_extra
 
 _PROGRAM = "batchcam-study"
 
@@ -22,7 +23,7 @@ class Run:
     """Run or resume a study; `batchcam-study run --help` lists its flags."""
 
     def run(self) -> None:
-        """Never called: :func:`main` hands the flags to :func:`studies.study.main`."""
+        """Never called: :func:`main` hands the flags to :func:`run_study`."""
         raise AssertionError("the flags of run are parsed by studies.study")
 
 
@@ -35,7 +36,8 @@ class Report:
 
     def run(self) -> None:
         """Write the report, and print its path."""
-        from studies.outcome.report.page import write
+        with require_extra("report", "the report"):
+            from studies.outcome.report.page import write
 
         print(write(self.folder))
 
@@ -51,7 +53,8 @@ class Compare:
 
     def run(self) -> None:
         """Print the tables, and write them to a file if one is given."""
-        from studies.outcome.compare import compare
+        with require_extra("studies", "compare"):
+            from studies.outcome.compare import compare
 
         compare(self.folders, self.out)
 
@@ -67,7 +70,8 @@ class Dashboard:
 
     def run(self) -> None:
         """Publish or write the workspace, and print its address or path."""
-        from studies.monitoring.wandb_workspace import create
+        with require_extra("studies", "the dashboard"):
+            from studies.monitoring.wandb_workspace import create
 
         print(create(self.folder, offline=self.offline))
 
@@ -83,7 +87,8 @@ class View:
 
     def run(self) -> None:
         """Serve the study."""
-        from studies.monitoring.optuna_dashboard import serve
+        with require_extra("studies", "view"):
+            from studies.monitoring.optuna_dashboard import serve
 
         serve(self.folder, self.port)
 
@@ -95,15 +100,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line, and exit with status 2 for an error that the user can correct."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["run"]:
-        from studies.study import main as run_study
-
         run_study(arguments[1:], program=f"{_PROGRAM} run")
         return
-    try:
+    with exit_on_error():
         _parse(arguments).run()
-    except BatchCamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+
+
+def run_study(argv: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Run a study from a command line; exit with status 2 after an error, a missing extra included.
+
+    Args:
+        argv: the arguments; None: those of this process.
+        program: the name of the program in its help; None: that of this process.
+    """
+    with exit_on_error(), require_extra("studies", "a study"):
+        from studies.study import main as run
+    run(argv, program)
 
 
 def _parse(arguments: list[str]) -> Command:

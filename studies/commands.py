@@ -1,12 +1,11 @@
 """What all commands of this package share: errors in one line, exit status 2."""
 
-import sys
 from collections.abc import Callable
 from typing import TypeVar
 
 import tyro
 
-from batchcam.errors import BatchCamError
+from batchcam.errors import exit_on_error
 
 Settings = TypeVar("Settings")
 
@@ -16,8 +15,5 @@ def run_command(main: Callable[[Settings], None], settings: type[Settings]) -> N
 
     Exits with status 2 and one line for an error that the user can correct.
     """
-    try:
+    with exit_on_error():
         main(tyro.cli(settings))
-    except BatchCamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -1,7 +1,7 @@
 """The driver of a study: from its settings to its exports."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +11,9 @@ from ray import tune
 
 from batchcam.config import TrialConfig
 from batchcam.data.prepared import PreparedData, prepare
-from batchcam.errors import BatchCamError, ConfigError
+from batchcam.errors import ConfigError, exit_on_error
 from batchcam.export.bundle import check_writable
+from batchcam.extras import MissingPackageError, require_extra
 from batchcam.losses import TERMS, check_masks
 from batchcam.models import create_model, feature_grid
 from studies import paths
@@ -28,7 +29,6 @@ from studies.monitoring.progress import on_terminal, print_engine_warnings
 from studies.monitoring.wandb_runs import Tracking, choose_mode
 from studies.outcome import export, summary
 from studies.outcome.confirm import Confirmed, best_of_front, confirm
-from studies.outcome.report import page as report
 from studies.planning.forecast import forecast, print_forecast, sample_configs
 from studies.planning.probe import Probe, probe_all, probe_configs
 from studies.planning.ray_cluster import connect
@@ -53,15 +53,13 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
     """
     name = None
     try:
-        settings = tyro.cli(StudySettings, args=argv, prog=program).named()
-        name = settings.study
-        run_study(settings)
+        with exit_on_error(StorageLostError):
+            settings = tyro.cli(StudySettings, args=argv, prog=program).named()
+            name = settings.study
+            run_study(settings)
     except KeyboardInterrupt:
         print(f"interrupted; resume with --study {name} --resume", file=sys.stderr)
         sys.exit(130)
-    except (BatchCamError, StorageLostError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run_study(settings: StudySettings) -> Path:
@@ -98,6 +96,7 @@ def run_study(settings: StudySettings) -> Path:
             f"{settings.max_epochs} epochs on {settings.dataset}, {resources.cpus:g} CPU and "
             f"{resources.gpus:g} GPU each; W&B {mode} ({reason})"
         )
+        _warn_of_no_report(settings.folder)
         message = dashboard.begin(settings, mode)
         if message:
             console.print(message)
@@ -170,7 +169,10 @@ def _export(
     resources: TrialResources,
     prepared: PreparedData,
 ) -> None:
-    """Write tables, bundles, README.md and report.html; train the best again if that is asked."""
+    """Write tables, bundles, README.md and report.html; train the best again if that is asked.
+
+    report.html is left out, and the reason is printed, if the extra `report` is not installed.
+    """
     records, front = _write_tables(settings, ledger)
     chosen = export.choose(records, front, settings.objective_records)
     confirmed: list[Confirmed] = []
@@ -186,10 +188,36 @@ def _export(
     outcome = summary.Outcome(
         settings.objective_records, records, front, confirmed, chosen, metrics
     )
+    try:
+        console.print(f"Report: {_report_writer()(settings.folder)}", soft_wrap=True)
+    except MissingPackageError as error:
+        console.print(f"no report: {error}", soft_wrap=True, markup=False)
     summary.write_readme(settings.folder / paths.README, settings, outcome, prepared.dataset.sha256)
-    page = report.write(settings.folder)
-    console.print(f"Report: {page}", soft_wrap=True)
     summary.print_summary(console, outcome, settings.folder)
+
+
+def _report_writer() -> Callable[[Path], Path]:
+    """Return the function that writes a folder's report.
+
+    Raises:
+        MissingPackageError: the extra `report` is not installed.
+    """
+    with require_extra("report", paths.REPORT):
+        from studies.outcome.report.page import write
+    return write
+
+
+def _warn_of_no_report(folder: Path) -> None:
+    """Print a line if the extra `report` is not installed, without which a study still runs."""
+    try:
+        _report_writer()
+    except MissingPackageError as error:
+        console.print(
+            f"no report will be written: {error} Then, or after the study: "
+            f"batchcam-study report {folder}",
+            soft_wrap=True,
+            markup=False,
+        )
 
 
 def _check_new(settings: StudySettings) -> None:

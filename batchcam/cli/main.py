@@ -13,19 +13,14 @@ import tyro
 
 from batchcam.cli.commands import Compare, Evaluate, Explain, Export, Train, Verify
 from batchcam.config import TrialConfig
-from batchcam.errors import BatchCamError
+from batchcam.errors import exit_on_error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        command = _parse(arguments)
-        status = command.run()
-    except BatchCamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    sys.exit(status)
+    with exit_on_error():
+        sys.exit(_parse(arguments).run())
 
 
 def _parse(arguments: list[str]) -> Train | Evaluate | Compare | Explain | Verify | Export:

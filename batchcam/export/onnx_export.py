@@ -3,7 +3,6 @@
 Shapes: N images, R pixels of the model's input.
 """
 
-import importlib.util
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from batchcam.cam import render
 from batchcam.errors import BundleError
 from batchcam.explainers import EXPLAINERS, TargetScores
 from batchcam.export.loaded_model import LoadedModel
+from batchcam.extras import require_extra
 
 
 def write_onnx(loaded: LoadedModel, path: Path) -> None:
@@ -24,15 +24,16 @@ def write_onnx(loaded: LoadedModel, path: Path) -> None:
     that the model was trained with.
 
     Raises:
-        BundleError: the head is not linear, or the extra `onnx` is missing.
+        BundleError: the head is not linear.
+        MissingPackageError: the extra `onnx` is not installed.
     """
     if not has_linear_head(loaded):
         raise BundleError(
             f"a CAM of {loaded.config.backbone} needs the gradient of its head, which ONNX lacks; "
             "use timm's format."
         )
-    if importlib.util.find_spec("onnxscript") is None:
-        raise BundleError(f"{path.name} needs ONNX: pip install 'batchcam[onnx]'.")
+    with require_extra("onnx", path.name):
+        import onnxscript  # noqa: F401
     side = loaded.preprocess.resolution
     images = torch.zeros(2, loaded.channels, side, side, dtype=torch.uint8)
     program = torch.onnx.export(

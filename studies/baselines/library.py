@@ -5,18 +5,21 @@ mode, runs a forward and a backward pass of its own through the whole model, det
 returns NumPy arrays. (Its base class accepts `detach=False`, but `GradCAM` does not pass it on.)
 This step therefore only monitors CAMs during training.
 
-Needs the extra `benchmarks`.
+Needs the extra `evidence` or `benchmarks`.
 """
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from pytorch_grad_cam import GradCAM
-from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor
 
+from batchcam.extras import require_extra
 from studies.baselines.hookable_model import HookableModel
+
+with require_extra("benchmarks", "the step with pytorch-grad-cam"):
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 
 def training_step(

@@ -17,15 +17,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from captum.attr import IntegratedGradients
-from pytorch_grad_cam.metrics.road import ROADCombined
-from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
 from torch import Tensor, nn
 
 from batchcam.cam import attribution, pooled, render, score_gradients, weighted_maps
 from batchcam.data.preprocessing import Preprocess, batches
+from batchcam.extras import require_extra
 from batchcam.models import ExplainableModel
 from batchcam.similarity import ssim
+
+with require_extra("evidence", "a measure of explanations"):
+    from captum.attr import IntegratedGradients
+    from pytorch_grad_cam.metrics.road import ROADCombined
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
 
 _INTEGRATION_STEPS = 16
 _ROAD_PERCENTILES = [20, 40, 60, 80]

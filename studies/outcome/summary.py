@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from batchcam.provenance import command_line, git_commit, package_versions
+from studies import paths
 from studies.engine.protocol import Objective, has_objectives
 from studies.objectives import SIMILARITY
 from studies.outcome.confirm import Confirmed
@@ -165,8 +166,8 @@ def write_readme(
         )
     lines += [
         "",
-        "With charts: [report.html](report.html), one file to open in a browser. All trials: "
-        "[trials.csv](trials.csv); the front with full configurations: [pareto.json](pareto.json).",
+        f"{_charts(path.parent)} All trials: [trials.csv](trials.csv); the front with full "
+        "configurations: [pareto.json](pareto.json).",
         "",
         "## Reuse",
         "",
@@ -177,6 +178,13 @@ def write_readme(
         "",
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _charts(folder: Path) -> str:
+    """Return the sentence that leads to the report, which needs the extra `report`."""
+    if (folder / paths.REPORT).exists():
+        return "With charts: [report.html](report.html), one file to open in a browser."
+    return f"With charts, in report.html, which is not there yet: `batchcam-study report {folder}`."
 
 
 def _confirmed_section(outcome: Outcome) -> list[str]:

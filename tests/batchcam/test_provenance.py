@@ -30,6 +30,16 @@ def test_the_commit_of_a_checkout_says_whether_it_was_changed(
     assert git_commit() == f"{commit}+dirty"
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_an_installed_copy_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    person = ("-c", "user.name=someone", "-c", "user.email=someone@example.org")
+    for command in (("init", "-q"), (*person, "commit", "-q", "--allow-empty", "-m", "one")):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    (tmp_path / "installed.py").touch()
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "installed.py"))
+    assert git_commit() is None
+
+
 def test_outside_of_a_checkout_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_DIR", os.devnull)
     assert git_commit() is None

@@ -17,6 +17,7 @@ from batchcam.errors import BundleError
 from batchcam.export.formats import export
 from batchcam.export.loaded_model import LoadedModel
 from batchcam.export.onnx_export import write_onnx
+from batchcam.extras import MissingPackageError
 from batchcam.models import create_model
 
 SIDE = 32
@@ -100,8 +101,8 @@ def test_a_head_that_is_not_linear_has_no_onnx(tmp_path: Path) -> None:
 
 
 def test_without_onnx_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(BundleError, match=r"pip install 'batchcam\[onnx\]'"):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(MissingPackageError, match=r"model.onnx needs the package onnxscript.*onnx"):
         write_onnx(_loaded("simple_cnn"), tmp_path / "model.onnx")
 
 
