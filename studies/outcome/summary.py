@@ -165,8 +165,9 @@ def write_readme(
         )
     lines += [
         "",
-        "[report.html](report.html) has charts and opens in a browser. [trials.csv](trials.csv) "
-        "has all trials. [pareto.json](pareto.json) has the front with full configurations.",
+        "[report.html](report.html) has charts; it is one file to open in a browser. "
+        "[trials.csv](trials.csv) has all trials. [pareto.json](pareto.json) has the front with "
+        "full configurations.",
         "",
         "## Reuse",
         "",
