@@ -178,9 +178,9 @@ def _partner(digits: Tensor) -> Tensor:
 _COLUMNS = {
     "test_accuracy": Column("test accuracy, %", scale=100),
     "own_digit_ssim": Column("image SSIM, own digit", 3),
-    "own_less_other_digit_ssim": Column("less the other digit", 3),
+    "own_less_other_digit_ssim": Column("own minus other digit", 3),
     "test_cam_ssim": Column("SSIM, own prototypes", 3),
-    "cam_ssim_ceiling": Column("its ceiling", 3),
+    "cam_ssim_ceiling": Column("SSIM ceiling", 3),
     "diversity": Column("diversity"),
 }
 

@@ -71,8 +71,8 @@ def read(folder: Path) -> Exported:
         raise
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{folder} does not hold what a study exports ({error}); name its folder, as "
-            "results/mine, or finish it by --resume."
+            f"{folder} lacks the exports of a study ({error}); name the folder of a finished "
+            "study, such as results/mine, or finish the study by --resume."
         ) from error
 
 
@@ -84,7 +84,7 @@ def studies_table(studies: Sequence[Exported]) -> Rows:
     columns = []
     for each in studies:
         states = each.trials["state"].value_counts()
-        # Of each trial the last epoch's seconds are known.
+        # A row of trials.csv has the seconds of the last epoch only.
         hours = each.trials["seconds"].mul(each.trials["epoch"]).sum() / 3600
         columns.append(
             {
@@ -92,10 +92,10 @@ def studies_table(studies: Sequence[Exported]) -> Rows:
                 "trials": str(len(each.trials)),
                 "stopped early": str(states.get("stopped", 0)),
                 "failed": str(states.get("failed", 0)),
-                "epochs in all": f"{each.trials['epoch'].sum():.0f}",
-                "hours of training, about": f"{hours:.2f}",
+                "total epochs": f"{each.trials['epoch'].sum():.0f}",
+                "hours of training, estimated": f"{hours:.2f}",
                 "Pareto front": str(len(each.front)),
-                "its hypervolume": f"{each.hypervolume:.4f}",
+                "hypervolume of the front": f"{each.hypervolume:.4f}",
             }
         )
     rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
@@ -141,7 +141,7 @@ def compare(folders: Sequence[Path], out: Path | None = None) -> None:
     studies = [read(folder) for folder in folders]
     if not studies:
         raise ConfigError("no study is given; name the folders to compare, such as results/one.")
-    tables = {"Studies": studies_table(studies), "Chosen": bundles_table(studies)}
+    tables = {"Studies": studies_table(studies), "Bundles": bundles_table(studies)}
     for title, table in tables.items():
         show(console, title, table)
     datasets = sorted({each.dataset for each in studies})

@@ -24,8 +24,6 @@ from studies.planning.resources import TrialResources, alive_nodes, slots
 from studies.settings import StudySettings
 from studies.statistics import LEVEL, mean_interval
 
-"""Name of the folder, in the study's folder, for the ledgers of confirming runs."""
-
 CANDIDATE = "candidate"
 """In a run's parameters: the id of the trial that the run confirms."""
 

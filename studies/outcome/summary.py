@@ -122,9 +122,9 @@ def write_readme(
         "",
         f"{len(records)} trials on {settings.dataset} ({_count_states(records)}), up to "
         f"{settings.max_epochs} epochs each, {_goal(outcome.objectives)}; "
-        f"seed {settings.seed}. Accuracy and SSIM are of the validation split, SSIM beside the "
-        "best that the CAM grid can reach; the test split was read once for each exported bundle, "
-        "after it was chosen.",
+        f"seed {settings.seed}. Accuracy and SSIM are of the validation split. The SSIM stands "
+        "beside its ceiling, the highest value that the CAM grid allows. The test split was read "
+        "once for each exported bundle, after the bundle was chosen.",
         "",
         "    " + command_line(),
         "",
@@ -166,8 +166,8 @@ def write_readme(
         )
     lines += [
         "",
-        f"{_charts(path.parent)} All trials: [trials.csv](trials.csv); the front with full "
-        "configurations: [pareto.json](pareto.json).",
+        f"{_charts(path.parent)} [trials.csv](trials.csv) has all trials. "
+        "[pareto.json](pareto.json) has the front with full configurations.",
         "",
         "## Reuse",
         "",
@@ -181,10 +181,10 @@ def write_readme(
 
 
 def _charts(folder: Path) -> str:
-    """Return the sentence that leads to the report, which needs the extra `report`."""
+    """Return the sentence about the charts, which need the extra `report`."""
     if (folder / paths.REPORT).exists():
-        return "With charts: [report.html](report.html), one file to open in a browser."
-    return f"With charts, in report.html, which is not there yet: `batchcam-study report {folder}`."
+        return "[report.html](report.html) has charts; it is one file to open in a browser."
+    return f"`batchcam-study report {folder}` writes charts, which are missing, to report.html."
 
 
 def _confirmed_section(outcome: Outcome) -> list[str]:
@@ -192,9 +192,9 @@ def _confirmed_section(outcome: Outcome) -> list[str]:
     seeds = ", ".join(str(run.config.seed) for run in outcome.confirmed[0].runs)
     lines = [
         "",
-        f"The bundles were chosen by their means over fresh runs (seeds {seeds}) of the best of "
-        "the front, on the full budget; ± is the 95 % confidence interval of the mean, by "
-        "Student's t. A bundle holds the run of the first of these seeds.",
+        f"The bundles were chosen by the means over fresh runs (seeds {seeds}) of the best of the "
+        "front, on the full budget. ± is the 95 % confidence interval of the mean (Student's t). A "
+        "bundle holds the run of the first of these seeds.",
         "",
         f"| trial | configuration | {' | '.join(titles)} |",
         "|---|---" + "|---" * len(titles) + "|",

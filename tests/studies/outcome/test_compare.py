@@ -34,7 +34,7 @@ def test_studies_stand_side_by_side_and_their_choices_beneath_each_other(
     area = sum(
         accuracy * (ssim - less) for (accuracy, ssim), less in zip(front, below, strict=True)
     )
-    assert float(cells["its hypervolume"][0]) == pytest.approx(area, abs=1e-4)
+    assert float(cells["hypervolume of the front"][0]) == pytest.approx(area, abs=1e-4)
     _, chosen = bundles_table(studies)
     assert [row[:2] for row in chosen] == [
         ["accuracy", "fashion"],
@@ -64,7 +64,7 @@ def test_tables_are_written_and_other_data_sets_are_said(tmp_path: Path) -> None
 
 
 def test_a_folder_without_a_study_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="does not hold what a study exports"):
+    with pytest.raises(ConfigError, match="lacks the exports of a study"):
         read(tmp_path)
     with pytest.raises(ConfigError, match="no study is given; name the folders"):
         compare(())
