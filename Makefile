@@ -3,6 +3,7 @@
 # make faults  the tests that kill or break what a study uses, or take long: minutes more
 # make speed   what a step, an epoch and the explanation cost here; make speed DEVICE=cuda on a GPU
 # make lint    style, types, the one-way imports, scripts and launch files
+# make docs    the reference of the Python interface, from its docstrings, in build/docs
 # make lock    constraints.txt anew, from the newest versions that pyproject.toml allows
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +15,7 @@ SPEED = $(BIN)/python -m studies.benchmarks
 
 export WANDB_MODE ?= offline
 
-.PHONY: env sweep test faults speed lint lock
+.PHONY: env sweep test faults speed lint docs lock
 
 env: $(VENV)/.installed
 
@@ -51,6 +52,14 @@ lint: env
 	$(BIN)/shellcheck .ci/run cluster/slurm/*.sh
 	$(BIN)/yamllint --strict cluster
 	$(BIN)/hadolint cluster/Dockerfile
+
+# Every package and module but the command line's; pdoc finds the modules of a package itself.
+DOCUMENTED = batchcam $(addprefix batchcam.,cam config data devices errors explainers export extras \
+  figures losses models prototypes provenance similarity training) studies.engine
+
+docs: env
+	$(BIN)/python -W error::UserWarning -W error::RuntimeWarning:pdoc.doc -m pdoc --math \
+	  --docformat google --output-directory build/docs $(DOCUMENTED)
 
 lock:
 	rm -rf $(VENV)

@@ -3,6 +3,8 @@
 import doctest
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -40,3 +42,11 @@ def test_public_losses_and_maps_have_examples() -> None:
         "batchcam.similarity",
         "batchcam.training.fit",
     }
+
+
+def test_reference_has_every_module_but_those_of_the_command_line() -> None:
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text().replace("\\\n", "")
+    listed = re.search(r"^DOCUMENTED = batchcam \$\(addprefix batchcam\.,([^)]+)\)", makefile, re.M)
+    assert listed is not None
+    modules = {module.name for module in pkgutil.iter_modules(batchcam.__path__)}
+    assert set(listed[1].split()) == modules - {"cli"}
