@@ -1,5 +1,6 @@
 """Tests that the commands and the Python blocks of the guides run as they stand."""
 
+import os
 import re
 import shlex
 import shutil
@@ -24,10 +25,40 @@ NOT_RUN = {
     "ray job submit": "needs a running cluster; tests/studies/test_job.py submits jobs",
     "python studies/bcpl_sweep.py --study mine": "takes an hour",
     "batchcam-study view": "serves until Ctrl-C; tests/studies/monitoring reads its pages",
+    # results/README.md
+    "for ": "recorded: it made the numbers of the page",
+    "done": "recorded, as above",
+    "batchcam train --dataset mnist": "recorded, as above",
+    "python studies/bcpl_sweep.py --study fashion": "recorded, as above",
+    "python -m studies.benchmarks.": "recorded, as above",
+    "batchcam verify results/mnist": "trains five epochs; tests/batchcam/cli verifies another",
+    "batchcam train --config results/mnist": "trains five epochs; batchcam/README.md's is run",
+    # cluster/README.md
+    "python -m cluster.local": "runs until Ctrl-C; tests/cluster/test_local.py starts clusters",
+    "python studies/bcpl_sweep.py --address": "needs a cluster; tests/cluster runs such studies",
+    "sbatch ": "needs Slurm; tests/cluster/test_slurm.py submits the script",
+    "tail -f batchcam-": "needs Slurm",
+    "docker ": "needs Docker and a registry",
+    "kubectl ": "needs Kubernetes; tests/cluster/test_launch_files.py validates the files",
+    "sed ": "needs Kubernetes, as above",
+    "export ": "needs Kubernetes, as above",
+    "pip install 'ray": "needs a cloud; tests/cluster/test_launch_files.py validates the files",
+    "ray get-auth-token": "needs a cloud; tests/studies/test_job.py makes such a token",
+    "ray up": "needs a cloud",
+    "ray exec": "needs a cloud",
+    "ray attach": "needs a cloud",
+    "ray rsync-down": "needs a cloud",
+    "ray down": "needs a cloud",
 }
 """Beginning of each command of the guides that is not run, and the reason."""
 
-PAGES = ("README.md", "batchcam/README.md", "studies/README.md")
+PAGES = (
+    "README.md",
+    "batchcam/README.md",
+    "studies/README.md",
+    "cluster/README.md",
+    "results/README.md",
+)
 
 
 def _blocks(page: str, language: str) -> list[str]:
@@ -48,7 +79,8 @@ def _is_run(command: str) -> bool:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory of a reader: the scripts, a study, and pictures of two classes."""
     (tmp_path / "studies").symlink_to(ROOT / "studies")
-    shutil.copytree(ROOT / "results" / "fashion", tmp_path / "results" / "fashion")
+    for name in ("fashion", "mnist"):
+        shutil.copytree(ROOT / "results" / name, tmp_path / "results" / name)
     generator = np.random.default_rng(0)
     for label, name in enumerate(("dark", "bright")):
         (tmp_path / "pictures" / "train" / name).mkdir(parents=True)
@@ -69,6 +101,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         pytest.param("batchcam/README.md", marks=pytest.mark.faults),
         pytest.param(
             "studies/README.md", marks=[pytest.mark.faults, pytest.mark.xdist_group("ray")]
+        ),
+        "cluster/README.md",
+        pytest.param(
+            "results/README.md",
+            marks=[
+                pytest.mark.faults,
+                pytest.mark.skipif("BATCHCAM_DATA" not in os.environ, reason="needs MNIST"),
+            ],
         ),
     ],
 )

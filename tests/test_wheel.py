@@ -53,10 +53,11 @@ def installed(
         (copy / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     wheel = folder / f"batchcam-{batchcam.__version__}-py3-none-any.whl"
-    for words in (
+    commands: tuple[list[str | Path], ...] = (
         ["wheel", "--no-deps", "--wheel-dir", folder, copy],
         ["install", "-c", ROOT / "constraints.txt", wheel],
-    ):
+    )
+    for words in commands:
         done = run("python", "-m", "pip", "--disable-pip-version-check", *words)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder, run
