@@ -6,6 +6,7 @@ import socket
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from batchcam.errors import ConfigError, first_line
 
@@ -13,6 +14,10 @@ from batchcam.errors import ConfigError, first_line
 # have to finish a W&B run.
 WORKER_ENVIRONMENT = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "60"}
 _REACH_SECONDS = 10
+_START = (
+    "start one with `ray start --head`, or use a local one: leave out --address and unset "
+    "RAY_ADDRESS."
+)
 
 
 def connect(address: str | None, cpus: int | None = None) -> None:
@@ -25,7 +30,7 @@ def connect(address: str | None, cpus: int | None = None) -> None:
         cpus: CPUs of a local cluster; None: all of this machine.
 
     Raises:
-        ConfigError: no cluster answers at the address.
+        ConfigError: no cluster answers at the address, or none accepts the connection.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {
@@ -38,13 +43,24 @@ def connect(address: str | None, cpus: int | None = None) -> None:
         return
     try:
         _check_reachable(address)
-        ray.init(address=address, **options)
     except OSError as error:
-        reason = first_line(error).rstrip(".")
         raise ConfigError(
-            f"no Ray cluster answers at {address!r}: {reason}. Start one with "
-            "`ray start --head`, or use a local one: leave out --address and unset RAY_ADDRESS."
+            f"no Ray cluster answers at {address!r}: {_reason(error)}; {_START}"
         ) from error
+    try:
+        ray.init(address=address, **options)
+    except (OSError, AuthenticationError) as error:
+        # ConnectionError does not tell a refused token from a server that is not Ray's.
+        raise ConfigError(
+            f"no Ray cluster accepts a connection at {address!r}: {_reason(error)}. If the cluster "
+            "requires a token, set RAY_AUTH_MODE=token, and set RAY_AUTH_TOKEN to its token or "
+            f"copy its head node's ~/.ray/auth_token. If there is no cluster, {_START}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the first sentence of an error; Ray's remedies, which may follow, are left out."""
+    return first_line(error).split(". ")[0].rstrip(".")
 
 
 def _check_reachable(address: str) -> None:
