@@ -4,7 +4,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,15 @@ from batchcam.data.preprocessing import resize
 
 ROOT = Path(__file__).parents[1]
 
+LOCAL_CLUSTER = (
+    "python -m cluster.",
+    "python studies/bcpl_sweep.py --address",
+    "ray get-auth-token",
+    "RAY_AUTH_MODE=token ",
+)
+"""Beginning of each command that starts or uses a local cluster."""
+
+RECORDED = "recorded: made the numbers of the page"
 NOT_RUN = {
     "make ": "the gate runs both",
     "source ": "activates the environment, which the tests run in",
@@ -26,16 +39,15 @@ NOT_RUN = {
     "python studies/bcpl_sweep.py --study mine": "takes an hour",
     "batchcam-study view": "serves until Ctrl-C; tests/studies/monitoring reads its pages",
     # results/README.md
-    "for ": "recorded: it made the numbers of the page",
-    "done": "recorded, as above",
-    "batchcam train --dataset mnist": "recorded, as above",
-    "python studies/bcpl_sweep.py --study fashion": "recorded, as above",
-    "python -m studies.benchmarks.": "recorded, as above",
+    "for ": RECORDED,
+    "done": RECORDED,
+    "batchcam train --dataset mnist": RECORDED,
+    "python studies/bcpl_sweep.py --study fashion": RECORDED,
+    "python -m studies.benchmarks.": RECORDED,
     "batchcam verify results/mnist": "trains five epochs; tests/batchcam/cli verifies another",
     "batchcam train --config results/mnist": "trains five epochs; batchcam/README.md's is run",
-    # cluster/README.md
-    "python -m cluster.local": "runs until Ctrl-C; tests/cluster/test_local.py starts clusters",
-    "python studies/bcpl_sweep.py --address": "needs a cluster; tests/cluster runs such studies",
+    # cluster/README.md and cluster/SECURITY.md
+    **dict.fromkeys(LOCAL_CLUSTER, "run by test_study_of_a_page_runs_on_the_local_cluster"),
     "sbatch ": "needs Slurm; tests/cluster/test_slurm.py submits the script",
     "tail -f batchcam-": "needs Slurm",
     "docker ": "needs Docker and a registry",
@@ -43,7 +55,6 @@ NOT_RUN = {
     "sed ": "needs Kubernetes, as above",
     "export ": "needs Kubernetes, as above",
     "pip install 'ray": "needs a cloud; tests/cluster/test_launch_files.py validates the files",
-    "ray get-auth-token": "needs a cloud; tests/studies/test_job.py makes such a token",
     "ray up": "needs a cloud",
     "ray exec": "needs a cloud",
     "ray attach": "needs a cloud",
@@ -57,8 +68,12 @@ PAGES = (
     "batchcam/README.md",
     "studies/README.md",
     "cluster/README.md",
+    "cluster/SECURITY.md",
     "results/README.md",
 )
+
+FINISHED = ("fashion", "mnist")
+"""Folders in results/ that the commands of the guides read."""
 
 
 def _blocks(page: str, language: str) -> list[str]:
@@ -75,11 +90,46 @@ def _is_run(command: str) -> bool:
     return not command.startswith(tuple(NOT_RUN))
 
 
+def _run(command: str, folder: Path, environment: dict[str, str]) -> None:
+    """Run a command to its end, and check that it succeeds."""
+    done = subprocess.run(
+        command,
+        shell=True,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+@contextmanager
+def _local_cluster(command: str, folder: Path, environment: dict[str, str]) -> Iterator[str]:
+    """Run the command of a local cluster, yield the address that it prints, and stop it."""
+    log = folder / "cluster.log"
+    words = ["env", *shlex.split(command)]  # env accepts variables before the command.
+    with log.open("w") as file:
+        process = subprocess.Popen(words, cwd=folder, env=environment, stdout=file, stderr=file)
+    try:
+        while "Press Ctrl-C" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.2)
+        found = re.search(r"RAY_ADDRESS=(\S+)", log.read_text())
+        assert found
+        yield found[1]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) == 0
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory of a reader: the scripts, a study, and pictures of two classes."""
     (tmp_path / "studies").symlink_to(ROOT / "studies")
-    for name in ("fashion", "mnist"):
+    for name in FINISHED:
         shutil.copytree(ROOT / "results" / name, tmp_path / "results" / name)
     generator = np.random.default_rng(0)
     for label, name in enumerate(("dark", "bright")):
@@ -103,6 +153,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "studies/README.md", marks=[pytest.mark.faults, pytest.mark.xdist_group("ray")]
         ),
         "cluster/README.md",
+        "cluster/SECURITY.md",
         pytest.param(
             "results/README.md",
             marks=[
@@ -116,16 +167,7 @@ def test_commands_and_python_of_a_page_run(
     page: str, folder: Path, environment: dict[str, str]
 ) -> None:
     for command in filter(_is_run, _commands(page)):
-        done = subprocess.run(
-            command,
-            shell=True,
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        _run(command, folder, environment)
     digits = load_data(TrialConfig()).train
     images = resize(torch.from_numpy(digits.images[:64]).float() / 255, 28)
     labels = torch.from_numpy(digits.labels[:64])
@@ -136,6 +178,28 @@ def test_commands_and_python_of_a_page_run(
     }
     for block in _blocks(page, "python"):
         exec(compile(block, page, "exec"), names)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.faults
+@pytest.mark.xdist_group("ray")
+@pytest.mark.parametrize("page", ["cluster/README.md", "cluster/SECURITY.md"])
+def test_study_of_a_page_runs_on_the_local_cluster(
+    page: str, folder: Path, environment: dict[str, str], free_port: Callable[[], int]
+) -> None:
+    reader = environment | {"HOME": str(folder)}  # Ray writes the token there.
+    del reader["RAY_AUTH_MODE"]
+    address = ""
+    with ExitStack() as stack:
+        for command in _commands(page):
+            if "cluster.local" in command:
+                # Another cluster on this machine may hold the default port.
+                command += f" --dashboard-port {free_port()}"
+                address = stack.enter_context(_local_cluster(command, folder, reader))
+            elif command.startswith(LOCAL_CLUSTER):
+                _run(command.replace("ADDRESS", address), folder, reader)
+    (study,) = (path for path in (folder / "results").iterdir() if path.name not in FINISHED)
+    assert (study / "best" / "knee").is_dir()
 
 
 def test_commands_that_are_not_run_are_in_a_guide() -> None:
