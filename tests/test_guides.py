@@ -118,11 +118,10 @@ def _local_cluster(command: str, folder: Path, environment: dict[str, str]) -> I
         found = re.search(r"RAY_ADDRESS=(\S+)", log.read_text())
         assert found
         yield found[1]
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=120) == 0
     finally:
-        process.kill()
-        process.wait(timeout=30)
+        process.send_signal(signal.SIGINT)
+        status = process.wait(timeout=120)  # It stops the nodes first.
+    assert status == 0, log.read_text()
 
 
 @pytest.fixture
