@@ -6,6 +6,7 @@ import socket
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from batchcam.errors import ConfigError, first_line
 
@@ -13,6 +14,10 @@ from batchcam.errors import ConfigError, first_line
 # have to finish a W&B run.
 WORKER_ENVIRONMENT = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "60"}
 _REACH_SECONDS = 10
+_TOKEN = (
+    "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's token, or copy the cluster's "
+    "file ~/.ray/auth_token."
+)
 
 
 def connect(address: str | None, cpus: int | None = None) -> None:
@@ -25,7 +30,7 @@ def connect(address: str | None, cpus: int | None = None) -> None:
         cpus: CPUs of a local cluster; None: all of this machine.
 
     Raises:
-        ConfigError: no cluster answers at the address.
+        ConfigError: no cluster answers at the address, or it refuses this process's token.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {
@@ -39,11 +44,16 @@ def connect(address: str | None, cpus: int | None = None) -> None:
     try:
         _check_reachable(address)
         ray.init(address=address, **options)
-    except OSError as error:
+    except AuthenticationError as error:
+        raise ConfigError(
+            f"cannot join the Ray cluster at {address!r}: {error.message.rstrip('.')}. {_TOKEN}"
+        ) from error
+    except OSError as error:  # Ray also raises ConnectionError where the token is wrong.
         reason = first_line(error).rstrip(".")
         raise ConfigError(
             f"no Ray cluster answers at {address!r}: {reason}. Start one with "
-            "`ray start --head`, or use a local one: leave out --address and unset RAY_ADDRESS."
+            "`ray start --head`, or use a local one: leave out --address and unset RAY_ADDRESS. "
+            f"If the cluster requires a token: {_TOKEN}"
         ) from error
 
 
