@@ -42,12 +42,13 @@ def main(settings: Wait) -> None:
         print("error: no cluster is given; set --address or RAY_ADDRESS.", file=sys.stderr)
         sys.exit(2)
     alive: int | None = None
+    reason = ""
     while alive is None or alive < settings.nodes:
         if time.monotonic() > end:
             print(
                 f"error: {alive or 0} of {settings.nodes} nodes joined within "
                 f"{settings.seconds:g} seconds; read the logs of the missing nodes, or raise "
-                "--seconds.",
+                f"--seconds.{reason}",
                 file=sys.stderr,
             )
             sys.exit(2)
@@ -55,8 +56,8 @@ def main(settings: Wait) -> None:
             if alive is None:
                 connect(address)
             alive = len(alive_nodes())
-        except (BatchCamError, ConnectionError):  # The head has not started yet.
-            pass
+        except (BatchCamError, ConnectionError) as error:  # The head may not have started yet.
+            reason = f" The last error: {error}"
         time.sleep(0.5)
     ray.shutdown()
     print(f"{alive} nodes", flush=True)

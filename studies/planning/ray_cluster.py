@@ -14,9 +14,9 @@ from batchcam.errors import ConfigError, first_line
 # have to finish a W&B run.
 WORKER_ENVIRONMENT = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "60"}
 _REACH_SECONDS = 10
-_TOKEN = (
-    "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's token, or copy the cluster's "
-    "file ~/.ray/auth_token."
+_START = (
+    "start one with `ray start --head`, or use a local one: leave out --address and unset "
+    "RAY_ADDRESS."
 )
 
 
@@ -30,7 +30,7 @@ def connect(address: str | None, cpus: int | None = None) -> None:
         cpus: CPUs of a local cluster; None: all of this machine.
 
     Raises:
-        ConfigError: no cluster answers at the address, or it refuses this process's token.
+        ConfigError: no cluster answers at the address, or none accepts the connection.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {
@@ -43,18 +43,24 @@ def connect(address: str | None, cpus: int | None = None) -> None:
         return
     try:
         _check_reachable(address)
+    except OSError as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address!r}: {_reason(error)}; {_START}"
+        ) from error
+    try:
         ray.init(address=address, **options)
-    except AuthenticationError as error:
+    except (OSError, AuthenticationError) as error:
+        # ConnectionError does not tell a refused token from a server that is not Ray's.
         raise ConfigError(
-            f"cannot join the Ray cluster at {address!r}: {error.message.rstrip('.')}. {_TOKEN}"
+            f"no Ray cluster accepts a connection at {address!r}: {_reason(error)}. If the cluster "
+            "requires a token, set RAY_AUTH_MODE=token, and set RAY_AUTH_TOKEN to its token or "
+            f"copy its head node's ~/.ray/auth_token. If there is no cluster, {_START}"
         ) from error
-    except OSError as error:  # Ray also raises ConnectionError where the token is wrong.
-        reason = first_line(error).rstrip(".")
-        raise ConfigError(
-            f"no Ray cluster answers at {address!r}: {reason}. Start one with "
-            "`ray start --head`, or use a local one: leave out --address and unset RAY_ADDRESS. "
-            f"If the cluster requires a token: {_TOKEN}"
-        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the first sentence of an error; Ray's remedies, which may follow, are left out."""
+    return first_line(error).split(". ")[0].rstrip(".")
 
 
 def _check_reachable(address: str) -> None:

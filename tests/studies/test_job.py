@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import batchcam
-from tests.studies.conftest import ROOT
+from tests.studies.conftest import ROOT, Command
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("ray"), pytest.mark.faults]
 
@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("ray"), pytest.m
 class Head:
     """A cluster's head node: the checkout that started it, and the environment of its clients."""
 
+    address: str
     checkout: Path
     client: dict[str, str]
 
@@ -48,8 +49,8 @@ def head(
     )
     # A separate folder: Ray gives jobs the address of the latest cluster that uses the same one.
     scratch = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    dashboard = free_port()
-    command = ["ray", "start", "--head", "--block", "--num-cpus", "2", "--port", str(free_port())]
+    port, dashboard = free_port(), free_port()
+    command = ["ray", "start", "--head", "--block", "--num-cpus", "2", "--port", str(port)]
     command += [
         "--temp-dir",
         scratch,
@@ -70,7 +71,7 @@ def head(
             while ray("job", "list", env=client, cwd=folder).returncode:
                 assert process.poll() is None, (folder / "log").read_text()
                 time.sleep(0.5)
-            yield Head(checkout, client)
+            yield Head(f"127.0.0.1:{port}", checkout, client)
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=60)
@@ -114,3 +115,23 @@ def test_client_without_the_token_is_refused(head: Head, tmp_path: Path) -> None
     assert done.returncode != 0
     assert "token" in (done.stdout + done.stderr).lower()
     assert "submitted successfully" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "authentication",
+    [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "not-the-token"}],
+    ids=["none", "wrong"],
+)
+def test_driver_without_the_token_is_refused_with_the_remedy(
+    head: Head, sweep: Command, tmp_path: Path, authentication: dict[str, str]
+) -> None:
+    done = sweep(
+        *("--study", "s", "--address", head.address),
+        cwd=tmp_path,
+        # Ray tries once a second, 20 times by default.
+        **(head.client | {"RAY_NUM_REDIS_GET_RETRIES": "1"} | authentication),
+    )
+    assert done.returncode == 2
+    assert f"error: no Ray cluster accepts a connection at '{head.address}'" in done.stderr
+    assert "set RAY_AUTH_MODE=token, and set RAY_AUTH_TOKEN to its token" in done.stderr
+    assert "Traceback" not in done.stderr
