@@ -40,6 +40,14 @@ class TrialConfig:
 
     Raises:
         ConfigError: a value that cannot work, with the value and the remedy.
+
+    Example:
+        >>> from batchcam import TrialConfig
+        >>> TrialConfig(dataset="mnist", metric="ssim", lambda_batch=0.3).epochs
+        5
+        >>> TrialConfig(epochs=0)
+        Traceback (most recent call last):
+        batchcam.errors.ConfigError: epochs=0 ...
     """
 
     dataset: Dataset = "digits"

@@ -33,6 +33,9 @@ def test_public_losses_and_maps_have_examples() -> None:
     names = {module.__name__ for module in _with_examples()}
     assert names >= {
         "batchcam.cam",
+        "batchcam.config",
+        "batchcam.data.prepared",
+        "batchcam.export.bundle",
         "batchcam.losses.energy",
         "batchcam.losses.exchange",
         "batchcam.losses.mask_gradient",

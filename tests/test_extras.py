@@ -107,6 +107,7 @@ def test_a_bundle_is_loaded_and_explained_without_extras(python: Python) -> None
     assert (done.returncode, done.stdout) == (0, "(2, 28, 28) [1 1]\n"), done.stderr
 
 
+@pytest.mark.faults
 def test_the_command_trains_and_explains_without_extras(python: Python, tmp_path: Path) -> None:
     command = "from batchcam.cli.main import main; main()"
     PIL.Image.fromarray(np.eye(28, dtype=np.uint8) * 255).save(tmp_path / "photo.png")

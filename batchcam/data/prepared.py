@@ -191,6 +191,12 @@ def prepare(config: TrialConfig) -> PreparedData:
     Raises:
         DataError: see :func:`batchcam.data.dataset.load_data`; or a class has fewer images than
             clusters.
+
+    Example:
+        >>> from batchcam import TrialConfig, prepare
+        >>> prepared = prepare(TrialConfig(dataset="digits"))  # For any number of calls of fit.
+        >>> prepared.dataset.train.images.shape[1:], prepared.dataset.num_classes
+        ((1, 8, 8), 10)
     """
     return with_prototypes(load_data(config), config)
 

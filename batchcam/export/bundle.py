@@ -67,6 +67,16 @@ def save_bundle(
 
     Raises:
         BundleError: the folder exists and is not empty, or cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from batchcam import TrialConfig, fit, load, save_bundle
+        >>> result = fit(TrialConfig(dataset="digits", resolution=14, epochs=1, device="cpu"))
+        >>> folder = Path(tempfile.mkdtemp()) / "bundle"
+        >>> metrics = save_bundle(folder, result)
+        >>> images = result.prepared.dataset.test.images[:2]  # uint8 (N, 1, 8, 8)
+        >>> load(folder).explain(images).shape
+        (2, 14, 14)
     """
     check_writable(directory)
     directory = directory.resolve()  # "." has no name and cannot be renamed to.
@@ -131,6 +141,8 @@ def load(directory: str | Path) -> LoadedModel:
         BundleError: a file is missing, damaged, or inconsistent with the others.
         ConfigError: config.yaml holds a bad field.
         FormatError: a newer version wrote the bundle.
+
+    Example: see :func:`save_bundle`.
     """
     directory = Path(directory)
     if not directory.is_dir():

@@ -129,7 +129,7 @@ maps = model.explain(images)  # (N, {config.resolution}, {config.resolution}), i
 
 ## Limits
 
-A CAM that resembles its prototype was trained to; the SSIM says that the training worked, not that
-the model looks at the right thing. It knows only the classes and the kind of picture it was trained
-on.
+A high SSIM does not show that the model looks at the right region: a loss with a Batch-CAM term
+optimises this similarity. The model knows only the classes and the kind of images in its training
+set.
 """

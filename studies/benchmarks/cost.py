@@ -110,8 +110,8 @@ def operations(run: Callable[[], object]) -> int:
 def table(entries: list[dict[str, Any]]) -> list[str]:
     """Return the lines of a Markdown table, one row per model and step."""
     lines = [
-        "| model | parameters | forward, MFLOPs an image | step | training, MFLOPs an image "
-        "| over cross-entropy | images/s |",
+        "| model | parameters | forward pass, MFLOPs per image | step "
+        "| training step, MFLOPs per image | ratio to cross-entropy | images/s |",
         "|---|--:|--:|---|--:|--:|--:|",
     ]
     for entry in entries:

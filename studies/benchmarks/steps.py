@@ -253,8 +253,8 @@ def table(entries: list[dict[str, Any]], clock: str) -> list[str]:
     """Return the lines of a Markdown table: a row per rival, with targets where there are any."""
     assert clock in CLOCKS
     lines = [
-        f"| model | | batch | step | {clock} ms | over its base (95 % interval) | target | met "
-        "| peak memory over its base |",
+        f"| model | condition | batch | step | {clock} ms | ratio to baseline (95 % interval) "
+        "| target | target met | peak memory, ratio to baseline |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for entry in entries:

@@ -276,11 +276,11 @@ TARGETS = {
 def table(entries: list[dict[str, Any]]) -> list[str]:
     """Return the lines of a Markdown table, one row per model and precision."""
     titles = {
-        "training_of_bare": "training, of bare steps",
-        "epoch_of_bare": "with evaluation, of bare steps",
-        "over_untuned": "training, over bare steps in fp32 untuned",
-        "over_plain": "training, over a plain script",
-        "evaluation_over_forward": "evaluation, over a forward pass",
+        "training_of_bare": "training speed, relative to bare steps",
+        "epoch_of_bare": "speed of training and evaluation, relative to bare steps",
+        "over_untuned": "training speed, relative to untuned bare steps in fp32",
+        "over_plain": "training speed, relative to a plain script",
+        "evaluation_over_forward": "evaluation time, relative to a forward pass",
     }
     header = [f"{titles[name]} ({target})" for name, target in TARGETS.items()]
     lines = [

@@ -99,7 +99,8 @@ def open_optuna_storage(folder: Path) -> BaseStorage:
     except ImportError as error:
         raise ConfigError(
             f"{STORAGE_VARIABLE} names a {kind} database, whose driver is not installed; "
-            "for PostgreSQL: run pip install '.[postgresql]' in a checkout of batchcam."
+            "for PostgreSQL: name postgresql+psycopg://…, and run pip install '.[postgresql]' "
+            "in a checkout of batchcam."
         ) from error
     except TypeError as error:
         # Where a database says nothing of its encoding, psycopg hands out bytes for texts.

@@ -300,14 +300,14 @@ def _test_metrics(result: TrialResult) -> dict[str, float]:
 Rows = Mapping[Cell, tuple[Run, list[dict[str, Any]]]]
 _EXPLANATIONS = {
     "test_cam_ssim": Column("class SSIM", 3),
-    "cam_ssim_ceiling": Column("its ceiling", 3),
+    "cam_ssim_ceiling": Column("ceiling of class SSIM", 3),
     "test_cam_ssim_sample": Column("image SSIM", 3),
     "prototype_gap": Column("own − other SSIM", 3),
     "diversity": Column("diversity"),
     "cam_nil": Column("empty CAMs, %", 1, scale=100),
-    "cam_concentration": Column("CAM on figure"),
-    "attribution_concentration": Column("attribution on it"),
-    "integrated_gradients_concentration": Column("integrated gradients on it"),
+    "cam_concentration": Column("Grad-CAM on foreground"),
+    "attribution_concentration": Column("attribution on foreground"),
+    "integrated_gradients_concentration": Column("integrated gradients on foreground"),
     "road": Column("ROAD", 3),
     "cam_ssim_random_head": Column("SSIM, random head"),
     "cam_ssim_random_weights": Column("SSIM, random weights"),
@@ -334,7 +334,7 @@ def write_tables(out: Path, cells: Sequence[Cell], rows: Rows) -> None:
     """
     size = cells[0].resolution
     header = ["architecture", "data set", "loss", "λ", "seeds", "test accuracy, %"]
-    header += ["− first row, points", "p", "p (Holm)", "paper, %"]
+    header += ["difference to first loss, points", "p", "p (Holm)", "paper, %"]
     (out / f"accuracy_{size}.md").write_text(
         markdown_table(header, list(_accuracy_rows(cells, rows))), encoding="utf-8"
     )

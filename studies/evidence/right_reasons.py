@@ -226,14 +226,17 @@ def _accuracy(result: TrialResult, split: Split) -> float:
 
 Row = tuple[str, Run, list[dict[str, Any]]]
 _DECIDES = "test_accuracy_random_decoys"
-_COMPARED_WITH = {CLEAN: "− clean data, points", GIVEN_MASKS: "− RRR, points"}
+_COMPARED_WITH = {
+    CLEAN: "difference to clean data, points",
+    GIVEN_MASKS: "difference to RRR, points",
+}
 """Reference methods, and the titles of the columns of differences to each."""
 _COLUMNS = {
-    _DECIDES: Column("decoy test, %", scale=100),
-    "test_accuracy_clean": Column("clean test, %", scale=100),
+    _DECIDES: Column("accuracy, decoy test, %", scale=100),
+    "test_accuracy_clean": Column("accuracy, clean test, %", scale=100),
     "attribution_on_patch": Column("attribution on the patch, %", scale=100),
-    "integrated_gradients_on_patch": Column("integrated gradients on it, %", scale=100),
-    "cam_on_patch": Column("Grad-CAM on it, %", scale=100),
+    "integrated_gradients_on_patch": Column("integrated gradients on the patch, %", scale=100),
+    "cam_on_patch": Column("Grad-CAM on the patch, %", scale=100),
 }
 
 

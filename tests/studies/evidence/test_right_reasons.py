@@ -46,7 +46,7 @@ def test_the_study_is_made_and_goes_on_and_is_written_as_tables(tmp_path: Path) 
     }
     differences = [accuracy["prototype energy", seed] - accuracy[CLEAN, seed] for seed in (0, 1)]
     header, _, clean, energy = (line.split("|") for line in table.splitlines())
-    column = header.index(" − clean data, points ")
+    column = header.index(" difference to clean data, points ")
     assert clean[column].strip() == ""
     assert energy[column].split()[0] == f"{50 * sum(differences):+.2f}"
     assert (tmp_path / "decoy.csv").read_text().count("\n") == 5
