@@ -70,6 +70,37 @@ def evaluation_batch(device: torch.device) -> int:
     return 128 if device.type == "cpu" else 512
 
 
+_OUT_OF_MEMORY = (
+    "out of memory",  # torch.AcceleratorError: CUDA error, CUDA driver error, MPS backend
+    "can't allocate memory",  # the allocator of the CPU
+    "not enough memory: you tried to allocate",
+    "cannot allocate memory",  # the operating system
+    "alloc_failed",  # CUBLAS_, CUDNN_, CUSOLVER_, CUSPARSE_STATUS_ALLOC_FAILED
+    "device_allocation_failed",  # CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
+    "failed to allocate memory",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory could not be allocated, on a device or the host.
+
+    PyTorch raises `torch.OutOfMemoryError` only for its own allocator of device memory. Other
+    allocators and libraries raise `torch.AcceleratorError` or `RuntimeError`, and are told by their
+    message. `torch.compile` raises errors of its own, so the causes of an error are examined too.
+    """
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        if isinstance(cause, torch.OutOfMemoryError | MemoryError):
+            return True
+        text = str(cause).lower()
+        if isinstance(cause, RuntimeError | OSError) and any(t in text for t in _OUT_OF_MEMORY):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
 def keep_freed_memory() -> bool:
     """Stop glibc from returning freed memory to the system, for this process.
 

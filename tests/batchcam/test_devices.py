@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from batchcam.devices import autocast, resolve_device
+from batchcam.devices import autocast, is_out_of_memory, resolve_device
 from batchcam.errors import ConfigError
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -93,3 +93,43 @@ def _resident_after_freeing(variables: dict[str, str]) -> int:
 def test_memory_that_is_freed_is_kept_unless_the_environment_says_otherwise() -> None:
     assert _resident_after_freeing({}) > 200
     assert _resident_after_freeing({"MALLOC_TRIM_THRESHOLD_": "131072"}) < 100
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        MemoryError(),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 18.00 GB)"),
+    ],
+    ids=lambda error: str(error)[:40],
+)
+def test_every_failed_allocation_is_out_of_memory(error: Exception) -> None:
+    assert is_out_of_memory(error)
+    wrapped = RuntimeError("backend='inductor' raised:")
+    wrapped.__cause__ = error
+    assert is_out_of_memory(wrapped)
+
+
+def test_the_cpus_allocator_is_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        ValueError("the buffer is out of memory order"),
+        OSError(28, "No space left on device"),
+    ],
+    ids=str,
+)
+def test_other_errors_are_not_out_of_memory(error: Exception) -> None:
+    assert not is_out_of_memory(error)
