@@ -30,7 +30,8 @@ from studies.monitoring.wandb_runs import Tracking, choose_mode
 from studies.outcome import export, summary
 from studies.outcome.confirm import Confirmed, best_of_front, confirm
 from studies.planning.forecast import forecast, print_forecast, sample_configs
-from studies.planning.probe import Probe, probe_all, probe_configs
+from studies.planning.probe import Probe
+from studies.planning.probing import probe_all, probe_configs
 from studies.planning.ray_cluster import connect
 from studies.planning.resources import (
     TrialResources,

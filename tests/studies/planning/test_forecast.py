@@ -4,10 +4,10 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from batchcam.config import TrialConfig
 from batchcam.data.prepared import PreparedData
 from studies.planning.forecast import Forecast, forecast, print_forecast, sample_configs
-from studies.planning.probe import Probe, probe, probe_configs
+from studies.planning.probe import Probe
+from studies.planning.probing import probe_configs
 from studies.planning.resources import TrialResources
 from studies.settings import StudySettings
 from studies.space import SearchSpace
@@ -43,25 +43,6 @@ def test_the_dearest_of_each_kind_is_probed(settings: StudySettings) -> None:
     ]
     assert {config.metric for config in configs} == {"ssim"}
     assert all(config.lambda_proto and config.lambda_batch for config in configs)
-
-
-def test_probe_measures_speed_and_memory(config: TrialConfig, prepared: PreparedData) -> None:
-    found = probe(config, prepared, 1)
-    assert found.error is None
-    assert found.train_images_per_second > 0
-    assert found.validation_images_per_second > 0
-    assert 2**26 < found.peak_bytes < found.device_bytes
-    assert found.device == "cpu"
-
-
-def test_probe_that_runs_out_of_memory_says_so(
-    config: TrialConfig, prepared: PreparedData, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise MemoryError("no more")
-
-    monkeypatch.setattr("studies.planning.probe.fit", fail)
-    assert probe(config, prepared, 1).error == "no more"
 
 
 def test_epochs_and_hours_add_up(settings: StudySettings, prepared: PreparedData) -> None:

@@ -1,70 +1,49 @@
-"""Check probes as a study runs them, in processes that may be killed."""
-
-import os
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-import ray
 
 from batchcam.config import TrialConfig
 from batchcam.data.decoys import paint_decoys
 from batchcam.data.prepared import PreparedData
-from studies.planning.probe import Probe, probe, probe_all
+from studies.planning.probe import probe
 from studies.space import SWITCHED
 
-pytestmark = pytest.mark.xdist_group("ray")
+
+def test_probe_needs_neither_ray_nor_optuna() -> None:
+    """A machine with a GPU and without the extra "studies" can measure."""
+    script = """
+import sys
+for name in ("ray", "optuna", "wandb", "pandas", "moocore"):
+    sys.modules[name] = None  # Its import raises ModuleNotFoundError.
+from batchcam import TrialConfig
+from batchcam.data.prepared import prepare
+from studies.planning.probe import probe
+config = TrialConfig(epochs=1, batch_size=16, device="cpu")
+print(probe(config, prepare(config), threads=1).error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("None\n", 0), done.stderr
 
 
-@contextmanager
-def local_ray(**settings: float) -> Iterator[None]:
-    """Run a Ray of one CPU, with internal settings that users do not change."""
-    ray.init(
-        address="local",
-        num_cpus=1,
-        include_dashboard=False,
-        log_to_driver=False,
-        _system_config=settings,
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+def test_probe_measures_speed_and_memory(config: TrialConfig, prepared: PreparedData) -> None:
+    found = probe(config, prepared, 1)
+    assert found.error is None
+    assert found.train_images_per_second > 0
+    assert found.validation_images_per_second > 0
+    assert 2**26 < found.peak_bytes < found.device_bytes
+    assert found.device == "cpu"
 
 
-def test_probe_killed_by_the_kernel_is_out_of_memory_and_the_next_one_is_not(
+def test_probe_that_runs_out_of_memory_says_so(
     config: TrialConfig, prepared: PreparedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def greedy(each: TrialConfig, _: PreparedData, threads: int) -> Probe:
-        if each.batch_size == 128:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return Probe(each, threads, 1.0, 1.0, 1, 2)
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("no more")
 
-    monkeypatch.setattr("studies.planning.probe.probe", greedy)
-    larger = TrialConfig(batch_size=128)
-    with local_ray():
-        killed, found = probe_all([larger, config], prepared, 1.0, 0.0)
-    assert (killed.config, killed.threads, killed.device) == (larger, 1, "cpu")
-    assert killed.error
-    assert found == Probe(config, 1, 1.0, 1.0, 1, 2)
-
-
-@pytest.mark.faults
-def test_probe_killed_by_ray_is_out_of_memory(
-    config: TrialConfig, prepared: PreparedData, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def greedy(each: TrialConfig, _: PreparedData, threads: int) -> Probe:
-        time.sleep(60)
-        return Probe(each, threads)
-
-    monkeypatch.setattr("studies.planning.probe.probe", greedy)
-    # This Ray treats a node as full when more than a thousandth of its memory is in use.
-    with local_ray(memory_usage_threshold=0.001, memory_monitor_refresh_ms=50):
-        (killed,) = probe_all([config], prepared, 1.0, 0.0)
-    assert "memory" in str(killed.error)
+    monkeypatch.setattr("studies.planning.probe.fit", fail)
+    assert probe(config, prepared, 1).error == "no more"
 
 
 @pytest.mark.parametrize("name", SWITCHED)
