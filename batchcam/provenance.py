@@ -4,7 +4,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -45,10 +45,19 @@ def git_commit() -> str | None:
 def package_versions(*more: str) -> dict[str, str]:
     """Return the versions of the packages that a result depends on, by name, and of Python.
 
+    A package that runs from a checkout has no version; its commit says which it is.
+
     Args:
         more: further packages to include.
     """
     packages = ("batchcam", "torch", "torchvision", "timm", "numpy", "scikit-learn")
     return {"python": platform.python_version()} | {
-        name: version(name) for name in (*packages, *more)
+        name: _version(name) for name in (*packages, *more)
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

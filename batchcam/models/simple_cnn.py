@@ -70,8 +70,13 @@ class SimpleCNN(ExplainableModel):
         if rows % 7 == 0 and columns % 7 == 0:
             return self._cell_weights(rows, columns)
         weight_CKAB = self.classifier.weight.view(-1, 64, 7, 7)
-        parts_HA = F.adaptive_avg_pool1d(torch.eye(rows).to(weight_CKAB), 7)
-        parts_WB = F.adaptive_avg_pool1d(torch.eye(columns).to(weight_CKAB), 7)
+        # Made on the device: a copy from the host would make the host wait.
+        parts_HA, parts_WB = (
+            F.adaptive_avg_pool1d(
+                torch.eye(cells, dtype=weight_CKAB.dtype, device=weight_CKAB.device), 7
+            )
+            for cells in (rows, columns)
+        )
         return torch.einsum("ckab,ha,wb->ckhw", weight_CKAB, parts_HA, parts_WB)
 
 

@@ -58,9 +58,13 @@ class TrainingStep:
         self._schedule = make_schedule(self.optimizer, config, total_steps)
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         # Only the features: torch.compile cannot differentiate the head twice.
+        # Static shapes: the short last batch has a graph of its own. By default it would make the
+        # graph of all later batches dynamic, which is slower and has no CUDA graph.
         mode = compile_mode(device)
         self._features = (
-            torch.compile(model.features, mode=mode) if config.compile else model.features
+            torch.compile(model.features, mode=mode, dynamic=False)
+            if config.compile
+            else model.features
         )
         self._has_graphs = config.compile and mode == "reduce-overhead"
 

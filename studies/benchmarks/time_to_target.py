@@ -2,12 +2,12 @@
 
 python -m studies.benchmarks.time_to_target --out results/speed
 
-Trainer and plain script train on full MNIST with the same objective, optimiser, learning rates,
-splits and schedule. Each stops after the first epoch in which validation accuracy and class-level
-SSIM of the validation CAMs reach their targets. `batchcam.fit` uses the configuration given here.
-The plain script (`studies.baselines.plain`) loads images through torchvision's transforms and a
-DataLoader, and computes in float32 in a separate process. Times include training and evaluation,
-but not start-up.
+Trainer and plain script train on a data set, by default full MNIST, with the same objective,
+optimiser, learning rates, splits and schedule. Each stops after the first epoch in which validation
+accuracy and class-level SSIM of the validation CAMs reach their targets. `batchcam.fit` uses the
+configuration given here. The plain script (`studies.baselines.plain`) loads images through
+torchvision's transforms and a DataLoader, and computes in float32 in a separate process. Times
+include training and evaluation, but not start-up.
 """
 
 import json
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -59,20 +59,24 @@ class TimeToTarget:
     """Measure the plain script too."""
     threads: int = 2
     """PyTorch threads, and workers of the plain script's data loader."""
+    dataset: Literal["mnist", "fashion_mnist", "digits"] = "mnist"
+    """Data set; the targets are chosen for mnist."""
+    device: str = "cpu"
+    """Device of the trainer: auto, cpu, cuda or cuda:N. The plain script runs on the CPU."""
     seed: int = 0
     """Seed of trainer and plain script."""
 
     def config(self) -> TrialConfig:
         """Return the configuration of the trainer."""
         return TrialConfig(
-            dataset="mnist",
+            dataset=self.dataset,
             epochs=self.epochs,
             precision=self.precision,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             metric=self.metric,
             lambda_batch=self.lambda_batch,
-            device="cpu",
+            device=self.device,
             seed=self.seed,
         )
 
