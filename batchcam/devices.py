@@ -14,6 +14,13 @@ def resolve_device(name: str) -> torch.device:
 
     Raises:
         ConfigError: no such device exists on this machine.
+
+    Example:
+        >>> resolve_device("cpu")
+        device(type='cpu')
+        >>> resolve_device("gpu")
+        Traceback (most recent call last):
+        batchcam.errors.ConfigError: device='gpu' is not a device; use auto, cpu, ...
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,6 +49,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
     Raises:
         ConfigError: fp16 on a device other than CUDA, where gradients cannot be scaled for it.
+
+    Example:
+        >>> weights = torch.ones(2, 2)
+        >>> with autocast(torch.device("cpu"), "bf16"):
+        ...     print((weights @ weights).dtype)
+        torch.bfloat16
     """
     if precision == "fp32":
         return nullcontext()
@@ -56,17 +69,31 @@ def compile_mode(device: torch.device) -> str | None:
 
     The graphs contain forward and backward pass of the features, which are most kernels of a step.
     The head and the CAMs are differentiated twice, and stay eager.
+
+    Example:
+        >>> print(compile_mode(torch.device("cpu")), compile_mode(torch.device("cuda")))
+        None reduce-overhead
     """
     return "reduce-overhead" if device.type == "cuda" else None
 
 
 def prefers_channels_last(device: torch.device, precision: str) -> bool:
-    """Return whether convolutions run faster in channels-last format: CUDA in half precision."""
+    """Return whether convolutions run faster in channels-last format: CUDA in half precision.
+
+    Example:
+        >>> prefers_channels_last(torch.device("cuda"), "bf16")
+        True
+    """
     return device.type == "cuda" and precision != "fp32"
 
 
 def evaluation_batch(device: torch.device) -> int:
-    """Return the batch size for evaluation: large on a GPU, small for the caches of a CPU."""
+    """Return the batch size for evaluation: large on a GPU, small for the caches of a CPU.
+
+    Example:
+        >>> evaluation_batch(torch.device("cpu")), evaluation_batch(torch.device("cuda"))
+        (128, 512)
+    """
     return 128 if device.type == "cpu" else 512
 
 
@@ -87,6 +114,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     PyTorch raises `torch.OutOfMemoryError` only for its own allocator of device memory. Other
     allocators and libraries raise `torch.AcceleratorError` or `RuntimeError`, and are told by their
     message. `torch.compile` raises errors of its own, so the causes of an error are examined too.
+
+    Example:
+        >>> is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+        True
+        >>> is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+        False
     """
     seen: set[int] = set()
     cause: BaseException | None = error

@@ -48,6 +48,12 @@ def check_format(path: Path, found: object, known: int) -> None:
 
     Raises:
         FormatError: `found` is no integer from 1 to `known`.
+
+    Example:
+        >>> check_format(Path("ledger.jsonl"), found=1, known=1)
+        >>> check_format(Path("ledger.jsonl"), found=2, known=1)
+        Traceback (most recent call last):
+        batchcam.errors.FormatError: ledger.jsonl has the format 2, but this version of batchcam ...
     """
     if found is None or (isinstance(found, int) and 1 <= found <= known):
         return
@@ -63,6 +69,12 @@ def exit_on_error(*more: type[BaseException]) -> Iterator[None]:
 
     Args:
         more: further classes of errors that a user can correct.
+
+    Example:
+        >>> with exit_on_error(FileNotFoundError):  # Prints "error: no such file" on stderr.
+        ...     raise FileNotFoundError("no such file")
+        Traceback (most recent call last):
+        SystemExit: 2
     """
     correctable: tuple[type[BaseException], ...] = (BatchCamError, *more)
     try:
@@ -73,7 +85,12 @@ def exit_on_error(*more: type[BaseException]) -> Iterator[None]:
 
 
 def suggest_names(name: str, known: Iterable[str], limit: int = 3) -> str:
-    """Return ``" Did you mean a, b?"`` with the nearest known names, or an empty string."""
+    """Return ``" Did you mean a, b?"`` with the nearest known names, or an empty string.
+
+    Example:
+        >>> suggest_names("resnet81", ["resnet18", "simple_cnn"])
+        ' Did you mean resnet18?'
+    """
     near = get_close_matches(name, list(known), n=limit, cutoff=0.5)
     return f" Did you mean {', '.join(near)}?" if near else ""
 
@@ -82,6 +99,10 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, at most 200 characters.
 
     The name of its class replaces an empty message, as MemoryError often has.
+
+    Example:
+        >>> first_line(MemoryError())
+        'MemoryError'
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]

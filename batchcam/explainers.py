@@ -31,6 +31,16 @@ class TargetScores:
             :meth:`batchcam.models.ExplainableModel.class_weights` already.
         fused_sums_NHW: :attr:`weighted_sums_NHW`, if the caller has computed them with
             :func:`batchcam.cam.fused_weighted_sum`.
+
+    Example:
+        >>> import torch
+        >>> from batchcam.models import create_model
+        >>> model = create_model("simple_cnn", num_classes=3)
+        >>> features = model.features(torch.rand(2, 1, 28, 28))
+        >>> logits, targets = model.head(features), torch.tensor([0, 2])
+        >>> scores = TargetScores(model, logits, features, targets, create_graph=False)
+        >>> scores.channel_weights_NK.shape, EXPLAINERS["hires_cam"].image_sums(scores).shape
+        (torch.Size([2, 64]), torch.Size([2, 14, 14]))
     """
 
     def __init__(

@@ -35,7 +35,15 @@ def class_cams(
     ceiling_C: Tensor,
     title: str,
 ) -> Figure:
-    """Draw each class's prototype above its reconstructed one (Figs. 2-5), with its SSIM."""
+    """Draw each class's prototype above its reconstructed one (Figs. 2-5), with its SSIM.
+
+    Example:
+        >>> import torch
+        >>> maps, prototypes, ssim = torch.rand(2, 28, 28), torch.rand(2, 28, 28), torch.rand(2)
+        >>> figure = class_cams(maps, prototypes, ["cat", "dog"], ssim, torch.ones(2), "BCPL")
+        >>> len(figure.axes)
+        4
+    """
     notes = [
         f"{value:.2f} / {ceiling:.2f}"
         for value, ceiling in zip(ssim_C.tolist(), ceiling_C.tolist(), strict=True)
@@ -54,7 +62,15 @@ def misclassified(
     class_names: Sequence[str],
     title: str,
 ) -> Figure:
-    """Draw each class's CAM above the CAM of its errors, with the most frequent wrong class."""
+    """Draw each class's CAM above the CAM of its errors, with the most frequent wrong class.
+
+    Example:
+        >>> import torch
+        >>> maps, confusion = torch.rand(2, 28, 28), torch.tensor([[5, 1], [0, 6]])
+        >>> figure = misclassified(torch.rand(2, 28, 28), maps, confusion, ["cat", "dog"], "BCPL")
+        >>> len(figure.axes)
+        4
+    """
     notes = confusion_notes(confusion_CC, class_names)
     return class_rows(
         [("CAM", maps_CRR, None), ("CAM of errors", error_maps_CRR, notes)], class_names, title
@@ -62,7 +78,15 @@ def misclassified(
 
 
 def confusion_notes(confusion_CC: Tensor, class_names: Sequence[str]) -> list[str]:
-    """Return for each class its number of errors, and the most frequent wrong class."""
+    """Return for each class its number of errors, and the most frequent wrong class.
+
+    Example:
+        >>> import torch
+        >>> confusion = torch.tensor([[5, 2, 1], [0, 8, 0], [0, 0, 8]])
+        >>> print(*confusion_notes(confusion, ["cat", "dog", "cow"]), sep="; ")
+        3 wrong,
+        2 as dog; none; none
+    """
     notes = []
     for label, row in enumerate(confusion_CC.clone()):
         row[label] = 0
@@ -82,7 +106,14 @@ def class_rows(
     class_names: Sequence[str],
     title: str,
 ) -> Figure:
-    """Draw a row of maps for each entry, a column for each class."""
+    """Draw a row of maps for each entry, a column for each class.
+
+    Example:
+        >>> import torch
+        >>> figure = class_rows([("CAM", torch.rand(3, 14, 14), None)], ["a", "b", "c"], "Grad-CAM")
+        >>> [axis.get_title() for axis in figure.axes]
+        ['a', 'b', 'c']
+    """
     shown = min(len(class_names), _MAX_CLASSES)
     figure = _new_figure(figsize=(1.15 * shown + 1.3, 1.3 * len(rows) + 0.7))
     axes = figure.subplots(len(rows), shown, squeeze=False)
@@ -109,6 +140,14 @@ def overlay(
         map_RR: the CAM, in [0, 1].
         title: of the figure.
         prototype: a line of text, and a map `(R, R)` in [0, 1].
+
+    Example:
+        >>> import torch
+        >>> image = np.zeros((1, 28, 28), dtype=np.uint8)
+        >>> prototype = ("prototype of 7", torch.rand(28, 28))
+        >>> figure = overlay(image, torch.rand(14, 14), "a 7", prototype)
+        >>> [axis.get_title() for axis in figure.axes]
+        ['image', 'CAM', 'prototype of 7']
     """
     picture = image_CHW.transpose(1, 2, 0)
     extent = (0.0, float(picture.shape[1]), float(picture.shape[0]), 0.0)
@@ -132,6 +171,11 @@ def tile(maps_CRR: Tensor, prototypes_CRR: Tensor, min_side: int = 56) -> Image:
     """Return prototypes above CAMs as one RGB array `(2R', C R', 3)`, without drawing a figure.
 
     R' is R times the smallest integer with which it is at least `min_side` pixels.
+
+    Example:
+        >>> import torch
+        >>> tile(torch.rand(10, 28, 28), torch.rand(10, 28, 28)).shape
+        (112, 560, 3)
     """
     scale = max(1, -(-min_side // maps_CRR.shape[-1]))
     rows = [np.concatenate(list(maps.numpy()), axis=1) for maps in (prototypes_CRR, maps_CRR)]
@@ -143,7 +187,14 @@ def tile(maps_CRR: Tensor, prototypes_CRR: Tensor, min_side: int = 56) -> Image:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, without metadata, so that equal figures give equal files."""
+    """Write a figure as PNG, without metadata, so that equal figures give equal files.
+
+    Example:
+        >>> import tempfile, torch
+        >>> figure = class_rows([("CAM", torch.rand(2, 14, 14), None)], ["a", "b"], "Grad-CAM")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(figure, Path(folder) / "cams.png")
+    """
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 

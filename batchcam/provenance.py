@@ -23,6 +23,11 @@ def git_commit() -> str | None:
     """Return the commit of this project's checkout, with "+dirty" if it has changes.
 
     None outside of a checkout. An installed copy is none, even within a checkout of something else.
+
+    Example:
+        >>> commit = git_commit()
+        >>> commit is None or len(commit.removesuffix("+dirty")) == 40
+        True
     """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
@@ -49,6 +54,10 @@ def package_versions(*more: str) -> dict[str, str]:
 
     Args:
         more: further packages to include.
+
+    Example:
+        >>> list(package_versions("pillow"))
+        ['python', 'batchcam', 'torch', 'torchvision', 'timm', 'numpy', 'scikit-learn', 'pillow']
     """
     packages = ("batchcam", "torch", "torchvision", "timm", "numpy", "scikit-learn")
     return {"python": platform.python_version()} | {

@@ -14,11 +14,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import tyro
 
-from batchcam.errors import exit_on_error
+from batchcam.errors import ConfigError, exit_on_error, first_line
 from batchcam.extras import require_extra
 
 
@@ -44,11 +45,16 @@ class LocalClusterSettings:
 
 
 class LocalCluster:
-    """A running local cluster with its address and worker nodes."""
+    """A running local cluster with its address and worker nodes.
+
+    Raises:
+        ConfigError: Ray requires a token, and there is none.
+    """
 
     def __init__(self, settings: LocalClusterSettings, *, dashboard: bool) -> None:
         with require_extra("studies", "a Ray cluster"):
             from ray.cluster_utils import Cluster
+        _check_token()
         self._settings = settings
         head: dict[str, Any] = {"num_cpus": settings.head_cpus, "include_dashboard": dashboard}
         if dashboard:
@@ -72,6 +78,30 @@ class LocalCluster:
     def shutdown(self) -> None:
         """Stop all nodes."""
         self._cluster.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _check_token() -> None:
+    """Check that there is a token if Ray requires one. Ray's head would only time out.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        return
+    if os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    file = Path(named or "~/.ray/auth_token").expanduser()
+    try:
+        reason = "" if file.read_bytes().strip() else "it is empty"
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+    if reason:
+        remedy = "Correct RAY_AUTH_TOKEN_PATH" if named else "Run `ray get-auth-token --generate`"
+        raise ConfigError(
+            f"RAY_AUTH_MODE=token requires a token, but {file} has none: {reason}. {remedy}, set "
+            "RAY_AUTH_TOKEN to a token, or unset RAY_AUTH_MODE."
+        )
 
 
 @contextmanager

@@ -10,10 +10,15 @@ from types import ModuleType
 import pytest
 
 import batchcam
+import studies.engine
 
 
 def _modules() -> list[ModuleType]:
-    names = [module.name for module in pkgutil.walk_packages(batchcam.__path__, "batchcam.")]
+    names = [
+        module.name
+        for package in (batchcam, studies.engine)
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    ]
     return [importlib.import_module(name) for name in names]
 
 
@@ -29,21 +34,36 @@ def test_examples_run(module: ModuleType) -> None:
     assert result.failed == 0
 
 
-def test_public_losses_and_maps_have_examples() -> None:
+def test_public_modules_have_examples() -> None:
     names = {module.__name__ for module in _with_examples()}
     assert names >= {
         "batchcam.cam",
         "batchcam.config",
+        "batchcam.data.dataset",
+        "batchcam.data.decoys",
+        "batchcam.data.image_folder",
         "batchcam.data.prepared",
+        "batchcam.data.preprocessing",
+        "batchcam.data.splits",
+        "batchcam.devices",
+        "batchcam.errors",
+        "batchcam.explainers",
         "batchcam.export.bundle",
+        "batchcam.extras",
+        "batchcam.figures",
         "batchcam.losses.energy",
         "batchcam.losses.exchange",
         "batchcam.losses.mask_gradient",
         "batchcam.losses.prototype",
         "batchcam.models.create",
         "batchcam.prototypes",
+        "batchcam.provenance",
         "batchcam.similarity",
         "batchcam.training.fit",
+        "studies.engine.checkpoints",
+        "studies.engine.halving",
+        "studies.engine.ledger",
+        "studies.engine.protocol",
     }
 
 

@@ -25,6 +25,13 @@ class ImageData:
 
     `mean` and `std` are per channel, of pixels scaled to [0, 1]. `sha256` is the digest of pixels
     and labels before the validation split is cut off, so it identifies the data set itself.
+
+    Example:
+        >>> data = load_data(TrialConfig(dataset="digits"))
+        >>> data.num_classes, data.channels, data.class_names[:2]
+        (10, 1, ('0', '1'))
+        >>> data.split("test").images.shape, data.split("test").images.dtype
+        ((359, 1, 8, 8), dtype('uint8'))
     """
 
     name: str
@@ -61,6 +68,11 @@ def load_data(config: TrialConfig) -> ImageData:
 
     Raises:
         DataError: the files are missing, damaged or unusable; the message lists what was tried.
+
+    Example:
+        >>> data = load_data(TrialConfig(dataset="digits", val_fraction=0.1))
+        >>> len(data.train), len(data.validation), len(data.test)
+        (1295, 143, 359)
     """
     train, test, class_names = LOADERS[config.dataset](config.data_root)
     digest = _digest(train, test)

@@ -29,6 +29,12 @@ def paint_decoys(split: Split, shown: Labels, generator: np.random.Generator) ->
 
     Raises:
         ValueError: `shown` does not have one class for each image, or has a class above 10.
+
+    Example:
+        >>> split = Split(np.zeros((2, 1, 28, 28), dtype=np.uint8), np.array([0, 3]))
+        >>> painted = paint_decoys(split, split.labels, np.random.default_rng(0))
+        >>> painted.images.max(axis=(1, 2, 3)), painted.masks.sum(axis=(1, 2))
+        (array([255, 180], dtype=uint8), array([16, 16]))
     """
     if shown.shape != split.labels.shape:
         raise ValueError(

@@ -21,6 +21,17 @@ def load_image_folder(data_root: str | None) -> Loaded:
     Pictures are grey if all of them are, else RGB. Each is scaled by its shorter side and cropped
     to its central square. The side is the median of the shorter sides of the training pictures, at
     most 256 pixels. Without a test folder a fixed fifth of each class is held out for testing.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for name in ("cats/1", "cats/2", "dogs/1", "dogs/2"):
+        ...         path = Path(root, "train", name).with_suffix(".png")
+        ...         path.parent.mkdir(parents=True, exist_ok=True)
+        ...         Image.new("RGB", (40, 32), "red").save(path)
+        ...     train, test, class_names = load_image_folder(root)
+        >>> train.images.shape, len(test), class_names
+        ((2, 3, 32, 32), 2, ('cats', 'dogs'))
     """
     if data_root is None:
         raise DataError(
@@ -88,6 +99,14 @@ def read_picture(path: str | Path, side: int, grey: bool) -> Pixels:
 
     Raises:
         DataError: the file is missing, or Pillow cannot read it as a picture.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (40, 30), "red").save(f"{folder}/photo.png")
+        ...     pixels = read_picture(f"{folder}/photo.png", side=28, grey=False)
+        >>> pixels.shape, pixels[:, 0, 0].tolist()
+        ((3, 28, 28), [255, 0, 0])
     """
     with _open_picture(path) as opened:
         try:

@@ -70,6 +70,11 @@ class PreparedData:
     Supports and ceilings are computed when they are first asked for, and kept;
     :meth:`compute_ahead` computes them before the record is shared with other processes. A copy
     made by `dataclasses.replace` starts without them, a copy by :meth:`with_splits` has them.
+
+    Example:
+        >>> prepared = prepare(TrialConfig(dataset="digits", prototype="kmeans", clusters=2))
+        >>> prepared.train_prototypes.shape, prepared.prototype_names[:3]
+        (torch.Size([20, 8, 8]), ('0 #1', '0 #2', '1 #1'))
     """
 
     dataset: ImageData
@@ -96,6 +101,12 @@ class PreparedData:
 
         Raises:
             DataError: there is no such split.
+
+        Example:
+            >>> prepared = prepare(TrialConfig(dataset="digits"))
+            >>> split = prepared.split("validation", resolution=28)
+            >>> split.images_NCHW.shape, split.prototypes_PRR.shape
+            (torch.Size([143, 1, 8, 8]), torch.Size([10, 28, 28]))
         """
         stored = self.dataset.split(name)
         images_NCHW, labels_N = to_device(stored, device)
@@ -112,12 +123,25 @@ class PreparedData:
         )
 
     def prototypes(self, split: str, resolution: int) -> Tensor:
-        """Return the prototypes that saliency maps of `split` are compared with, `(P, R, R)`."""
+        """Return the prototypes that saliency maps of `split` are compared with, `(P, R, R)`.
+
+        Example:
+            >>> prepare(TrialConfig(dataset="digits")).prototypes("test", 14).shape
+            torch.Size([10, 14, 14])
+        """
         chosen = self.validation_prototypes if split == "validation" else self.train_prototypes
         return resize_prototypes(chosen, resolution)
 
     def prototype_index(self, split: str) -> Tensor:
-        """Return the index of the prototype of each image of `split`, int64 `(N,)`."""
+        """Return the index of the prototype of each image of `split`, int64 `(N,)`.
+
+        Example:
+            >>> config = TrialConfig(dataset="digits", prototype="kmeans", clusters=2)
+            >>> prepared = prepare(config)
+            >>> labels = torch.from_numpy(prepared.dataset.train.labels)
+            >>> torch.equal(prepared.prototype_index("train") // 2, labels)
+            True
+        """
         images, labels = to_device(self.dataset.split(split), _CPU)
         if self.centres_PHW is None:
             return labels
@@ -139,6 +163,11 @@ class PreparedData:
         """Return the SSIM that a CAM of this grid can reach at best, for each prototype, `(P,)`.
 
         See :func:`batchcam.prototypes.ssim_ceiling`; of the validation prototypes.
+
+        Example:
+            >>> ceiling = prepare(TrialConfig(dataset="digits")).ceiling(resolution=28, grid=(7, 7))
+            >>> ceiling.shape, bool((ceiling <= 1).all())
+            (torch.Size([10]), True)
         """
         key = (resolution, grid)
         if key not in self._ceilings:
@@ -152,6 +181,11 @@ class PreparedData:
 
         Args:
             size: rows and columns, of a CAM grid or of the model's input.
+
+        Example:
+            >>> mask = prepare(TrialConfig(dataset="digits")).off_support_mask((28, 28))
+            >>> mask.shape, mask.unique().tolist()
+            (torch.Size([10, 28, 28]), [0.0, 1.0])
         """
         return off_support_mask(self._class_supports(), size)
 
@@ -166,6 +200,13 @@ class PreparedData:
 
         Args:
             splits: the splits to exchange, by name: parts of a split, or images with other masks.
+
+        Example:
+            >>> prepared = prepare(TrialConfig(dataset="digits"))
+            >>> validation = prepared.dataset.validation
+            >>> part = validation.take(validation.labels.argsort()[:20])
+            >>> len(prepared.with_splits(validation=part).split("validation", resolution=28))
+            20
         """
         other = replace(self, dataset=replace(self.dataset, **splits))  # type: ignore[arg-type]
         other._ceilings.update(self._ceilings)
@@ -206,6 +247,11 @@ def with_prototypes(dataset: ImageData, config: TrialConfig) -> PreparedData:
 
     Raises:
         DataError: a class has no image, or fewer images than clusters.
+
+    Example:
+        >>> data = load_data(TrialConfig(dataset="digits"))
+        >>> with_prototypes(data, TrialConfig(prototype="median")).train_prototypes.shape
+        torch.Size([10, 8, 8])
     """
     classes = dataset.num_classes
     train, validation = to_device(dataset.train, _CPU), to_device(dataset.validation, _CPU)

@@ -20,6 +20,12 @@ class Preprocess:
     """Maps stored pictures to a model's input: scales, resizes and normalises them.
 
     `mean` and `std` are per channel, of pixels scaled to [0, 1].
+
+    Example:
+        >>> preprocess = Preprocess(28, mean=(0.5,), std=(0.25,))
+        >>> x = preprocess(torch.full((2, 1, 8, 8), 255, dtype=torch.uint8))
+        >>> x.shape, x.unique().tolist()
+        (torch.Size([2, 1, 28, 28]), [2.0])
     """
 
     resolution: int
@@ -44,7 +50,12 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def resize(x_NCHW: Tensor, resolution: int) -> Tensor:
-    """Resize float images to `resolution` pixels square; images of that size are not copied."""
+    """Resize float images to `resolution` pixels square; images of that size are not copied.
+
+    Example:
+        >>> resize(torch.rand(2, 3, 8, 8), 28).shape
+        torch.Size([2, 3, 28, 28])
+    """
     if x_NCHW.shape[-2:] == (resolution, resolution):
         return x_NCHW
     return F.interpolate(
@@ -53,7 +64,15 @@ def resize(x_NCHW: Tensor, resolution: int) -> Tensor:
 
 
 def to_device(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the images and labels of a split on a device; on the CPU they share its memory."""
+    """Return the images and labels of a split on a device; on the CPU they share its memory.
+
+    Example:
+        >>> import numpy as np
+        >>> split = Split(np.zeros((4, 1, 8, 8), dtype=np.uint8), np.arange(4))
+        >>> images, labels = to_device(split, torch.device("cpu"))
+        >>> images.dtype, labels.tolist()
+        (torch.uint8, [0, 1, 2, 3])
+    """
     with warnings.catch_warnings():
         # Arrays from a shared object store are read-only. No code writes to them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -64,7 +83,14 @@ def to_device(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
 def batches(
     tensors: tuple[Tensor, ...], batch_size: int, order: Tensor | None = None
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield batches of parallel tensors, in the given order; the last batch may be smaller."""
+    """Yield batches of parallel tensors, in the given order; the last batch may be smaller.
+
+    Example:
+        >>> images, labels = torch.rand(5, 1, 8, 8), torch.arange(5)
+        >>> order = torch.tensor([4, 3, 2, 1, 0])
+        >>> [y.tolist() for _, y in batches((images, labels), batch_size=2, order=order)]
+        [[4, 3], [2, 1], [0]]
+    """
     for start in range(0, len(tensors[0]), batch_size):
         chosen = slice(start, start + batch_size) if order is None else order[start:][:batch_size]
         yield tuple(tensor[chosen] for tensor in tensors)

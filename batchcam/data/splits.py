@@ -22,6 +22,11 @@ class Split:
 
     `masks`, `(N, H, W)`, marks the pixels that a model should ignore, if they are known: for
     evaluation, and for losses that use annotations.
+
+    Example:
+        >>> split = Split(np.zeros((4, 1, 8, 8), dtype=np.uint8), np.array([0, 1, 0, 1]))
+        >>> len(split), split.take(np.array([3, 0])).labels
+        (4, array([1, 0]))
     """
 
     images: Pixels
@@ -54,6 +59,12 @@ def stratified_split(labels: Labels, fraction: float, seed: int) -> tuple[Labels
 
     Raises:
         DataError: a class has a single item.
+
+    Example:
+        >>> labels = np.repeat([0, 1], [10, 30])
+        >>> kept, held = stratified_split(labels, fraction=0.1, seed=0)
+        >>> np.bincount(labels[kept]), np.bincount(labels[held])
+        (array([ 9, 27]), array([1, 3]))
     """
     generator = np.random.default_rng(seed)
     held_out = []

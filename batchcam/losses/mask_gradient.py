@@ -1,7 +1,7 @@
 """The input gradient loss of Right for the Right Reasons (RRR, Ross et al. 2017).
 
 It penalises the input gradient where an annotation says that the input is irrelevant. It
-differentiates twice through the whole model, and needs a mask for every image: an upper bound for
+differentiates twice through the whole model, and needs a mask for every image: a reference for
 losses that have no masks. Not part of the paper.
 
 Shapes: N images, C classes, R pixels.

@@ -35,6 +35,14 @@ class Checkpoints:
         folder: a path, or a URI such as `s3://bucket/study/trial`.
 
     Every method raises OSError if the storage cannot be used.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoints = Checkpoints(f"{folder}/trial")
+        ...     checkpoints.save(1, lambda path: path.write_text("weights"))
+        ...     with checkpoints.newest() as path:
+        ...         print(path.read_text())
+        weights
     """
 
     def __init__(self, folder: str) -> None:

@@ -34,6 +34,13 @@ class ParetoHalving:
 
     Raises:
         ConfigError: a value is too small, or there are more brackets than rungs.
+
+    Example:
+        >>> halving = ParetoHalving(min_epochs=2, max_epochs=8)
+        >>> halving.judge(number=0, epoch=2, values=(0.9, 0.1))  # The first at the rung continues.
+        True
+        >>> halving.judge(number=1, epoch=2, values=(0.8, 0.0))  # Dominated by trial 0.
+        False
     """
 
     def __init__(

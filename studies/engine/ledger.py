@@ -63,6 +63,16 @@ class Ledger:
         ConfigError: the file is damaged before its last line.
         FormatError: the file has a newer format.
         StorageLostError: the file could not be written for a long time.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ledger = Ledger(Path(folder) / LEDGER)
+        ...     ledger.propose({"number": 0, "learning_rate": 0.1})
+        ...     new = ledger.report(0, {"epoch": 1, "accuracy": 0.5})
+        ...     (trial,) = Ledger(Path(folder) / LEDGER).trials
+        >>> new, trial.epoch, trial.state
+        (True, 1, None)
     """
 
     def __init__(self, path: Path) -> None:

@@ -68,6 +68,11 @@ class Objective:
 
     Raises:
         ConfigError: the direction is neither of the two.
+
+    Example:
+        >>> loss = Objective("val_loss", "validation loss", direction="minimize", format=".2f")
+        >>> loss.gain(0.25), loss.show(0.25)
+        (-0.25, '0.25')
     """
 
     name: str
@@ -101,6 +106,12 @@ def gains(
 
     Raises:
         KeyError: a row lacks an objective.
+
+    Example:
+        >>> objectives = [Objective("accuracy", "accuracy"), Objective("loss", "loss", "minimize")]
+        >>> gains([{"accuracy": 0.5, "loss": 2.0}, {"accuracy": 0.75, "loss": 1.0}], objectives)
+        array([[ 0.5 , -2.  ],
+               [ 0.75, -1.  ]])
     """
     return np.array(
         [[each.gain(row[each.name]) for each in objectives] for row in rows], dtype=float
@@ -108,7 +119,12 @@ def gains(
 
 
 def has_objectives(metrics: Mapping[str, Any], objectives: Sequence[Objective]) -> bool:
-    """Return whether metrics hold a finite number for each objective."""
+    """Return whether metrics hold a finite number for each objective.
+
+    Example:
+        >>> has_objectives({"accuracy": float("nan")}, [Objective("accuracy", "accuracy")])
+        False
+    """
     return all(math.isfinite(metrics.get(each.name, math.nan)) for each in objectives)
 
 

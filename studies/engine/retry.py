@@ -45,6 +45,10 @@ def retry(
 
     Raises:
         StorageLostError: the errors lasted longer than `patience`.
+
+    Example:
+        >>> retry(lambda: "content", "the shared folder")
+        'content'
     """
     began = time.monotonic()
     patience = RETRY_SECONDS if patience is None else patience

@@ -255,7 +255,12 @@ def _recent(function: Callable[[], int], seconds: float) -> Callable[[], int]:
 
 
 def trial_id(key: str, number: int) -> str:
-    """Return the id of a trial, which names its checkpoints, its W&B run and its table row."""
+    """Return the id of a trial, which names its checkpoints, its W&B run and its table row.
+
+    Example:
+        >>> trial_id("first", 3)
+        'first_00003'
+    """
     return f"{key}_{number:05d}"
 
 

@@ -110,6 +110,42 @@ def test_settings_that_cannot_work_are_refused(words: list[str], message: str) -
         main(words)
 
 
+@pytest.mark.parametrize(
+    ("variables", "content", "message"),
+    [
+        ({}, None, ".ray/auth_token has none: No such file or directory. Run `ray get-auth-token"),
+        ({}, "\n", ".ray/auth_token has none: it is empty. Run `ray get-auth-token --generate`, "),
+        ({"RAY_AUTH_TOKEN": ""}, None, ".ray/auth_token has none: No such file or directory. "),
+        (
+            {"RAY_AUTH_TOKEN_PATH": "absent"},
+            "token",
+            "absent has none: No such file or directory. Correct RAY_AUTH_TOKEN_PATH, ",
+        ),
+    ],
+)
+def test_missing_token_is_an_error_of_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    variables: dict[str, str],
+    content: str | None,
+    message: str,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if content is not None:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("error: RAY_AUTH_MODE=token requires a token, but ")
+    assert message in error
+
+
 def processes_with(mark: str) -> list[int]:
     """Return the ids of the processes whose environment contains `mark`."""
     found = []

@@ -96,7 +96,7 @@ def test_every_method_is_a_set_of_configurations(method: str, tmp_path: Path) ->
     }
 
 
-# --- The upper bound: RRR with the true masks ------------------------------------------------
+# --- A reference: RRR with the true masks ----------------------------------------------------
 
 
 @pytest.mark.faults
