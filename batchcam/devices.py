@@ -64,17 +64,14 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, dtype=dtype)
 
 
-def compile_mode(device: torch.device) -> str | None:
+def compile_mode(device: torch.device, *, recorded: bool = False) -> str | None:
     """Return the mode of `torch.compile`: with CUDA graphs on CUDA, else its default.
 
     The graphs contain forward and backward pass of the features, which are most kernels of a step.
-    The head and the CAMs are differentiated twice, and stay eager.
-
-    Example:
-        >>> print(compile_mode(torch.device("cpu")), compile_mode(torch.device("cuda")))
-        None reduce-overhead
+    The head and the CAMs are differentiated twice, and stay eager. A step that is recorded as a
+    whole needs no graphs in it.
     """
-    return "reduce-overhead" if device.type == "cuda" else None
+    return "reduce-overhead" if device.type == "cuda" and not recorded else None
 
 
 def prefers_channels_last(device: torch.device, precision: str) -> bool:
@@ -108,12 +105,32 @@ _OUT_OF_MEMORY = (
 )
 
 
+_WITHOUT_A_REASON = ("status_internal_error", "status_not_initialized", "execution_failed")
+"""What cuDNN and cuBLAS also report when they cannot allocate, beside other faults."""
+
+_FULL = 64 * 2**20
+"""A GPU with fewer free bytes has no room for the workspace of a library."""
+
+
+def _cuda_is_full() -> bool:
+    if not torch.cuda.is_available():
+        return False
+    try:
+        return any(
+            torch.cuda.mem_get_info(device)[0] < _FULL
+            for device in range(torch.cuda.device_count())
+        )
+    except RuntimeError:  # Not even the question fits.
+        return True
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory could not be allocated, on a device or the host.
 
     PyTorch raises `torch.OutOfMemoryError` only for its own allocator of device memory. Other
     allocators and libraries raise `torch.AcceleratorError` or `RuntimeError`, and are told by their
-    message. `torch.compile` raises errors of its own, so the causes of an error are examined too.
+    message. cuDNN reports an internal error where a GPU is full; it counts where fewer than 64 MiB are
+    free. `torch.compile` raises errors of its own, so the causes of an error are examined too.
 
     Example:
         >>> is_out_of_memory(RuntimeError("CUDA error: out of memory"))
@@ -129,6 +146,8 @@ def is_out_of_memory(error: BaseException) -> bool:
             return True
         text = str(cause).lower()
         if isinstance(cause, RuntimeError | OSError) and any(t in text for t in _OUT_OF_MEMORY):
+            return True
+        if any(t in text for t in _WITHOUT_A_REASON) and _cuda_is_full():
             return True
         cause = cause.__cause__ or cause.__context__
     return False

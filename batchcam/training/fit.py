@@ -29,7 +29,8 @@ from batchcam.models import (
     resolve_output_stride,
 )
 from batchcam.training.evaluate import Evaluation, Evaluator
-from batchcam.training.step import TrainingStep
+from batchcam.training.recording import RecordedGradients
+from batchcam.training.step import TrainingStep, records_steps
 
 Metrics = dict[str, float]
 
@@ -207,6 +208,8 @@ class Trainer:
         context: what the loss terms were built from.
         step: the training step.
         model: in training.
+        gradients: replaces the model's gradients by those of training images, given by their
+            indices, int64 `(N,)`; returns the losses by `step.loss_names`.
     """
 
     def __init__(
@@ -247,6 +250,9 @@ class Trainer:
         total_steps = config.epochs * self._steps
         self.step = TrainingStep(model, built, config, total_steps, device)
         self.model = self.step.model
+        self.gradients: Callable[[Tensor], Tensor] = self._batch_gradients
+        if records_steps(config, device):
+            self.gradients = RecordedGradients(self._batch_gradients, self.model.parameters())
 
     def run_epoch(self, on_step: Callable[[int, int], None] | None) -> Evaluation:
         """Train for one epoch, validate, and append the metrics to the history."""
@@ -292,22 +298,28 @@ class Trainer:
             (self.config.seed * 1_000_003 + self.epoch) % 2**63
         )
         order = torch.randperm(count, generator=generator).to(self._device)
-        split = self.train
-        tensors: tuple[Tensor, ...] = (split.images_NCHW, split.labels_N, split.prototype_index_N)
-        if split.masks_NRR is not None:
-            tensors += (split.masks_NRR,)
-        sums: dict[str, Tensor] = {}
+        sums_L: Tensor | None = None
         self.model.train()
-        for number, (images, labels_N, *more) in enumerate(
-            batches(tensors, self.config.batch_size, order), start=1
-        ):
-            for name, value in self.step(self.preprocess(images), labels_N, *more).items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(labels_N)
+        for number, (chosen_N,) in enumerate(batches((order,), self.config.batch_size), start=1):
+            losses_L = self.gradients(chosen_N) * len(chosen_N)
+            self.step.advance()
+            sums_L = losses_L if sums_L is None else sums_L + losses_L
             if on_step is not None:
                 on_step(number, self._steps)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return {name: (value / count).cpu() for name, value in sums.items()}
+        assert sums_L is not None
+        return dict(zip(self.step.loss_names, (sums_L / count).cpu(), strict=True))
+
+    def _batch_gradients(self, chosen_N: Tensor) -> Tensor:
+        split = self.train
+        losses = self.step.gradients(
+            self.preprocess(split.images_NCHW[chosen_N]),
+            split.labels_N[chosen_N],
+            split.prototype_index_N[chosen_N],
+            None if split.masks_NRR is None else split.masks_NRR[chosen_N],
+        )
+        return torch.stack([losses[name] for name in self.step.loss_names])
 
     def validate(self) -> Evaluation:
         """Evaluate on the validation split; no weight is updated."""

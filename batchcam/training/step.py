@@ -60,7 +60,7 @@ class TrainingStep:
         # Only the features: torch.compile cannot differentiate the head twice.
         # Static shapes: the short last batch has a graph of its own. By default it would make the
         # graph of all later batches dynamic, which is slower and has no CUDA graph.
-        mode = compile_mode(device)
+        mode = compile_mode(device, recorded=records_steps(config, device))
         self._features = (
             torch.compile(model.features, mode=mode, dynamic=False)
             if config.compile
@@ -83,6 +83,23 @@ class TrainingStep:
             prototype_index_N: int64, the prototype of each image; None: that of its class.
             masks_NRR: where images show what the model should ignore, if a term needs it.
         """
+        losses = self.gradients(images_NCRR, labels_N, prototype_index_N, masks_NRR)
+        self.advance()
+        return losses
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The names of the losses that a step returns, in their order."""
+        return ("loss", *(f"loss_{term.spec.name}" for term in self.terms))
+
+    def gradients(
+        self,
+        images_NCRR: Tensor,
+        labels_N: Tensor,
+        prototype_index_N: Tensor | None = None,
+        masks_NRR: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Replace the gradients of the model by those of a batch; arguments as for a step."""
         if self._has_graphs:  # The next step reuses the memory of the features.
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         if any(term.spec.input_gradients for term in self.terms):
@@ -93,9 +110,16 @@ class TrainingStep:
             (term.weight * values[term.spec.name] for term in self.terms),
             batch.logits_NC.new_zeros(()),
         )
-        self.update(loss)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(self._scaler.scale(loss))
         losses = {f"loss_{name}": value.detach() for name, value in values.items()}
         return {"loss": loss.detach(), **losses}
+
+    def advance(self) -> None:
+        """Take an optimiser step down the gradients, and advance the schedule."""
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self._schedule.step()
 
     def _forward(
         self,
@@ -135,14 +159,6 @@ class TrainingStep:
         with self._autocast():
             return self.model.head(self._features(images_NCRR))
 
-    def update(self, loss: Tensor) -> None:
-        """Take an optimiser step down the gradient of `loss`, and advance the schedule."""
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(self._scaler.scale(loss))
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        self._schedule.step()
-
     def state_dict(self) -> dict[str, Any]:
         """Return the state of model, optimiser, schedule and scaler."""
         return {name: part.state_dict() for name, part in self._parts().items()}
@@ -159,6 +175,11 @@ class TrainingStep:
             "schedule": self._schedule,
             "scaler": self._scaler,
         }
+
+
+def records_steps(config: TrialConfig, device: torch.device) -> bool:
+    """Return whether steps are recorded as CUDA graphs (:mod:`batchcam.training.recording`)."""
+    return config.cuda_graphs and device.type == "cuda"
 
 
 def make_optimizer(model: ExplainableModel, config: TrialConfig) -> torch.optim.Optimizer:

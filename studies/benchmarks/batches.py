@@ -17,6 +17,8 @@ from batchcam.data.splits import Split
 from batchcam.explainers import EXPLAINERS
 from batchcam.losses import build_terms
 from batchcam.training.fit import Trainer
+from batchcam.training.recording import RecordedGradients
+from batchcam.training.step import records_steps
 
 CROSS_ENTROPY = "cross-entropy"
 LOSSES: Mapping[str, Mapping[str, Any]] = {
@@ -84,22 +86,39 @@ class Bench:
         terms = build_terms(replace(self.trainer.context, config=config))
         explainer = EXPLAINERS[config.cam]
 
+        step = self.trainer.step
+
+        def gradients(_: Tensor) -> Tensor:
+            step.terms = terms
+            step.explainer = explainer
+            losses = step.gradients(self.trainer.preprocess(self.images), self.labels)
+            return torch.stack(list(losses.values()))
+
+        compute: Callable[[Tensor], Tensor] = gradients
+        if records_steps(config, self.device):
+            compute = RecordedGradients(gradients, self.trainer.model.parameters())
+
         def run() -> None:
-            self.trainer.step.terms = terms
-            self.trainer.step.explainer = explainer
-            self.trainer.step(self.trainer.preprocess(self.images), self.labels)
+            compute(self.labels)
+            step.advance()
 
         return run
 
 
 def config(
-    backbone: str, batch_size: int, *, compiled: bool = False, precision: Precision = "fp32"
+    backbone: str,
+    batch_size: int,
+    *,
+    compiled: bool = False,
+    recorded: bool = False,
+    precision: Precision = "fp32",
 ) -> TrialConfig:
     """Return the configuration of a bench at 28x28 pixels, with a learning rate near 0."""
     return TrialConfig(
         backbone=backbone,
         batch_size=batch_size,
         compile=compiled,
+        cuda_graphs=recorded,
         precision=precision,
         schedule="constant",
         learning_rate=1e-6,

@@ -63,6 +63,8 @@ class Throughput:
     """PyTorch threads, and workers of the plain script's data loader."""
     plain: bool = True
     """Measure the plain script too; it runs for SimpleCNN on a CPU only."""
+    cuda_graphs: bool = False
+    """Record the trainer's steps as CUDA graphs; the bare steps are not recorded."""
     device: str = "cpu"
     """auto, cpu, cuda or cuda:N."""
     seed: int = 0
@@ -97,6 +99,7 @@ def measure(settings: Throughput, backbone: str, precision: Precision) -> dict[s
         epochs=1,
         lambda_batch=0.1,
         device=str(device),
+        cuda_graphs=settings.cuda_graphs,
         seed=settings.seed,
     )
     steps = settings.steps if backbone == "simple_cnn" else max(2, settings.steps // 10)

@@ -63,6 +63,8 @@ class TimeToTarget:
     """Data set; the targets are chosen for mnist."""
     device: str = "cpu"
     """Device of the trainer: auto, cpu, cuda or cuda:N. The plain script runs on the CPU."""
+    cuda_graphs: bool = False
+    """Record the trainer's steps as CUDA graphs."""
     seed: int = 0
     """Seed of trainer and plain script."""
 
@@ -77,6 +79,7 @@ class TimeToTarget:
             metric=self.metric,
             lambda_batch=self.lambda_batch,
             device=self.device,
+            cuda_graphs=self.cuda_graphs,
             seed=self.seed,
         )
 

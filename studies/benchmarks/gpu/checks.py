@@ -19,6 +19,7 @@ from batchcam.config import METRICS, Precision, TrialConfig
 from batchcam.data.dataset import load_data
 from batchcam.data.decoys import paint_decoys
 from batchcam.data.prepared import PreparedData, with_prototypes
+from batchcam.data.preprocessing import batches
 from batchcam.devices import is_out_of_memory
 from batchcam.errors import first_line
 from batchcam.export.bundle import load, save_bundle
@@ -284,6 +285,50 @@ def _compiled_against_eager(
     }
 
 
+def recorded(backbone: str, precisions: tuple[Precision, ...]) -> Part:
+    """Return the part that compares recorded with eager epochs, to the last bit."""
+
+    def run(setup: Setup) -> Iterator[Row]:
+        if not setup.cuda:
+            raise Skipped("only CUDA has graphs")
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # Read when cuBLAS starts.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        prepared = digits(100 if setup.quick else 300)
+        for precision in precisions:
+            config = TrialConfig(
+                **{f"lambda_{name}": 0.3 for name in TERMS},  # type: ignore[arg-type]
+                backbone=backbone,
+                precision=precision,
+                batch_size=64,  # The last batch is shorter: 44 images of 300.
+                epochs=6 if setup.quick else 10,
+                device="cuda",
+                seed=setup.seed,
+            )
+            eager, again, replayed = (
+                fit(replace(config, cuda_graphs=graphs), prepared=prepared)
+                for graphs in (False, False, True)
+            )
+            repeated, difference = (
+                float((_weights(other.model) - _weights(eager.model)).abs().max())
+                for other in (again, replayed)
+            )
+            losses = max(
+                abs(replayed.metrics[name] - value)
+                for name, value in eager.metrics.items()
+                if name.startswith("loss")
+            )
+            yield {
+                "check": "weights and losses of all terms",
+                "backbone": backbone,
+                "precision": precision,
+                "passed": difference == 0 and losses == 0,
+                "found": {"weights": difference, "losses": losses, "two eager runs": repeated},
+                "tolerance": 0,
+            }
+
+    return Part(f"recorded: {backbone}", run, 120)
+
+
 def _copied(state: Any) -> Any:
     """Return a state with copies of its tensors, which training changes in place."""
     if isinstance(state, Tensor):
@@ -320,12 +365,13 @@ def no_waiting(setup: Setup) -> Iterator[Row]:
         )
     ]
     prepared = digits(100)
-    for compile_ in (False, True):
-        for name, fields in cases[:1] if compile_ else cases:
-            terms = dict(all_terms, lambda_mask_gradient=0.0) if compile_ else all_terms
+    for kind in ("eager", "recorded", "compiled"):
+        for name, fields in cases if kind == "eager" else cases[:1]:
+            terms = dict(all_terms, lambda_mask_gradient=0.0) if kind == "compiled" else all_terms
             config = TrialConfig(
                 **{**fields, **terms, "metric": "ssim"},
-                compile=compile_,
+                compile=kind == "compiled",
+                cuda_graphs=kind == "recorded",
                 batch_size=64,
                 seed=setup.seed,
             )
@@ -335,7 +381,7 @@ def no_waiting(setup: Setup) -> Iterator[Row]:
             except RuntimeError as error:
                 found = f"{_project_line(error)}: {first_line(error)}"
             yield {
-                "check": f"{name}{', compiled' if compile_ else ''}",
+                "check": f"{name}, {kind}",
                 "passed": not found,
                 "found": found or "no waiting",
             }
@@ -346,22 +392,18 @@ def _steps_without_waiting(
 ) -> None:
     torch.manual_seed(config.seed)
     trainer = Trainer(config, prepared, device)
-    for _ in range(2 if not config.compile else 4):  # Compiles, records, and fills caches.
+    for _ in range(5):  # Compiles, records, and fills caches.
         trainer.run_epoch(None)
-    split = trainer.train
-    batches = [slice(0, 64), slice(64, 100), slice(0, 64)]
+    order = torch.arange(len(trainer.train), device=device)
     trainer.model.train()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
-        for batch in batches:
-            masks = None if split.masks_NRR is None else split.masks_NRR[batch]
-            trainer.step(
-                trainer.preprocess(split.images_NCHW[batch]),
-                split.labels_N[batch],
-                split.prototype_index_N[batch],
-                masks,
-            )
+        for (chosen_N,) in (*batches((order,), config.batch_size), (order[: config.batch_size],)):
+            trainer.gradients(chosen_N)
+            trainer.step.advance()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -546,6 +588,8 @@ CHECKS = (
     compiled("simple_cnn", "fp32"),
     compiled("resnet18", "fp32"),
     compiled("simple_cnn", "bf16"),
+    recorded("simple_cnn", ("fp32", "bf16", "fp16")),
+    recorded("resnet18", ("fp32", "bf16")),
     Part("no waiting", no_waiting, 150),
     Part("resume", resume, 90),
     Part("bundle", bundle, 90),

@@ -8,7 +8,6 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +59,17 @@ def steps(backbone: str, mode: str) -> Part:
     def run(setup: Setup) -> Iterator[Row]:
         if setup.quick and (backbone, mode) != ("simple_cnn", "eager"):
             raise Skipped("one model is enough for a quick run")
+        recorded = mode.startswith("recorded")
         batch, together = (16, 1) if setup.quick else (128, 10)
-        settled = config(backbone, batch, compiled=mode == "compiled", precision="bf16")
-        bench = Bench.build(replace(settled, seed=setup.seed), setup.device)
+        settled = config(backbone, batch, precision="bf16")
+        settled = replace(
+            settled, compile="compiled" in mode, cuda_graphs=recorded, seed=setup.seed
+        )
+        bench = Bench.build(settled, setup.device)
         losses = {name: bench.step(loss) for name, loss in {**LOSSES, **EXTENSIONS}.items()}
         seconds = time_interleaved(
             {name: repeated(step, together) for name, step in losses.items()},
-            seconds=0.1 if setup.quick else 8,
+            seconds=0.1 if setup.quick else 6,
             min_rounds=2 if setup.quick else 7,
             warm_up=1 if setup.quick else 2,
             seed=setup.seed,
@@ -79,33 +82,42 @@ def steps(backbone: str, mode: str) -> Part:
             "batch_size": batch,
             "steps_together": together,
             **summary(seconds, CROSS_ENTROPY),
-            "memory_bytes": {name: peak_bytes(step, setup.device) for name, step in losses.items()},
+            # A recording holds its memory between steps too, so that a step's own is not seen.
+            "memory_bytes": {}
+            if recorded
+            else {name: peak_bytes(step, setup.device) for name, step in losses.items()},
         }
 
     return Part(f"steps: {backbone} {mode}", run, 100)
 
 
 def trainer(setup: Setup) -> Iterator[Row]:
-    """Time epochs of `fit` over bare steps, in bf16."""
-    for backbone in ("simple_cnn",) if setup.quick else ("simple_cnn", "resnet18"):
+    """Time epochs of `fit` over bare steps, in bf16; the bare steps are never recorded."""
+    cases = [("simple_cnn", False), ("simple_cnn", True), ("resnet18", False), ("resnet18", True)]
+    for backbone, recorded in cases[:1] if setup.quick else cases:
         settings = Throughput(
             out=Path(),
             batch_size=16 if setup.quick else 128,
             steps=2 if setup.quick else {"simple_cnn": 200, "resnet18": 1000}[backbone],
-            rounds=2 if setup.quick else 7,
+            rounds=2 if setup.quick else 5,
             threads=torch.get_num_threads(),
             plain=False,
+            cuda_graphs=recorded,
             device=str(setup.device),
             seed=setup.seed,
         )
-        yield measure_throughput(settings, backbone, "bf16")
+        measured = measure_throughput(settings, backbone, "bf16")
+        yield {"backbone": backbone, "recorded": recorded, **measured}
 
 
-def _train_for(setup: Setup, backbone: str, seconds: float, barrier: Any, results: Any) -> None:
+def _train_for(
+    setup: Setup, backbone: str, recorded: bool, seconds: float, barrier: Any, results: Any
+) -> None:
     """Train for some seconds in this process, when all processes are ready; put the images."""
     torch.set_num_threads(1)
     batch = 16 if setup.quick else 128
-    bench = Bench.build(config(backbone, batch, precision="bf16"), setup.device)
+    settled = config(backbone, batch, precision="bf16", recorded=recorded)
+    bench = Bench.build(settled, setup.device)
     step = bench.step(LOSSES[BCPL])
     for _ in range(1 if setup.quick else 20):
         step()
@@ -121,18 +133,16 @@ def _train_for(setup: Setup, backbone: str, seconds: float, barrier: Any, result
 
 
 def packing(setup: Setup) -> Iterator[Row]:
-    """Train in 1, 2, 4 and 8 processes that share the device; sum their images per second.
-
-    One process is measured before and after the others, which shows the drift of the machine.
-    """
+    """Train in 1, 2, 4 and 8 processes that share the device; sum their images per second."""
     context = multiprocessing.get_context("fork")
-    for backbone in ("simple_cnn",) if setup.quick else ("simple_cnn", "resnet18"):
+    cases = [("simple_cnn", False), ("simple_cnn", True), ("resnet18", False), ("resnet18", True)]
+    for backbone, recorded in cases[:1] if setup.quick else cases:
         alone = 0.0
-        for count in (1, 2) if setup.quick else (1, 2, 4, 8, 1):
+        for count in (1, 2) if setup.quick else (1, 2, 4, 8):
             barrier, results = context.Barrier(count), context.Queue()
-            seconds = 0.2 if setup.quick else 2.5
-            target = partial(_train_for, setup, backbone, seconds, barrier, results)
-            processes = [context.Process(target=target) for _ in range(count)]
+            seconds = 0.2 if setup.quick else 2
+            arguments = (setup, backbone, recorded, seconds, barrier, results)
+            processes = [context.Process(target=_train_for, args=arguments) for _ in range(count)]
             for process in processes:
                 process.start()
             speeds = [results.get(timeout=60) for _ in processes]
@@ -141,6 +151,7 @@ def packing(setup: Setup) -> Iterator[Row]:
             alone = alone or sum(speeds)
             yield {
                 "backbone": backbone,
+                "recorded": recorded,
                 "processes": count,
                 "images_per_second": round(sum(speeds), 1),
                 "over_one_after_the_other": round(sum(speeds) / alone, 3),
@@ -171,10 +182,16 @@ def forecast(setup: Setup) -> Iterator[Row]:
     prepared = random_data(1280 if setup.quick else 12_800, num_classes=10, side=28)
     validation = random_data(1024, num_classes=10, side=28, seed=1).dataset.train
     prepared = prepared.with_splits(validation=validation)
-    for backbone, batch in (("simple_cnn", 128), ("resnet18", 128), ("convnextv2_tiny", 32)):
+    for backbone, batch, recorded in (
+        ("simple_cnn", 128, False),
+        ("resnet18", 128, False),
+        ("resnet18", 128, True),
+        ("convnextv2_tiny", 32, False),
+    ):
         settled = TrialConfig(
             backbone=backbone,
             batch_size=batch,
+            cuda_graphs=recorded,
             precision="bf16",
             lambda_proto=0.1,
             lambda_exchange=0.1,
@@ -194,6 +211,7 @@ def forecast(setup: Setup) -> Iterator[Row]:
         yield {
             "backbone": backbone,
             "batch_size": batch,
+            "recorded": recorded,
             "forecast_bytes": forecast_bytes,
             "used_bytes": used,
             "reserved_bytes": reserved,
@@ -208,9 +226,8 @@ def batch_sizes(setup: Setup) -> Iterator[Row]:
     Sizes are not measured in turns; BCPL and cross-entropy are.
     """
     for batch in (16, 32) if setup.quick else (128, 256, 512, 1024, 2048, 4096, 8192):
-        for mode in ("eager",) if setup.quick else ("eager", "compiled"):
-            torch.compiler.reset()
-            settled = config("simple_cnn", batch, compiled=mode == "compiled", precision="bf16")
+        for mode in ("eager",) if setup.quick else ("eager", "recorded"):
+            settled = config("simple_cnn", batch, recorded=mode == "recorded", precision="bf16")
             bench = Bench.build(replace(settled, seed=setup.seed), setup.device)
             names = (CROSS_ENTROPY, BCPL)
             seconds = time_interleaved(
@@ -231,9 +248,19 @@ def batch_sizes(setup: Setup) -> Iterator[Row]:
 
 
 def kernels(setup: Setup) -> Iterator[Row]:
-    """Time steps of BCPL with TF32 and with cuDNN's search for kernels, over steps without."""
+    """Time recorded steps of BCPL with TF32 and with cuDNN's search for kernels, over without.
+
+    Steps are recorded, so that the host's time does not hide that of the kernels.
+    """
     if not setup.cuda:
         raise Skipped("TF32 and cuDNN need CUDA")
+    float32 = {
+        "no TF32": ("ieee", "ieee", False),
+        "TF32 in convolutions (PyTorch's default)": ("ieee", "tf32", False),
+        "TF32": ("tf32", "tf32", False),
+        "TF32 and search": ("tf32", "tf32", True),
+    }
+    half = {"no search": ("ieee", "tf32", False), "search": ("ieee", "tf32", True)}
     chosen: tuple[tuple[str, Precision], ...] = (
         ("simple_cnn", "fp32"),
         ("resnet18", "fp32"),
@@ -241,27 +268,16 @@ def kernels(setup: Setup) -> Iterator[Row]:
         ("resnet18", "bf16"),
     )
     for backbone, precision in chosen:
-        bench = Bench.build(config(backbone, 128, precision=precision), setup.device)
-        step = bench.step(LOSSES[BCPL])
-
-        def run(matrix: str, convolution: str, search: bool, step: Any = step) -> None:
+        bench = Bench.build(config(backbone, 128, precision=precision, recorded=True), setup.device)
+        variants = {}
+        for name, (matrix, convolution, search) in (
+            float32 if precision == "fp32" else half
+        ).items():
             torch.backends.cuda.matmul.fp32_precision = matrix
             torch.backends.cudnn.conv.fp32_precision = convolution  # type: ignore[attr-defined]
             torch.backends.cudnn.benchmark = search
-            for _ in range(10):
-                step()
-
-        variants = {
-            "no TF32": partial(run, "ieee", "ieee", False),
-            "TF32 in convolutions (PyTorch's default)": partial(run, "ieee", "tf32", False),
-            "TF32": partial(run, "tf32", "tf32", False),
-            "TF32 and search": partial(run, "tf32", "tf32", True),
-        }
-        if precision != "fp32":
-            variants = {
-                "no search": partial(run, "ieee", "tf32", False),
-                "search": partial(run, "ieee", "tf32", True),
-            }
+            variants[name] = repeated(bench.step(LOSSES[BCPL]), 10)
+            variants[name]()  # Records the step, with these settings.
         seconds = time_interleaved(
             variants,
             seconds=1 if setup.quick else 3,
@@ -295,10 +311,12 @@ def time_to_target(setup: Setup) -> Iterator[Row]:
     except DataError:
         settings = replace(settings, dataset="digits")
         prepared = prepare(settings.config())
-    for seed in range(1 if setup.quick else 3):
-        seeded = replace(settings, seed=seed)
+    cases = [(False, 0), (True, 0), (True, 1), (True, 2)]
+    for recorded, seed in cases[:1] if setup.quick else cases:
+        seeded = replace(settings, seed=seed, cuda_graphs=recorded)
         yield {
             "dataset": settings.dataset,
+            "recorded": recorded,
             "seed": seed,
             "precision": settings.precision,
             "batch_size": settings.batch_size,
@@ -311,7 +329,7 @@ MEASUREMENTS = (
     *(
         steps(backbone, mode)
         for backbone in ("simple_cnn", "resnet18")
-        for mode in ("eager", "compiled")
+        for mode in ("eager", "compiled", "recorded", "recorded and compiled")
     ),
     Part("packing", packing, 120),
     Part("memory forecast", forecast, 120),

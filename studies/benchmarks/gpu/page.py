@@ -91,7 +91,7 @@ def _steps(rows: list[Record]) -> str:
     """Return the table of a step's time and memory by loss, over cross-entropy's."""
     lines = []
     for row in rows:
-        base = row["memory_bytes"][CROSS_ENTROPY]
+        memory = row["memory_bytes"]
         for name in row["milliseconds"]["wall"]:
             ratio = row["ratios"]["wall"].get(name)
             lines.append(
@@ -101,7 +101,7 @@ def _steps(rows: list[Record]) -> str:
                     name,
                     f"{row['milliseconds']['wall'][name] / row['steps_together']:.2f}",
                     _interval(ratio) if ratio else "1",
-                    f"{row['memory_bytes'][name] / max(1, base):.2f}",
+                    f"{memory[name] / max(1, memory[CROSS_ENTROPY]):.2f}" if memory else "",
                 ]
             )
     header = ["model", "mode", "loss", "milliseconds", "time over cross-entropy", "memory over it"]
