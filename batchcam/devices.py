@@ -1,7 +1,9 @@
 """Device and precision of a run, and the settings that suit them."""
 
 import ctypes
+import gc
 import os
+import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -116,10 +118,7 @@ def _cuda_is_full() -> bool:
     if not torch.cuda.is_available():
         return False
     try:
-        return any(
-            torch.cuda.mem_get_info(device)[0] < _FULL
-            for device in range(torch.cuda.device_count())
-        )
+        return torch.cuda.mem_get_info()[0] < _FULL
     except RuntimeError:  # Not even the question fits.
         return True
 
@@ -129,8 +128,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     PyTorch raises `torch.OutOfMemoryError` only for its own allocator of device memory. Other
     allocators and libraries raise `torch.AcceleratorError` or `RuntimeError`, and are told by their
-    message. cuDNN reports an internal error where a GPU is full; it counts where fewer than 64 MiB are
-    free. `torch.compile` raises errors of its own, so the causes of an error are examined too.
+    message. cuDNN reports an internal error where a GPU is full, which counts where fewer than
+    64 MiB are free. `torch.compile` raises errors of its own, so causes are examined too.
 
     Example:
         >>> is_out_of_memory(RuntimeError("CUDA error: out of memory"))
@@ -170,6 +169,31 @@ def keep_freed_memory() -> bool:
     except (AttributeError, TypeError, OSError):
         return False
     return bool(mallopt(_TRIM_THRESHOLD, -1) and mallopt(_MMAP_MAX, 0))
+
+
+def release_memory() -> None:
+    """Return the memory of finished work to the device and to the system, for this process.
+
+    For a process that runs one training after another: the next one, and other processes of the
+    device, find the memory free. Tensors that are still in use are not affected. Compiled code is
+    dropped, because its CUDA graphs hold memory; what is used again is compiled again.
+
+    On the CPU, glibc returns whole free pages, also after :func:`keep_freed_memory`, which concerns
+    automatic returns only. It keeps the end of the heap of each thread, at most 64 MiB; large
+    blocks are in the heap of the process. With another C library nothing is returned there.
+    """
+    if "torch._dynamo" in sys.modules:  # Else nothing was compiled.
+        torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, TypeError, OSError):
+        return
+    trim(ctypes.c_size_t(0))
 
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4

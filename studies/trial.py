@@ -13,6 +13,7 @@ import torch
 
 from batchcam.config import TrialConfig
 from batchcam.data.prepared import PreparedData
+from batchcam.devices import is_out_of_memory, release_memory
 from batchcam.export.model_card import loss_name, loss_terms
 from batchcam.figures import tile
 from batchcam.losses import TERMS, compares_cams
@@ -86,8 +87,9 @@ def run_trial(params: dict[str, Any], *, settings: TrialSettings, prepared: Prep
 
     Resumes from the trial's newest checkpoint, if there is one. Epochs of the checkpoint that the
     ledger lacks are reported first. If the scheduler stops the trial, Ray raises SystemExit from
-    the report.
+    the report. The process may have run another trial, whose memory is returned first.
     """
+    release_memory()
     torch.set_num_threads(settings.resources.enlarged(params[RESOURCE_MULTIPLIER]).threads)
     config = trial_config(settings.base, params)
     folder = f"{settings.checkpoints}/{params[TRIAL_ID]}"
@@ -114,11 +116,16 @@ def run_trial(params: dict[str, Any], *, settings: TrialSettings, prepared: Prep
             report_metrics(report.metrics)
             last = report.epoch
 
-        if state is not None:
-            last = report_again(load_state(state)["history"], last)
-            if last >= config.epochs:
-                return
+        short_of_memory = False
         try:
-            fit(config, on_epoch, prepared=prepared, state=state)
-        except (torch.OutOfMemoryError, MemoryError):
+            if state is not None:
+                last = report_again(load_state(state)["history"], last)
+            if last < config.epochs:
+                fit(config, on_epoch, prepared=prepared, state=state)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            short_of_memory = True
+        if short_of_memory:  # Outside of the handler, whose exception holds the tensors.
+            release_memory()
             report_out_of_memory(last)

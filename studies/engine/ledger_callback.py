@@ -1,12 +1,13 @@
 """A callback of Ray Tune that records the events of trials in the ledger."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial
 
+from studies.engine.failures import Verdict
 from studies.engine.ledger import Ledger
 from studies.engine.optuna_searcher import how_ended
 from studies.engine.protocol import (
@@ -35,15 +36,22 @@ class LedgerCallback(tune.Callback):
         folder: the study's folder, in which `ERRORS` is made.
         objectives: the study's objectives.
         max_epochs: epochs of a trial that is not stopped early.
+        verdict: returns what follows the failure of a trial, by Ray's id of it.
     """
 
     def __init__(
-        self, ledger: Ledger, folder: Path, objectives: Sequence[Objective], max_epochs: int
+        self,
+        ledger: Ledger,
+        folder: Path,
+        objectives: Sequence[Objective],
+        max_epochs: int,
+        verdict: Callable[[str], Verdict] = lambda _: Verdict(False),
     ) -> None:
         self._ledger = ledger
         self._folder = folder
         self._objectives = objectives
         self._max_epochs = max_epochs
+        self._verdict = verdict
 
     def __getstate__(self) -> dict[str, Any]:
         """Return nothing: Ray pickles its callbacks, and the ledger is a file already."""
@@ -86,15 +94,21 @@ class LedgerCallback(tune.Callback):
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Record that a trial failed for good, and save its error."""
+        """Record that a trial failed, unless it starts again, and save its error."""
         del iteration, trials, info
+        verdict = self._verdict(trial.trial_id)
+        if verdict.starts_again:
+            return
         self._propose(trial)  # A trial whose process did not come up was never started.
         text = Path(trial.error_file).read_text() if trial.error_file else "unknown error\n"
         folder = self._folder / ERRORS
         folder.mkdir(exist_ok=True)
         (folder / f"{trial.config[TRIAL_ID]}.txt").write_text(text, encoding="utf-8")
         lines = text.strip().splitlines()
-        self._ledger.end(trial.config[NUMBER], "failed", lines[-1] if lines else "unknown error")
+        error = lines[-1] if lines else "unknown error"
+        if verdict.reason is not None:
+            error = f"out of memory ({verdict.reason}), with all that a node has"
+        self._ledger.end(trial.config[NUMBER], "failed", error)
 
     def _propose(self, trial: Trial) -> None:
         proposed = {

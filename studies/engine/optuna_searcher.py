@@ -62,6 +62,8 @@ class OptunaSearcher(Searcher):
             more than the cluster runs keeps it busy; further ones would be proposed knowing less.
         enlarge: called with the number of a trial that ran out of memory; returns what it asks for
             next, as a multiple of the usual resources, or None to let it fail.
+        starts_again: called with Ray's id of a trial that failed; returns whether it is proposed
+            again.
         on_trial_end: called with each trial before Optuna is told its end, after which Optuna
             takes nothing more about it.
     """
@@ -77,6 +79,7 @@ class OptunaSearcher(Searcher):
         num_trials: int,
         max_concurrent_trials: Callable[[], int] = lambda: sys.maxsize,
         enlarge: Callable[[int], int | None] = lambda _: None,
+        starts_again: Callable[[str], bool] = lambda _: False,
         on_trial_end: Callable[[optuna.Trial], None] = lambda _: None,
     ) -> None:
         super().__init__()
@@ -87,6 +90,7 @@ class OptunaSearcher(Searcher):
         self._max_epochs = max_epochs
         self._max_live = max_concurrent_trials
         self._enlarge = enlarge
+        self._starts_again = starts_again
         self._on_trial_end = on_trial_end
         self._live: dict[str, int] = {}
         known = retry(lambda: study.get_trials(deepcopy=False), _WHAT, STORAGE_ERRORS)
@@ -123,12 +127,13 @@ class OptunaSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Report the end of a trial to Optuna, or propose it again if it ran out of memory."""
+        """Report the end of a trial to Optuna, or propose it again if it is to start again."""
         number = self._live.pop(trial_id, None)
         if number is None:  # Ray calls this twice if a callback fails at the end of a trial.
             return
         result = result or {}
-        if result.get(OUT_OF_MEMORY) and self._enlarge(number) is not None:
+        short = result.get(OUT_OF_MEMORY) and self._enlarge(number) is not None
+        if short or (error and self._starts_again(trial_id)):
             self._again.append(number)
             return
         self.tell(number, result, error)

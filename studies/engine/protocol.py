@@ -3,7 +3,8 @@
 A trainable is a function of one dictionary: what the search space returned for the trial, and the
 keys `NUMBER`, `TRIAL_ID`, `RESOURCE_MULTIPLIER` and `RESUMES_AT`. It calls :func:`report` after
 each epoch, and :func:`report_out_of_memory` where memory is short. After an exception the trial
-starts again from its last checkpoint, a limited number of times. A resumed search tries a trial
+starts again from its last checkpoint, a limited number of times; :mod:`studies.engine.failures`
+tells an exception from a lack of memory. A resumed search tries a trial
 that failed for good once more, unless its exception was `DivergedError`. README.md in this folder
 shows a whole example.
 """

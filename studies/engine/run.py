@@ -18,6 +18,7 @@ import optuna
 from ray import tune
 
 from batchcam.errors import ConfigError
+from studies.engine.failures import Failures, memory_kills_end_trials_only
 from studies.engine.ledger import LEDGER, Ledger
 from studies.engine.ledger_callback import LedgerCallback
 from studies.engine.optuna_searcher import OptunaSearcher, Space, enqueue
@@ -139,6 +140,8 @@ def run_search(
     """
     # It warns of the files that Ray was told not to write.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    # It lists the trials that failed at the end, also those that started again and completed.
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
     replicas = [] if copy is None else [Replica(folder, copy)]
     ledger = Ledger(folder / LEDGER)
     directions = [each.direction for each in search.objectives]
@@ -173,11 +176,13 @@ def run_search(
     def resources(params: dict[str, Any]) -> tune.PlacementGroupFactory:
         return tune.PlacementGroupFactory([dict(request(params[RESOURCE_MULTIPLIER]))])
 
+    failures = Failures(search.max_failures, enlarge)
     scheduler = ParetoASHA(
         objectives=search.objectives,
         min_epochs=search.min_epochs,
         max_epochs=search.max_epochs,
         seed=search.seed,
+        on_error=failures.judge,
     )
     searcher = OptunaSearcher(
         study,
@@ -188,12 +193,14 @@ def run_search(
         num_trials=search.num_trials,
         max_concurrent_trials=_recent(lambda: max_concurrent_trials() + 1, seconds=2),
         enlarge=enlarge,
+        starts_again=lambda trial_id: failures.verdict(trial_id).starts_again,
         on_trial_end=on_trial_end,
     )
     recover(ledger, searcher, scheduler, search.max_epochs)
     with (
         tempfile.TemporaryDirectory(prefix="batchcam-ray-") as scratch,
         _environment(),
+        memory_kills_end_trials_only(),
         progress(ledger, searcher.num_trials) as shown,
     ):
         tune.Tuner(
@@ -208,9 +215,13 @@ def run_search(
             run_config=tune.RunConfig(
                 name="ray",
                 storage_path=scratch,
-                failure_config=tune.FailureConfig(max_failures=search.max_failures),
+                # A trial that starts again is another trial for Ray, which may be larger.
+                failure_config=tune.FailureConfig(max_failures=0),
                 callbacks=[
-                    LedgerCallback(ledger, folder, search.objectives, search.max_epochs),
+                    failures,
+                    LedgerCallback(
+                        ledger, folder, search.objectives, search.max_epochs, failures.verdict
+                    ),
                     *replicas,
                     *shown,
                     *callbacks,

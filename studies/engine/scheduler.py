@@ -1,6 +1,6 @@
 """Early stopping as a scheduler of Ray Tune."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray.tune.experiment import Trial
@@ -27,6 +27,7 @@ class ParetoASHA(FIFOScheduler):
         reduction_factor: one in so many of the trials at a rung continues.
         brackets: sets of rungs to distribute the trials over.
         seed: seed of the draw of brackets.
+        on_error: called with each trial that fails, before the searcher learns of it.
 
     Raises:
         ConfigError: see :class:`studies.engine.halving.ParetoHalving`.
@@ -41,9 +42,11 @@ class ParetoASHA(FIFOScheduler):
         reduction_factor: int = 2,
         brackets: int = 1,
         seed: int = 0,
+        on_error: Callable[[Trial], None] = lambda _: None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._objectives = tuple(objectives)
+        self._on_error = on_error
         self._halving = ParetoHalving(
             min_epochs=min(min_epochs, max_epochs),
             max_epochs=max_epochs,
@@ -69,6 +72,14 @@ class ParetoASHA(FIFOScheduler):
             return TrialScheduler.STOP  # No epoch was finished; the trial starts again.
         continues = self._judge(trial.config[NUMBER], result)
         return TrialScheduler.CONTINUE if continues else TrialScheduler.STOP
+
+    def on_trial_error(
+        self,
+        tune_controller: "TuneController",  # noqa: ARG002
+        trial: Trial,
+    ) -> None:
+        """Pass on that a trial failed."""
+        self._on_error(trial)
 
     def replay(self, number: int, metrics: Mapping[str, float]) -> bool:
         """Return whether a trial continues after a report from before a restart.

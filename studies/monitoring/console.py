@@ -9,7 +9,8 @@ from ray import tune
 from ray.tune.experiment import Trial
 from rich.console import Console
 
-from studies.engine.protocol import EPOCH, OUT_OF_MEMORY
+from studies.engine.ledger import Ledger
+from studies.engine.protocol import EPOCH, NUMBER, OUT_OF_MEMORY, RESOURCE_MULTIPLIER
 
 _SHOWN = {
     "val_accuracy": "accuracy {val_accuracy:.4f}",
@@ -25,13 +26,19 @@ class TrialLines(tune.Callback):
     """Prints the outcome of each trial when it ends.
 
     Args:
+        ledger: the study's ledger, which records each event before this callback is called.
         num_trials: number of trials of the study.
         ended: number of trials that ended before.
     """
 
-    def __init__(self, num_trials: int, ended: int = 0) -> None:
+    def __init__(self, ledger: Ledger, num_trials: int, ended: int = 0) -> None:
+        self._ledger = ledger
         self._num_trials = num_trials
         self._ended = ended
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing: Ray pickles its callbacks, and the ledger is a file already."""
+        return {}
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
@@ -51,9 +58,15 @@ class TrialLines(tune.Callback):
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Print that a trial failed, after its last retry."""
+        """Print that a trial failed for good, or that it starts again."""
         del iteration, trials, info
-        self._print(trial, f"failed; see errors/{trial.config['trial_id']}.txt")
+        history = self._ledger.get(trial.config[NUMBER])
+        if history is not None and history.state is not None:
+            self._print(trial, f"failed; see errors/{trial.config['trial_id']}.txt")
+        elif history and history.resource_multiplier > trial.config[RESOURCE_MULTIPLIER]:
+            console.print(f"          {trial.config['trial_id']}  out of memory")
+        else:
+            console.print(f"          {trial.config['trial_id']}  failed; starts again")
 
     def _print(self, trial: Trial, outcome: str) -> None:
         self._ended += 1

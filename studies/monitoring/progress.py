@@ -20,7 +20,7 @@ def on_terminal(search: Search) -> Progress:
         ended = sum(trial.state is not None for trial in ledger.trials)
         table = StatusTable(ledger, num_trials, search.objectives, search.max_epochs)
         with live_table(console, table):
-            yield [TrialLines(num_trials, ended)]
+            yield [TrialLines(ledger, num_trials, ended)]
 
     return progress
 

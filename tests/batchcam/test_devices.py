@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from batchcam.devices import autocast, is_out_of_memory, resolve_device
+from batchcam.devices import autocast, is_out_of_memory, release_memory, resolve_device
 from batchcam.errors import ConfigError
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -93,6 +93,54 @@ def _resident_after_freeing(variables: dict[str, str]) -> int:
 def test_memory_that_is_freed_is_kept_unless_the_environment_says_otherwise() -> None:
     assert _resident_after_freeing({}) > 200
     assert _resident_after_freeing({"MALLOC_TRIM_THRESHOLD_": "131072"}) < 100
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_kept_memory_is_returned_when_it_is_asked_for() -> None:
+    """Allocates in a thread, as a trial does, blocks larger and smaller than a thread's heap."""
+    program = (
+        "import resource, threading, torch\n"
+        "from batchcam.devices import keep_freed_memory, release_memory\n"
+        "def resident():\n"
+        "    with open('/proc/self/statm') as file:\n"
+        "        return int(file.read().split()[1]) * resource.getpagesize() >> 20\n"
+        "def work():\n"
+        "    for size, count in ((128 << 20, 3), (1 << 20, 300), (16 << 10, 9000)):\n"
+        "        blocks = [torch.ones(size, dtype=torch.uint8) for _ in range(count)]\n"
+        "keep_freed_memory()\n"
+        "before = resident()\n"
+        "for _ in range(2):\n"
+        "    thread = threading.Thread(target=work)\n"
+        "    thread.start()\n"
+        "    thread.join()\n"
+        "kept = resident() - before\n"
+        "release_memory()\n"
+        "print(kept, resident() - before)\n"
+    )
+    variables = {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
+    environment = {name: value for name, value in os.environ.items() if name not in variables}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    kept, returned = map(int, ended.stdout.split())
+    assert kept > 400
+    assert returned < 150  # The ends of the heaps of two threads stay, 64 MiB each.
+
+
+def test_code_that_an_earlier_run_compiled_is_compiled_again() -> None:
+    compilations = []
+
+    def backend(module: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        compilations.append(module)
+        return module
+
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+    for _ in range(2):
+        compiled(torch.zeros(2))
+    assert len(compilations) == 1
+    release_memory()
+    compiled(torch.zeros(2))
+    assert len(compilations) == 2
 
 
 @pytest.mark.parametrize(

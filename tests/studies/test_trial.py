@@ -1,4 +1,5 @@
 import os
+import platform
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -182,7 +183,15 @@ def test_trial_that_had_ended_reports_what_the_study_has_not_heard(
     assert reported == [metrics for metrics in whole if metrics["epoch"] in again]
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
 def test_trial_that_runs_out_of_memory_says_so_with_the_epoch_it_has(
     config: TrialConfig,
     prepared: PreparedData,
@@ -200,6 +209,79 @@ def test_trial_that_runs_out_of_memory_says_so_with_the_epoch_it_has(
     run_trial(PARAMS, settings=make_settings(tmp_path, config), prepared=prepared)
     assert [metrics["epoch"] for metrics in reported[:2]] == [1, 2]
     assert reported[2] == {"epoch": 1, OUT_OF_MEMORY: True}
+
+
+def test_checkpoint_that_does_not_fit_into_memory_is_out_of_memory(
+    config: TrialConfig,
+    prepared: PreparedData,
+    reported: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = make_settings(tmp_path, replace(config, epochs=1))
+    run_trial(PARAMS, settings=settings, prepared=prepared)
+    reported.clear()
+
+    def fail(_: Path) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr("studies.trial.load_state", fail)
+    run_trial(PARAMS | {RESUMES_AT: 1}, settings=settings, prepared=prepared)
+    assert reported == [{"epoch": 1, OUT_OF_MEMORY: True}]
+
+
+def test_other_errors_of_a_trial_are_raised(
+    config: TrialConfig,
+    prepared: PreparedData,
+    reported: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("studies.trial.fit", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run_trial(PARAMS, settings=make_settings(tmp_path, config), prepared=prepared)
+    assert reported == []
+
+
+STATUS = Path("/proc/self/status")
+
+
+def measure(
+    params: dict[str, Any], *, settings: TrialSettings, prepared: PreparedData, folder: Path
+) -> None:
+    """Run a small, a large and a small trial; write each one's process and resident MiB."""
+    step = params["step"]
+    large = {"backbone": "resnet18", "resolution": 112, "batch_size": 200}
+    sizes = large if step == 1 else {"backbone": "simple_cnn", "resolution": 14}
+    run_trial(params | sizes | {"trial_id": f"k_{step}"}, settings=settings, prepared=prepared)
+    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith("VmRSS"))
+    (folder / f"{step}.txt").write_text(f"{os.getpid()} {int(line.split()[1]) // 1024}")
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(not STATUS.exists(), reason="reads the memory of a process from /proc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+@pytest.mark.xdist_group("ray")
+@pytest.mark.usefixtures("local_ray")
+def test_small_trial_does_not_keep_the_memory_of_a_large_one_in_its_process(
+    config: TrialConfig, prepared: PreparedData, tmp_path: Path
+) -> None:
+    settings = make_settings(tmp_path, replace(config, epochs=1))
+    tune.Tuner(
+        tune.with_parameters(measure, settings=settings, prepared=prepared, folder=tmp_path),
+        param_space=PARAMS | {"step": tune.grid_search([0, 1, 2])},
+        tune_config=tune.TuneConfig(max_concurrent_trials=1, reuse_actors=True),
+        run_config=tune.RunConfig(storage_path=str(tmp_path / "ray"), verbose=0),
+    ).fit()
+    found = [(tmp_path / f"{step}.txt").read_text().split() for step in range(3)]
+    assert len({process for process, _ in found}) == 1
+    before, large, after = (int(resident) for _, resident in found)
+    assert large - before > 500
+    # Code that was loaded for the large model stays, and pages that hold something in use.
+    assert after - before < 0.25 * (large - before)
 
 
 def test_trial_of_a_larger_share_has_more_threads(

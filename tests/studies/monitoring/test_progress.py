@@ -52,5 +52,5 @@ def test_lines_go_on_from_what_had_ended(
     with on_terminal(DummyStudy(out=tmp_path).search())(ledger, 3) as callbacks:
         (lines,) = callbacks
         assert isinstance(lines, TrialLines)
-        assert vars(lines) == {"_num_trials": 3, "_ended": 1}
+        assert vars(lines) == {"_ledger": ledger, "_num_trials": 3, "_ended": 1}
     assert capsys.readouterr().out == ""  # No table without a terminal.
