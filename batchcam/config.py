@@ -107,9 +107,9 @@ class TrialConfig:
     """Precision of the forward pass; bf16 and fp16 are by autocast, fp16 on CUDA only."""
     compile: bool = False
     """Compile the backbone's features with torch.compile; the head stays eager."""
-    cuda_graphs: bool = False
-    """Record the training step once and replay it, which small models on a GPU gain from.
-    The losses stay the same. Other devices than CUDA have no graphs, and train as without."""
+    cuda_graphs: bool = True
+    """Record the training step on a GPU and replay it, which is several times as fast for small
+    models, with the same results. Other devices have no graphs, and train as without."""
     device: str = "auto"
     """auto (CUDA if there is a GPU, else the CPU), cpu, cuda, cuda:N or mps."""
     seed: int = 0

@@ -66,16 +66,6 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, dtype=dtype)
 
 
-def compile_mode(device: torch.device, *, recorded: bool = False) -> str | None:
-    """Return the mode of `torch.compile`: with CUDA graphs on CUDA, else its default.
-
-    The graphs contain forward and backward pass of the features, which are most kernels of a step.
-    The head and the CAMs are differentiated twice, and stay eager. A step that is recorded as a
-    whole needs no graphs in it.
-    """
-    return "reduce-overhead" if device.type == "cuda" and not recorded else None
-
-
 def prefers_channels_last(device: torch.device, precision: str) -> bool:
     """Return whether convolutions run faster in channels-last format: CUDA in half precision.
 
@@ -176,7 +166,7 @@ def release_memory() -> None:
 
     For a process that runs one training after another: the next one, and other processes of the
     device, find the memory free. Tensors that are still in use are not affected. Compiled code is
-    dropped, because its CUDA graphs hold memory; what is used again is compiled again.
+    dropped; what is used again is compiled again.
 
     On the CPU, glibc returns whole free pages, also after :func:`keep_freed_memory`, which concerns
     automatic returns only. It keeps the end of the heap of each thread, at most 64 MiB; large

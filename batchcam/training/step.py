@@ -9,7 +9,7 @@ from torch import Tensor
 
 from batchcam.cam import fused_weighted_sum
 from batchcam.config import TrialConfig
-from batchcam.devices import autocast, compile_mode, prefers_channels_last
+from batchcam.devices import autocast, prefers_channels_last
 from batchcam.explainers import EXPLAINERS
 from batchcam.losses.base import Batch, WeightedTerm
 from batchcam.models.base import ExplainableModel
@@ -57,16 +57,12 @@ class TrainingStep:
         self.explainer = EXPLAINERS[config.cam]
         self._schedule = make_schedule(self.optimizer, config, total_steps)
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        # Only the features: torch.compile cannot differentiate the head twice.
-        # Static shapes: the short last batch has a graph of its own. By default it would make the
-        # graph of all later batches dynamic, which is slower and has no CUDA graph.
-        mode = compile_mode(device, recorded=records_steps(config, device))
+        # Only the features: torch.compile cannot differentiate the head twice. Static shapes: the
+        # short last batch is compiled by itself; by default it would make the code of all later
+        # batches dynamic, which is slower.
         self._features = (
-            torch.compile(model.features, mode=mode, dynamic=False)
-            if config.compile
-            else model.features
+            torch.compile(model.features, dynamic=False) if config.compile else model.features
         )
-        self._has_graphs = config.compile and mode == "reduce-overhead"
 
     def __call__(
         self,
@@ -100,8 +96,6 @@ class TrainingStep:
         masks_NRR: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Replace the gradients of the model by those of a batch; arguments as for a step."""
-        if self._has_graphs:  # The next step reuses the memory of the features.
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         if any(term.spec.input_gradients for term in self.terms):
             images_NCRR.requires_grad_()
         batch = self._forward(images_NCRR, labels_N, prototype_index_N, masks_NRR)

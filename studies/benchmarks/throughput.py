@@ -37,6 +37,8 @@ from batchcam.devices import autocast, evaluation_batch, resolve_device
 from batchcam.models import ExplainableModel, create_model, resolve_output_stride
 from batchcam.provenance import command_line, git_commit, package_versions
 from batchcam.training.fit import fit
+from batchcam.training.recording import RecordedGradients
+from batchcam.training.step import records_steps
 from studies.baselines import plain
 from studies.benchmarks.batches import Bench, random_data
 from studies.benchmarks.pairs import median_ratio, timed
@@ -63,8 +65,8 @@ class Throughput:
     """PyTorch threads, and workers of the plain script's data loader."""
     plain: bool = True
     """Measure the plain script too; it runs for SimpleCNN on a CPU only."""
-    cuda_graphs: bool = False
-    """Record the trainer's steps as CUDA graphs; the bare steps are not recorded."""
+    cuda_graphs: bool = True
+    """Record the steps as CUDA graphs on a GPU, the trainer's and the bare ones."""
     device: str = "cpu"
     """auto, cpu, cuda or cuda:N."""
     seed: int = 0
@@ -172,11 +174,42 @@ def _prepared(images: int) -> PreparedData:
 
 
 def _bare_step(config: TrialConfig) -> Callable[[], None]:
-    """Return a function that trains a tuned model once on one preprocessed batch."""
+    """Return a function that trains a tuned model once on one preprocessed batch.
+
+    It is recorded where the trainer's step is.
+    """
     bench = Bench.build(config, resolve_device(config.device))
+    model, labels_N = bench.trainer.model, bench.labels
     x_NCHW = bench.trainer.preprocess(bench.images)
-    optimizer = torch.optim.AdamW(bench.trainer.model.parameters(), lr=1e-6, fused=True)
-    return _step(bench.trainer.model, optimizer, x_NCHW, bench.labels, config.precision)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    if not records_steps(config, bench.device):
+        return _step(model, optimizer, x_NCHW, labels_N, config.precision)
+    compute = RecordedGradients(
+        lambda _: _gradients(model, optimizer, x_NCHW, labels_N, config.precision),
+        model.parameters(),
+    )
+
+    def step() -> None:
+        compute(labels_N)
+        optimizer.step()
+
+    return step
+
+
+def _gradients(
+    model: ExplainableModel,
+    optimizer: torch.optim.Optimizer,
+    x_NCHW: Tensor,
+    labels_N: Tensor,
+    precision: str,
+) -> Tensor:
+    """Replace the gradients by those of cross-entropy on a batch, and return it."""
+    optimizer.zero_grad(set_to_none=True)
+    with autocast(x_NCHW.device, precision):
+        logits = model(x_NCHW)
+    loss = F.cross_entropy(logits.float(), labels_N)
+    torch.autograd.backward(loss)
+    return loss.detach()
 
 
 def _step(
@@ -189,10 +222,7 @@ def _step(
     """Return a function that takes one training step of cross-entropy."""
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with autocast(x_NCHW.device, precision):
-            logits = model(x_NCHW)
-        torch.autograd.backward(F.cross_entropy(logits.float(), labels_N))
+        _gradients(model, optimizer, x_NCHW, labels_N, precision)
         optimizer.step()
 
     return step

@@ -63,8 +63,8 @@ class TimeToTarget:
     """Data set; the targets are chosen for mnist."""
     device: str = "cpu"
     """Device of the trainer: auto, cpu, cuda or cuda:N. The plain script runs on the CPU."""
-    cuda_graphs: bool = False
-    """Record the trainer's steps as CUDA graphs."""
+    cuda_graphs: bool = True
+    """Record the trainer's steps as CUDA graphs on a GPU."""
     seed: int = 0
     """Seed of trainer and plain script."""
 

@@ -77,8 +77,8 @@ def probe(config: TrialConfig, prepared: PreparedData, threads: int) -> Probe:
         ),
     )
     try:
-        # Two epochs, because the first one includes work that is done once.
-        result = fit(replace(config, epochs=2, compile=False), prepared=few)
+        # Three epochs: the first two include work that is done once, the second the recording.
+        result = fit(replace(config, epochs=3, compile=False), prepared=few)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
