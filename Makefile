@@ -2,6 +2,7 @@
 # make test    the tests; make test COVERAGE=1 fails where they leave too much of the code unrun
 # make faults  the tests that kill or break what a study uses, or take long: minutes more
 # make speed   what a step, an epoch and the explanation cost here; make speed DEVICE=cuda on a GPU
+# make gpu     checks and measurements on a GPU, by PYTHON as it is: no environment is made
 # make lint    style, types, the one-way imports, scripts and launch files
 # make docs    the reference of the Python interface, from its docstrings, in build/docs
 # make lock    constraints.txt anew, from the newest versions that pyproject.toml allows
@@ -15,7 +16,7 @@ SPEED = $(BIN)/python -m studies.benchmarks
 
 export WANDB_MODE ?= offline
 
-.PHONY: env sweep test faults speed lint docs lock
+.PHONY: env sweep test faults speed gpu lint docs lock
 
 env: $(VENV)/.installed
 
@@ -43,6 +44,9 @@ speed: env
 	$(SPEED).steps --device $(DEVICE) --threads 2 --out results/speed/$(DEVICE)
 	$(SPEED).throughput --device $(DEVICE) --out results/speed/$(DEVICE)
 	$(SPEED).growth --device $(DEVICE) --out results/speed/$(DEVICE)
+
+gpu:
+	$(PYTHON) -m studies.benchmarks.gpu --out results/gpu
 
 lint: env
 	$(BIN)/ruff check .
