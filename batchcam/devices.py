@@ -3,8 +3,10 @@
 import ctypes
 import gc
 import os
+import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -36,14 +38,36 @@ def resolve_device(name: str) -> torch.device:
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise ConfigError(
-                f"device={name!r} is not available: this machine has {count} CUDA devices; use "
-                "auto or cpu."
+                f"device={name!r} is not available: this machine has {count} CUDA devices "
+                f"({describe_cuda()}); use auto or cpu."
             )
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(f"device={name!r} is not available on this machine; use auto or cpu.")
     elif device.type not in ("cpu", "mps"):
         raise ConfigError(f"device={name!r} is not supported; use auto, cpu, cuda, cuda:N or mps.")
     return device
+
+
+def describe_cuda() -> str:
+    """Return the NVIDIA driver's version, and the CUDA version that PyTorch was built for.
+
+    What an error about a GPU should say: a driver may be too old for a build of PyTorch.
+    """
+    driver = _driver_version()
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return (
+        f"{f'NVIDIA driver {driver}' if driver else 'no NVIDIA driver was found'}, "
+        f"PyTorch {torch.__version__} is built {built}"
+    )
+
+
+def _driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Return the version of the NVIDIA driver, or None where Linux's kernel has none."""
+    try:
+        found = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", file.read_text())
+    except OSError:
+        return None
+    return found[0] if found else None
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

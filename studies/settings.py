@@ -16,6 +16,7 @@ from studies import paths
 from studies.engine.optuna_storage import STORAGE_VARIABLE, storage_kind
 from studies.engine.protocol import Objective
 from studies.objectives import ACCURACY, OBJECTIVES, SIMILARITY, objectives_of
+from studies.planning.resources import check_gpus
 from studies.space import SearchSpace
 
 FORMAT = 1
@@ -94,7 +95,8 @@ class StudySettings:
     """CPUs of a trial, and its threads. By default 1, or more if a trial's memory requires it.
     With GPUs, by default the node's CPUs in proportion to the trial's part of a GPU."""
     gpus_per_trial: float | None = None
-    """GPUs of a trial; a fraction shares a GPU. By default, measured from a trial's peak memory."""
+    """GPUs of a trial; a fraction shares a GPU, 0 trains on CPUs.
+    By default one, or a part where its memory allows that and there are more trials than GPUs."""
     max_failures: int = 2
     """Restarts of a trial from its last checkpoint after errors, before it counts as failed."""
     wandb_project: str = "batchcam"
@@ -149,10 +151,11 @@ class StudySettings:
                 )
         if len(set(self.objectives)) < len(self.objectives):
             raise ConfigError(f"objectives={self.objectives} names a value twice; name each once.")
-        for name in ("cpus_per_trial", "gpus_per_trial"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{name}={value} must be a finite number >= 0.")
+        cpus, gpus = self.cpus_per_trial, self.gpus_per_trial
+        if cpus is not None and not (math.isfinite(cpus) and cpus >= 0):
+            raise ConfigError(f"cpus_per_trial={cpus} must be a finite number >= 0.")
+        if gpus is not None:
+            check_gpus(gpus)
         if self.cpus_per_trial == 0:
             raise ConfigError("cpus_per_trial=0 would start all trials at once; set it above 0.")
         self.base_config()  # Validates the fields that every trial inherits.

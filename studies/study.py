@@ -17,7 +17,7 @@ from batchcam.extras import MissingPackageError, require_extra
 from batchcam.losses import TERMS, check_masks
 from batchcam.models import create_model, feature_grid
 from studies import paths
-from studies.engine.ledger import Ledger
+from studies.engine.ledger import LEDGER, Ledger
 from studies.engine.ledger_callback import ERRORS
 from studies.engine.retry import StorageLostError
 from studies.engine.run import Search, Trainable, run_search
@@ -31,7 +31,7 @@ from studies.outcome import export, summary
 from studies.outcome.confirm import Confirmed, best_of_front, confirm
 from studies.planning.forecast import forecast, print_forecast, sample_configs
 from studies.planning.probe import Probe
-from studies.planning.probing import probe_all, probe_configs
+from studies.planning.probing import check_usable, probe_all, probe_configs
 from studies.planning.ray_cluster import connect
 from studies.planning.resources import (
     TrialResources,
@@ -85,12 +85,14 @@ def run_study(settings: StudySettings) -> Path:
     connect(settings.address)
     try:
         probes = _probe(settings, prepared, strides)
-        resources = _resources(settings, probes)
+        resources = _resources(settings, probes, _trials_left(settings))
         if settings.dry_run:
             configs = sample_configs(settings, strides, settings.num_trials)
             result = forecast(settings, configs, probes, prepared, slots(alive_nodes(), resources))
             print_forecast(console, settings, probes, resources, result)
             return settings.folder
+        if not probes:
+            check_usable(resources)
         _save(settings)
         console.print(
             f"Study {settings.study}: {settings.num_trials} trials of up to "
@@ -102,22 +104,26 @@ def run_study(settings: StudySettings) -> Path:
         if message:
             console.print(message)
         tracking = Tracking(settings.wandb_project, settings.study or "", settings.folder, mode)
-        trial_settings = TrialSettings(
-            settings.base_config(), resources, settings.checkpoints, tracking
-        )
-        # with_parameters puts the prepared data into the object store once; trials map it.
-        trainable = tune.with_parameters(run_trial, settings=trial_settings, prepared=prepared)
+
+        def trainable(resources: TrialResources) -> Trainable:
+            shared = TrialSettings(
+                settings.base_config(), resources, settings.checkpoints, tracking
+            )
+            # with_parameters puts the prepared data into the object store once; trials map it.
+            bound: Trainable = tune.with_parameters(run_trial, settings=shared, prepared=prepared)
+            return bound
+
         ledger = run_search(
             search,
             settings.folder,
-            trainable,
+            trainable(resources),
             resources.request,
             lambda: slots(alive_nodes(), resources),
             progress=on_terminal(search),
             copy=settings.replica_of(settings.folder / paths.MEMORY),
             on_trial_end=partial(attach_picture, settings=settings),
         )
-        _export(settings, ledger, trainable, resources, prepared)
+        _export(settings, ledger, trainable, partial(_resources, settings, probes), prepared)
         return settings.folder
     finally:
         ray.shutdown()
@@ -152,27 +158,42 @@ def _save(settings: StudySettings) -> None:
         copy_file(str(file), replica)
 
 
-def _resources(settings: StudySettings, probes: Sequence[Probe]) -> TrialResources:
-    """Return what a trial requests: the user's choice, or enough for the largest probe."""
+def _trials_left(settings: StudySettings) -> int:
+    """Return how many trials of the study have not ended."""
+    ledger = settings.folder / LEDGER
+    ended = [each for each in Ledger(ledger).trials if each.state] if ledger.exists() else []
+    return settings.num_trials - len(ended)
+
+
+def _resources(settings: StudySettings, probes: Sequence[Probe], trials: int) -> TrialResources:
+    """Return what each of `trials` requests: the user's choice, or enough for the largest probe."""
     fractions = [each.peak_bytes / each.device_bytes for each in probes if each.error is None]
     return choose_resources(
         alive_nodes(),
         settings.cpus_per_trial,
         settings.gpus_per_trial,
         max(fractions, default=None),
+        trials,
     )
 
 
 def _export(
     settings: StudySettings,
     ledger: Ledger,
-    trainable: Trainable,
-    resources: TrialResources,
+    trainable: Callable[[TrialResources], Trainable],
+    resources: Callable[[int], TrialResources],
     prepared: PreparedData,
 ) -> None:
     """Write tables, bundles, README.md and report.html; train the best again if that is asked.
 
     report.html is left out, and the reason is printed, if the extra `report` is not installed.
+
+    Args:
+        settings: of the study.
+        ledger: its trials.
+        trainable: what trains a trial with given resources.
+        resources: what each of so many trials requests.
+        prepared: the data.
     """
     records, front = _write_tables(settings, ledger)
     chosen = export.choose(records, front, settings.objective_records)
@@ -180,7 +201,8 @@ def _export(
     if settings.confirm:
         best = best_of_front(front, chosen, settings.objective_records, settings.confirm)
         console.print(f"Confirming {len(best)} trials with {settings.seeds} seeds each")
-        confirmed = confirm(settings, best, trainable, resources)
+        enough = resources(len(best) * settings.seeds)
+        confirmed = confirm(settings, best, trainable(enough), enough)
         means = [each.as_record for each in confirmed]
         chosen = export.choose(means, means, settings.objective_records)
     metrics = export.export_bundles(

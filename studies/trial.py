@@ -6,7 +6,7 @@ or by the end of the driver.
 """
 
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from studies.engine.protocol import (
 from studies.engine.protocol import report as report_metrics
 from studies.engine.retry import retry_in_trial
 from studies.monitoring.wandb_runs import Tracking, track
-from studies.planning.resources import TrialResources
+from studies.planning.resources import TrialResources, usable_device
 
 METRICS = (
     "epoch",
@@ -85,7 +85,8 @@ def run_tags(config: TrialConfig) -> tuple[str, ...]:
 def run_trial(params: dict[str, Any], *, settings: TrialSettings, prepared: PreparedData) -> None:
     """Train one trial, and report each epoch to Ray Tune and to W&B.
 
-    Resumes from the trial's newest checkpoint, if there is one. Epochs of the checkpoint that the
+    Trains on a GPU if the trial reserves one or a part of one, else on the CPU. Resumes from the
+    trial's newest checkpoint, if there is one. Epochs of the checkpoint that the
     ledger lacks are reported first. If the scheduler stops the trial, Ray raises SystemExit from
     the report. The process may have run another trial, whose memory is returned first.
     """
@@ -121,7 +122,8 @@ def run_trial(params: dict[str, Any], *, settings: TrialSettings, prepared: Prep
             if state is not None:
                 last = report_again(load_state(state)["history"], last)
             if last < config.epochs:
-                fit(config, on_epoch, prepared=prepared, state=state)
+                placed = replace(config, device=usable_device(settings.resources.gpus))
+                fit(placed, on_epoch, prepared=prepared, state=state)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

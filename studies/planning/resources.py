@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import torch
 
+from batchcam.devices import describe_cuda
 from batchcam.errors import ConfigError
 
 Node = dict[str, float]
@@ -57,25 +59,29 @@ def choose_resources(
     cpus: float | None,
     gpus: float | None,
     memory_fraction: float | None = None,
+    trials: int | None = None,
 ) -> TrialResources:
     """Complete the user's request from the cluster's nodes and the measured memory of a trial.
 
-    With GPUs, a trial gets the part of a GPU whose memory it needs, or a whole GPU if its memory
-    was not measured, and the node's CPUs in proportion. Without GPUs it gets one CPU, or the part
-    of the smallest node's CPUs that corresponds to its memory: small models finish sooner as many
-    trials of one thread than as few trials of many threads.
+    With GPUs, a trial gets a whole GPU, or the part that :func:`shared_gpus` returns, and CPUs of
+    the node in proportion. Without GPUs it gets one CPU, or the part of the smallest node's CPUs that
+    corresponds to its memory: small models finish sooner as many trials of one thread than as few
+    trials of many threads.
 
     Args:
         nodes: the nodes of the cluster, at least one; see :func:`alive_nodes`.
         cpus: CPUs of a trial that the user requested, or None.
         gpus: GPUs of a trial that the user requested, or None.
-        memory_fraction: peak memory of a trial by the memory of its device, from 0 to 1.
+        memory_fraction: peak memory of a trial by the memory of its device, from 0 to 1. It was
+            measured on one device; the other GPUs of the cluster should not be smaller.
+        trials: how many trials are left to run, or None if that is not known.
 
     Raises:
-        ConfigError: no node has the requested resources.
+        ConfigError: no node has the requested resources, or no trial can have them.
     """
     if gpus is None:
-        gpus = 0.0 if cluster_device(nodes) == "cpu" else packed_gpus(memory_fraction)
+        gpus = shared_gpus(nodes, cpus, memory_fraction, trials)
+    check_gpus(gpus)
     if cpus is None:
         cpus = 1.0
         if gpus:
@@ -95,12 +101,14 @@ def choose_resources(
 
 
 def slots(nodes: Sequence[Node], resources: TrialResources) -> int:
-    """Return how many trials the nodes can run at a time, at least 1."""
+    """Return how many trials the nodes can run at a time, at least 1.
+
+    A trial with a fraction of a GPU is on one GPU: two of 0.4 fit on each, not five on two.
+    """
 
     def fit(node: Node) -> int:
-        by_cpu = node.get("CPU", 0.0) / resources.cpus
-        by_gpu = node.get("GPU", 0.0) / resources.gpus if resources.gpus else math.inf
-        return int(min(by_cpu, by_gpu) + 1e-9)
+        by_cpu = int(node.get("CPU", 0.0) / resources.cpus + 1e-9)
+        return min(by_cpu, _fitting(node, resources.gpus)) if resources.gpus else by_cpu
 
     return max(1, sum(fit(node) for node in nodes))
 
@@ -110,13 +118,82 @@ def cluster_device(nodes: Sequence[Node]) -> str:
     return "cuda" if any(node.get("GPU", 0.0) for node in nodes) else "cpu"
 
 
-def packed_gpus(memory_fraction: float | None) -> float:
-    """Return the part of a GPU for a trial that takes this fraction of the GPU's memory."""
+def _fitting(node: Node, gpus: float) -> int:
+    """Return how many trials of this many GPUs, or this part of one, fit on a node."""
+    whole = int(node.get("GPU", 0.0) + 1e-9)
+    if gpus >= 1:
+        return whole // int(gpus)
+    return whole * int(1 / gpus + 1e-9)
+
+
+def check_gpus(gpus: float) -> None:
+    """Refuse a number of GPUs that no trial can have.
+
+    Raises:
+        ConfigError: it is negative, not finite, or above 1 and not whole.
+    """
+    if not (math.isfinite(gpus) and gpus >= 0):
+        raise ConfigError(f"gpus_per_trial={gpus} must be a finite number >= 0.")
+    if gpus > 1 and gpus != int(gpus):
+        raise ConfigError(
+            f"gpus_per_trial={gpus} is more than one GPU and not a whole number; use a fraction "
+            "up to 1, which shares a GPU, or a whole number."
+        )
+
+
+def shared_gpus(
+    nodes: Sequence[Node], cpus: float | None, memory_fraction: float | None, trials: int | None
+) -> float:
+    """Return the part of a GPU for a trial; 0 on a cluster without GPUs.
+
+    No GPU is shared while another is idle. Ray fills a GPU before it uses the next, so a GPU is
+    shared by k trials only if there are k trials for every GPU, and k CPUs beside it. With 10
+    trials on 8 GPUs, 8 run alone and 2 follow. Nothing is lost by that: one trial whose steps are
+    recorded as CUDA graphs keeps a GPU busy (results/gpu).
+
+    Args:
+        nodes: the nodes of the cluster.
+        cpus: CPUs of a trial that the user requested, or None.
+        memory_fraction: see :func:`choose_resources`; None: a trial gets a whole GPU.
+        trials: see :func:`choose_resources`.
+    """
+    with_gpus = [node for node in nodes if node.get("GPU", 0.0) >= 1]
+    if not with_gpus:
+        return 0.0
     if not memory_fraction:
         return 1.0
-    together = min(_MAX_PER_GPU, int(1 / (memory_fraction * _RESERVE)))
+    total = sum(int(node["GPU"]) for node in with_gpus)
+    bounds = [_MAX_PER_GPU, int(1 / (memory_fraction * _RESERVE))]
+    bounds += [int(node.get("CPU", 0.0) / (node["GPU"] * (cpus or 1.0))) for node in with_gpus]
+    if trials is not None:
+        bounds.append(trials // total)
+    together = max(1, min(bounds))
     # Rounded down to Ray's unit of 1/10,000, so that `together` trials fit.
     return math.floor(10_000 / together) / 10_000 if together > 1 else 1.0
+
+
+def usable_device(gpus: float) -> str:
+    """Return the device of a trial in this process, "cuda" or "cpu", by the GPUs that Ray gave it.
+
+    Ray does not hide the GPUs of a node from a trial without any, so its device is said.
+
+    Args:
+        gpus: GPUs that the trial requested.
+
+    Raises:
+        ConfigError: Ray gave it a GPU that PyTorch cannot use.
+    """
+    if not gpus:
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    given = ", ".join(str(each) for each in ray.get_gpu_ids()) or "?"
+    node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    raise ConfigError(
+        f"Ray gave a trial GPU {given} of node {node}, which PyTorch "
+        f"cannot use: {describe_cuda()}. Install a driver that is new enough for this PyTorch, or "
+        "a PyTorch for this driver; or train on CPUs with --gpus-per-trial 0."
+    )
 
 
 def alive_nodes() -> list[Node]:

@@ -1,15 +1,23 @@
+import math
+import time
+from typing import Any
+
 import pytest
 import ray
+import torch
+from ray.cluster_utils import Cluster
 
 from batchcam.errors import ConfigError
+from studies.planning.probing import check_usable
 from studies.planning.resources import (
     Node,
     TrialResources,
     alive_nodes,
     choose_resources,
     cluster_device,
-    packed_gpus,
+    shared_gpus,
     slots,
+    usable_device,
 )
 
 NODE = {"CPU": 8.0, "memory": 1e9}
@@ -82,7 +90,121 @@ def test_memory_that_was_measured_decides_the_share(nodes: list[Node], gpus: int
     [(None, 1.0), (0.9, 1.0), (0.5, 1.0), (0.4, 0.5), (0.25, 0.3333), (0.001, 0.125)],
 )
 def test_as_many_trials_share_a_gpu_as_its_memory_holds(share: float | None, part: float) -> None:
-    assert packed_gpus(share) == part
+    nodes = [NODE | {"CPU": 64.0, "GPU": 2.0}]
+    assert shared_gpus(nodes, None, share, None) == part
+
+
+@pytest.mark.parametrize(
+    ("trials", "part"),
+    [(1, 1.0), (8, 1.0), (64, 1.0), (100, 1.0), (128, 0.5), (200, 0.3333), (10_000, 0.125)],
+)
+def test_no_gpu_is_shared_while_another_is_idle(trials: int, part: float) -> None:
+    """64 small trials on 8 nodes of 8 GPUs have a GPU each."""
+    nodes = [{"CPU": 96.0, "GPU": 8.0}] * 8
+    chosen = choose_resources(nodes, None, None, 0.01, trials)
+    assert chosen.gpus == part
+    # All slots are taken, or each trial is alone on its GPU.
+    assert chosen.gpus == 1 or slots(nodes, chosen) <= trials
+
+
+def test_a_gpu_is_shared_by_no_more_trials_than_it_has_cpus() -> None:
+    nodes = [{"CPU": 8.0, "GPU": 4.0}]
+    assert shared_gpus(nodes, None, 0.01, None) == 0.5
+    assert shared_gpus(nodes, 2.0, 0.01, None) == 1.0
+    # One node has no CPUs to share with.
+    assert shared_gpus([*nodes, {"CPU": 4.0, "GPU": 4.0}], None, 0.01, None) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "each"), [(0.4, 2), (0.5, 2), (0.6, 1), (0.3333, 3), (0.125, 8), (1.0, 1)]
+)
+def test_a_part_of_a_gpu_is_on_one_gpu(gpus: float, each: int) -> None:
+    """Five trials of 0.4 would fit on two GPUs by their sum."""
+    nodes = [{"CPU": 64.0, "GPU": 4.0}, {"CPU": 64.0}]
+    assert slots(nodes, TrialResources(1.0, gpus, 64.0)) == 4 * each
+
+
+def test_several_gpus_are_on_one_node() -> None:
+    nodes = [{"CPU": 64.0, "GPU": 3.0}, {"CPU": 64.0, "GPU": 1.0}]
+    assert slots(nodes, TrialResources(1.0, 2.0, 64.0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "message"),
+    [
+        (1.5, "gpus_per_trial=1.5 is more than one GPU and not a whole number; use a fraction"),
+        (-1.0, "gpus_per_trial=-1.0 must be a finite number >= 0"),
+        (math.nan, "gpus_per_trial=nan must be a finite number >= 0"),
+    ],
+)
+def test_gpus_that_no_trial_can_have_are_refused(gpus: float, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose_resources([{"CPU": 8.0, "GPU": 4.0}], None, gpus)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("nodes", "gpus"), [(1, 4), (2, 2), (2, 4)])
+def test_trials_fill_all_gpus_of_a_cluster(nodes: int, gpus: int) -> None:
+    """Start as many small trials as there are GPUs, which Ray only counts; each has its own."""
+    count = nodes * gpus
+    cluster = Cluster()
+    try:
+        for _ in range(nodes):
+            cluster.add_node(num_cpus=2 * gpus, num_gpus=gpus, include_dashboard=False)
+        ray.init(cluster.address)
+        chosen = choose_resources(alive_nodes(), None, None, 0.01, count)
+        assert slots(alive_nodes(), chosen) == count
+        hold = _Hold.remote(count)  # type: ignore[attr-defined]
+        tasks = [
+            ray.remote(num_cpus=chosen.cpus, num_gpus=chosen.gpus)(_place).remote(hold)
+            for _ in range(count)
+        ]
+        places = ray.get(tasks, timeout=240)
+        assert len(set(places)) == count
+    finally:
+        ray.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]
+
+
+@ray.remote(num_cpus=0)
+class _Hold:
+    """Lets tasks go when all have come, so that all run at a time."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    def come(self) -> None:
+        self.left -= 1
+
+    def is_open(self) -> bool:
+        return self.left <= 0
+
+
+def _place(hold: Any) -> tuple[str, int]:
+    """Return the node and the GPU of this task, once all tasks run."""
+    ray.get(hold.come.remote())
+    while not ray.get(hold.is_open.remote()):
+        time.sleep(0.2)
+    (gpu,) = ray.get_gpu_ids()
+    return ray.get_runtime_context().get_node_id(), int(gpu)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.xdist_group("ray")
+def test_a_gpu_that_cannot_be_used_is_named_before_any_trial() -> None:
+    ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    message = "Ray gave a trial GPU 0 of node .* which PyTorch cannot use: .*, PyTorch .* is built"
+    try:
+        with pytest.raises(ConfigError, match=message):
+            check_usable(TrialResources(1.0, 0.5, 2.0))
+        check_usable(TrialResources(1.0, 0.0, 2.0))
+    finally:
+        ray.shutdown()
+
+
+def test_trials_without_gpus_train_on_the_cpu() -> None:
+    """Ray does not hide GPUs from them."""
+    assert usable_device(0.0) == "cpu"
 
 
 def test_slots_are_counted_node_by_node(nodes: list[Node], gpus: int) -> None:
