@@ -64,9 +64,9 @@ def choose_resources(
     """Complete the user's request from the cluster's nodes and the measured memory of a trial.
 
     With GPUs, a trial gets a whole GPU, or the part that :func:`shared_gpus` returns, and CPUs of
-    the node in proportion. Without GPUs it gets one CPU, or the part of the smallest node's CPUs that
-    corresponds to its memory: small models finish sooner as many trials of one thread than as few
-    trials of many threads.
+    the node in proportion. Without GPUs it gets one CPU, or the part of the smallest node's CPUs
+    that corresponds to its memory: small models finish sooner as many trials of one thread than as
+    few trials of many threads.
 
     Args:
         nodes: the nodes of the cluster, at least one; see :func:`alive_nodes`.
