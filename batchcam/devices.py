@@ -4,13 +4,15 @@ import ctypes
 import gc
 import os
 import re
+import subprocess
 import sys
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 
-from batchcam.errors import ConfigError
+from batchcam.errors import ConfigError, first_line
 
 
 def resolve_device(name: str) -> torch.device:
@@ -48,26 +50,48 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def describe_cuda() -> str:
-    """Return the NVIDIA driver's version, and the CUDA version that PyTorch was built for.
+def cuda_error() -> str | None:
+    """Return why PyTorch cannot compute on the first CUDA device, or None if it can.
 
-    What an error about a GPU should say: a driver may be too old for a build of PyTorch.
+    Runs a kernel, because CUDA may be available and yet have no kernels for the device. A device
+    that has no memory left is usable: the error is left to the one who allocates.
     """
-    driver = _driver_version()
-    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-    return (
-        f"{f'NVIDIA driver {driver}' if driver else 'no NVIDIA driver was found'}, "
-        f"PyTorch {torch.__version__} is built {built}"
-    )
-
-
-def _driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """Return the version of the NVIDIA driver, or None where Linux's kernel has none."""
     try:
-        found = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", file.read_text())
-    except OSError:
-        return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # The error says the same.
+            torch.ones(1, device="cuda").add_(1).item()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a wheel without CUDA.
+        return None if is_out_of_memory(error) else first_line(error)
+    return None
+
+
+def describe_cuda() -> str:
+    """Return the versions that decide whether PyTorch can use a GPU: the driver's and PyTorch's."""
+    version = nvidia_driver()
+    driver = "no NVIDIA driver found" if version is None else f"NVIDIA driver {version}"
+    return f"{driver}, PyTorch {torch.__version__} with torch.version.cuda={torch.version.cuda}"
+
+
+def nvidia_driver() -> str | None:
+    """Return the version of the NVIDIA driver of this machine, or None if none is found.
+
+    Asks nvidia-smi, and reads /proc/driver/nvidia/version if nvidia-smi is missing or fails.
+    """
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        text = done.stdout
+    except (OSError, subprocess.SubprocessError):
+        try:
+            text = _DRIVER_FILE.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
     return found[0] if found else None
+
+
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+"""Describes the loaded kernel module: "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.54"."""
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from batchcam.export.bundle import check_writable
 from batchcam.extras import MissingPackageError, require_extra
 from batchcam.losses import TERMS, check_masks
 from batchcam.models import create_model, feature_grid
+from batchcam.provenance import command_line
 from studies import paths
 from studies.engine.ledger import LEDGER, Ledger
 from studies.engine.ledger_callback import ERRORS
@@ -27,12 +29,13 @@ from studies.monitoring.console import console
 from studies.monitoring.optuna_dashboard import attach_picture
 from studies.monitoring.progress import on_terminal, print_engine_warnings
 from studies.monitoring.wandb_runs import Tracking, choose_mode
-from studies.outcome import export, summary
+from studies.outcome import export, export_tasks, summary
 from studies.outcome.confirm import Confirmed, best_of_front, confirm
+from studies.planning.devices import trial_device
 from studies.planning.forecast import forecast, print_forecast, sample_configs
 from studies.planning.probe import Probe
-from studies.planning.probing import check_usable, probe_all, probe_configs
-from studies.planning.ray_cluster import connect
+from studies.planning.probing import probe_all, probe_configs
+from studies.planning.ray_cluster import connect, errors_of_tasks
 from studies.planning.resources import (
     TrialResources,
     alive_nodes,
@@ -86,13 +89,12 @@ def run_study(settings: StudySettings) -> Path:
     try:
         probes = _probe(settings, prepared, strides)
         resources = _resources(settings, probes, _trials_left(settings))
+        trial_device(settings.base_config(), resources.gpus)  # Refuses fp16 without GPUs.
         if settings.dry_run:
             configs = sample_configs(settings, strides, settings.num_trials)
             result = forecast(settings, configs, probes, prepared, slots(alive_nodes(), resources))
             print_forecast(console, settings, probes, resources, result)
             return settings.folder
-        if not probes:
-            check_usable(resources)
         _save(settings)
         console.print(
             f"Study {settings.study}: {settings.num_trials} trials of up to "
@@ -104,13 +106,16 @@ def run_study(settings: StudySettings) -> Path:
         if message:
             console.print(message)
         tracking = Tracking(settings.wandb_project, settings.study or "", settings.folder, mode)
+        # In the object store once; trials and exports map it.
+        shared = ray.put(prepared)
 
         def trainable(resources: TrialResources) -> Trainable:
-            shared = TrialSettings(
+            trial_settings = TrialSettings(
                 settings.base_config(), resources, settings.checkpoints, tracking
             )
-            # with_parameters puts the prepared data into the object store once; trials map it.
-            bound: Trainable = tune.with_parameters(run_trial, settings=shared, prepared=prepared)
+            bound: Trainable = tune.with_parameters(
+                run_trial, settings=trial_settings, prepared=shared
+            )
             return bound
 
         ledger = run_search(
@@ -123,7 +128,21 @@ def run_study(settings: StudySettings) -> Path:
             copy=settings.replica_of(settings.folder / paths.MEMORY),
             on_trial_end=partial(attach_picture, settings=settings),
         )
-        _export(settings, ledger, trainable, partial(_resources, settings, probes), prepared)
+        make = partial(
+            export_tasks.make_bundles,
+            prepared=shared,
+            study=settings.study or "",
+            command=command_line(),
+            resources=resources,
+        )
+        _export(
+            settings,
+            ledger,
+            trainable,
+            partial(_resources, settings, probes),
+            make,
+            prepared.dataset.sha256,
+        )
         return settings.folder
     finally:
         ray.shutdown()
@@ -182,7 +201,8 @@ def _export(
     ledger: Ledger,
     trainable: Callable[[TrialResources], Trainable],
     resources: Callable[[int], TrialResources],
-    prepared: PreparedData,
+    make: export.MakeBundles,
+    sha256: str,
 ) -> None:
     """Write tables, bundles, README.md and report.html; train the best again if that is asked.
 
@@ -193,7 +213,8 @@ def _export(
         ledger: its trials.
         trainable: what trains a trial with given resources.
         resources: what each of so many trials requests.
-        prepared: the data.
+        make: makes the bundles of trials.
+        sha256: digest of the data set.
     """
     records, front = _write_tables(settings, ledger)
     chosen = export.choose(records, front, settings.objective_records)
@@ -205,9 +226,7 @@ def _export(
         confirmed = confirm(settings, best, trainable(enough), enough)
         means = [each.as_record for each in confirmed]
         chosen = export.choose(means, means, settings.objective_records)
-    metrics = export.export_bundles(
-        settings.folder / paths.BUNDLES, chosen, prepared, settings.study or ""
-    )
+    metrics = export.export_bundles(settings.folder / paths.BUNDLES, chosen, make)
     outcome = summary.Outcome(
         settings.objective_records, records, front, confirmed, chosen, metrics
     )
@@ -215,7 +234,7 @@ def _export(
         console.print(f"Report: {_report_writer()(settings.folder)}", soft_wrap=True)
     except MissingPackageError as error:
         console.print(f"no report: {error}", soft_wrap=True, markup=False)
-    summary.write_readme(settings.folder / paths.README, settings, outcome, prepared.dataset.sha256)
+    summary.write_readme(settings.folder / paths.README, settings, outcome, sha256)
     summary.print_summary(console, outcome, settings.folder)
 
 
@@ -273,13 +292,16 @@ def _compute_ahead(prepared: PreparedData, space: SearchSpace, strides: Strides)
 def _probe(settings: StudySettings, prepared: PreparedData, strides: Strides) -> list[Probe]:
     """Measure a trial of each backbone, resolution and stride, unless its resources are given."""
     cpus, gpus = settings.cpus_per_trial, settings.gpus_per_trial
-    device = cluster_device(alive_nodes())
+    device = "cpu" if gpus == 0 else cluster_device(alive_nodes())
     requested = cpus if device == "cpu" else gpus
     if requested is not None and not settings.dry_run:
         return []
-    whole_gpus = 1.0 if device == "cuda" and gpus != 0 else 0.0
-    configs = list(probe_configs(settings.base_config(), settings.space, strides))
-    return probe_all(configs, prepared, cpus or 1.0, whole_gpus)
+    whole_gpus = 1.0 if device == "cuda" else 0.0
+    base = settings.base_config()
+    base = replace(base, device=trial_device(base, whole_gpus))
+    configs = list(probe_configs(base, settings.space, strides))
+    with errors_of_tasks():
+        return probe_all(configs, prepared, cpus or 1.0, whole_gpus)
 
 
 def _search(settings: StudySettings, strides: Strides) -> Search:

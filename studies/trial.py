@@ -14,6 +14,7 @@ import torch
 from batchcam.config import TrialConfig
 from batchcam.data.prepared import PreparedData
 from batchcam.devices import is_out_of_memory, release_memory
+from batchcam.errors import ConfigError
 from batchcam.export.model_card import loss_name, loss_terms
 from batchcam.figures import tile
 from batchcam.losses import TERMS, compares_cams
@@ -25,11 +26,13 @@ from studies.engine.protocol import (
     TRIAL_ID,
     report_again,
     report_out_of_memory,
+    report_unusable_node,
 )
 from studies.engine.protocol import report as report_metrics
 from studies.engine.retry import retry_in_trial
 from studies.monitoring.wandb_runs import Tracking, track
-from studies.planning.resources import TrialResources, usable_device
+from studies.planning.devices import check_device, trial_device
+from studies.planning.resources import TrialResources
 
 METRICS = (
     "epoch",
@@ -53,7 +56,7 @@ class TrialSettings:
 
     Attributes:
         base: the configuration whose other fields the search sets.
-        resources: the resources of a trial, which set its threads.
+        resources: the resources of a trial, which set its threads and its device.
         checkpoints: the folder, or URI, that holds a folder of checkpoints per trial.
         tracking: where the W&B runs are recorded.
     """
@@ -85,17 +88,25 @@ def run_tags(config: TrialConfig) -> tuple[str, ...]:
 def run_trial(params: dict[str, Any], *, settings: TrialSettings, prepared: PreparedData) -> None:
     """Train one trial, and report each epoch to Ray Tune and to W&B.
 
-    Trains on a GPU if the trial reserves one or a part of one, else on the CPU. Resumes from the
-    trial's newest checkpoint, if there is one. Epochs of the checkpoint that the
+    Resumes from the trial's newest checkpoint, if there is one. Epochs of the checkpoint that the
     ledger lacks are reported first. If the scheduler stops the trial, Ray raises SystemExit from
-    the report. The process may have run another trial, whose memory is returned first.
+    the report. The process may have run another trial, whose memory is returned first. The device
+    follows from the resources. It is not recorded, so that the trial's configuration can be used on
+    another machine.
     """
     release_memory()
-    torch.set_num_threads(settings.resources.enlarged(params[RESOURCE_MULTIPLIER]).threads)
+    resources = settings.resources.enlarged(params[RESOURCE_MULTIPLIER])
+    torch.set_num_threads(resources.threads)
     config = trial_config(settings.base, params)
+    device = trial_device(config, resources.gpus)
     folder = f"{settings.checkpoints}/{params[TRIAL_ID]}"
     checkpoints = retry_in_trial(lambda: Checkpoints(folder), folder)
     last = params[RESUMES_AT]
+    try:
+        check_device(device)
+    except ConfigError as error:
+        report_unusable_node(last, str(error))
+        return
     with (
         ExitStack() as stack,
         track(
@@ -122,7 +133,7 @@ def run_trial(params: dict[str, Any], *, settings: TrialSettings, prepared: Prep
             if state is not None:
                 last = report_again(load_state(state)["history"], last)
             if last < config.epochs:
-                placed = replace(config, device=usable_device(settings.resources.gpus))
+                placed = replace(config, device=device)
                 fit(placed, on_epoch, prepared=prepared, state=state)
         except Exception as error:
             if not is_out_of_memory(error):

@@ -2,11 +2,11 @@
 
 A trainable is a function of one dictionary: what the search space returned for the trial, and the
 keys `NUMBER`, `TRIAL_ID`, `RESOURCE_MULTIPLIER` and `RESUMES_AT`. It calls :func:`report` after
-each epoch, and :func:`report_out_of_memory` where memory is short. After an exception the trial
-starts again from its last checkpoint, a limited number of times; :mod:`studies.engine.failures`
-tells an exception from a lack of memory. A resumed search tries a trial
-that failed for good once more, unless its exception was `DivergedError`. README.md in this folder
-shows a whole example.
+each epoch, :func:`report_out_of_memory` where memory is short, and :func:`report_unusable_node`
+where no trial can run. After an exception the trial starts again from its last checkpoint, a
+limited number of times; :mod:`studies.engine.failures` tells an exception from a lack of memory. A
+resumed search tries a trial that failed for good once more, unless its exception was
+`DivergedError`. README.md in this folder shows a whole example.
 """
 
 import math
@@ -38,11 +38,21 @@ EPOCH = "epoch"
 """In a report: the number of finished epochs, from 1."""
 OUT_OF_MEMORY = "out_of_memory"
 """In a report: true where the trial asks to start again with twice the resources."""
+UNUSABLE_NODE = "unusable_node"
+"""In a report: why no trial can run on this node until the user has corrected it."""
 REPORTED = "reported"
 """In Ray's result: the names of the trainable's metrics, to which Ray adds entries of its own."""
 
 _TAKEN = frozenset(
-    (*AUTO_RESULT_KEYS, "done", "should_checkpoint", TRIAL_ID, OUT_OF_MEMORY, REPORTED)
+    (
+        *AUTO_RESULT_KEYS,
+        "done",
+        "should_checkpoint",
+        TRIAL_ID,
+        OUT_OF_MEMORY,
+        UNUSABLE_NODE,
+        REPORTED,
+    )
 )
 """Entries of a result that Ray or the engine sets: a metric of this name would be overwritten."""
 
@@ -163,6 +173,27 @@ def report_out_of_memory(epoch: int) -> None:
     more.
     """
     tune.report({EPOCH: epoch, OUT_OF_MEMORY: True})
+
+
+def report_unusable_node(epoch: int, message: str) -> None:
+    """Report that no trial can run on this node; the trainable then returns.
+
+    The search stops with `ConfigError` and this message. The trial has not ended: a search that is
+    resumed runs it again. Otherwise all trials would fail one after the other on such a node, which
+    is always free.
+
+    Args:
+        epoch: the trial's finished epochs.
+        message: what is wrong, and the remedy.
+    """
+    tune.report({EPOCH: epoch, UNUSABLE_NODE: message})
+
+
+class SearchStoppedError(BaseException):
+    """A trial reported that no trial can run on its node.
+
+    Not an Exception, which Ray would take for a failure of the trial.
+    """
 
 
 def report_again(history: Sequence[Mapping[str, float]], last: int) -> int:

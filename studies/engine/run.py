@@ -29,6 +29,7 @@ from studies.engine.protocol import (
     TRIAL_ID,
     Objective,
     ResourceRequest,
+    SearchStoppedError,
 )
 from studies.engine.recovery import recover
 from studies.engine.replica import Replica
@@ -133,8 +134,8 @@ def run_search(
         on_trial_end: called with each of Optuna's trials before Optuna learns its end.
 
     Raises:
-        ConfigError: the ledger is damaged, the storage's address is wrong, or Optuna's study has
-            other directions than the objectives.
+        ConfigError: the ledger is damaged, the storage's address is wrong, Optuna's study has
+            other directions than the objectives, or a trial reported an unusable node.
         FormatError: the ledger has a newer format.
         StorageLostError: the ledger or Optuna's storage could not be written for a long time.
     """
@@ -198,6 +199,7 @@ def run_search(
     )
     recover(ledger, searcher, scheduler, search.max_epochs)
     with (
+        _stoppable(),
         tempfile.TemporaryDirectory(prefix="batchcam-ray-") as scratch,
         _environment(),
         memory_kills_end_trials_only(),
@@ -250,6 +252,17 @@ def _environment() -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Raise what a trial reported of an unusable node as an error of the user."""
+    try:
+        yield
+    except SearchStoppedError as stopped:
+        raise ConfigError(
+            f"{stopped} Then resume the search: nothing that was recorded is lost."
+        ) from None
 
 
 def _recent(function: Callable[[], int], seconds: float) -> Callable[[], int]:

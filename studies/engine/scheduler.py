@@ -7,7 +7,14 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from studies.engine.halving import ParetoHalving
-from studies.engine.protocol import EPOCH, NUMBER, OUT_OF_MEMORY, Objective
+from studies.engine.protocol import (
+    EPOCH,
+    NUMBER,
+    OUT_OF_MEMORY,
+    UNUSABLE_NODE,
+    Objective,
+    SearchStoppedError,
+)
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
@@ -65,7 +72,10 @@ class ParetoASHA(FIFOScheduler):
 
         Raises:
             ValueError: the result lacks the epoch or an objective.
+            SearchStoppedError: no trial can run on the trial's node.
         """
+        if UNUSABLE_NODE in result:
+            raise SearchStoppedError(result[UNUSABLE_NODE])
         if result.get("done") and EPOCH not in result:
             return TrialScheduler.CONTINUE  # Ray ended a trial that reported nothing.
         if result.get(OUT_OF_MEMORY):

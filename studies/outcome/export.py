@@ -1,14 +1,17 @@
 """The export of a study: the table of trials, the Pareto front, and the best trials as bundles.
 
 Selection reads the reported objectives only, which are of the validation split. The test split is
-read once for each exported bundle, after the choice.
+read once for each exported trial, after the choice. `export_tasks.py` makes the bundles where
+trials run.
 """
 
 import csv
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from batchcam.training.fit import restore
 from studies.engine.checkpoints import Checkpoints
 from studies.engine.ledger import Ledger
 from studies.engine.protocol import TRIAL_ID, Objective, gains, has_objectives
+from studies.engine.retry import retry_in_trial
 from studies.objectives import OBJECTIVES
 from studies.trial import METRICS, trial_config
 
@@ -206,34 +210,76 @@ def read_bundles(folder: Path) -> dict[str, tuple[TrialConfig, dict[str, Any]]]:
     }
 
 
+BundleFiles = dict[str, bytes]
+"""The files of a bundle by their names."""
+
+MakeBundles = Callable[[Sequence[TrialRecord]], Iterable[tuple[TrialRecord, BundleFiles]]]
+"""Makes the bundle of each record, in any order; the records are different trials."""
+
+
+def make_bundle(
+    record: TrialRecord, prepared: PreparedData, study: str, command: str, device: str
+) -> BundleFiles:
+    """Restore a trial from its checkpoint, evaluate the test split once, and return its bundle.
+
+    Args:
+        record: the trial.
+        prepared: the data of the study.
+        study: name of the study.
+        command: the command that made the study.
+        device: where the trial is evaluated; config.yaml keeps the device of `record.config`.
+
+    Raises:
+        StudyError: the trial has no undamaged checkpoint.
+        OSError: the checkpoints cannot be read for longer than the engine retries.
+    """
+    checkpoints = Checkpoints(record.checkpoints)
+    with ExitStack() as stack:
+        state = retry_in_trial(
+            lambda: stack.enter_context(checkpoints.newest()), record.checkpoints
+        )
+        if state is None:
+            raise StudyError(
+                f"trial {record.trial_id} has no whole checkpoint left in "
+                f"{record.checkpoints}; delete its folder and its lines in the ledger, "
+                "and --resume."
+            )
+        result = restore(replace(record.config, device=device), state, prepared=prepared)
+    result = replace(result, config=record.config)
+    facts = {"study": study, "trial_id": record.trial_id, **record.facts}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "bundle"
+        save_bundle(folder, result, command=command, extra_metrics=facts)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def export_bundles(
-    folder: Path, chosen: Mapping[str, TrialRecord], prepared: PreparedData, study: str
+    folder: Path, chosen: Mapping[str, TrialRecord], make: MakeBundles
 ) -> dict[str, dict[str, Any]]:
     """Write the bundle `folder/<name>` of each chosen trial; return each metrics.json.
 
-    A trial chosen under several names is evaluated on the test split once.
+    The folder is replaced when all bundles are whole; until then an earlier one stays as it is. The
+    bundle of a trial that was chosen under several names is made once.
 
     Raises:
-        StudyError: a trial has no undamaged checkpoint.
+        Exception: whatever `make` raises.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    written: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for name, record in chosen.items():
-        target = folder / name
-        if record.trial_id in written:
-            source, metrics = written[record.trial_id]
-            shutil.copytree(source, target)
-        else:
-            with Checkpoints(record.checkpoints).newest() as state:
-                if state is None:
-                    raise StudyError(
-                        f"trial {record.trial_id} has no whole checkpoint left in "
-                        f"{record.checkpoints}; delete its folder and its lines in the ledger, "
-                        "and --resume."
-                    )
-                result = restore(record.config, state, prepared=prepared)
-            facts = {"study": study, "trial_id": record.trial_id, **record.facts}
-            metrics = save_bundle(target, result, extra_metrics=facts)
-        written[record.trial_id] = (target, metrics)
-    return {name: written[record.trial_id][1] for name, record in chosen.items()}
+    records = {record.trial_id: record for record in chosen.values()}
+    metrics: dict[str, dict[str, Any]] = {}
+    staging = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        for record, files in make(list(records.values())):
+            metrics[record.trial_id] = json.loads(files["metrics.json"])
+            for name, each in chosen.items():
+                if each.trial_id == record.trial_id:
+                    (staging / name).mkdir()
+                    for file, content in files.items():
+                        (staging / name / file).write_bytes(content)
+        shutil.rmtree(folder, ignore_errors=True)
+        staging.replace(folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return {name: metrics[record.trial_id] for name, record in chosen.items()}

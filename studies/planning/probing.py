@@ -5,13 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
 from batchcam.config import TrialConfig
 from batchcam.data.prepared import PreparedData
-from batchcam.errors import BatchCamError, first_line
+from batchcam.errors import first_line
+from studies.planning.devices import check_device
 from studies.planning.probe import Probe, probe
-from studies.planning.resources import TrialResources, usable_device
 from studies.space import SWITCHED, SearchSpace, Strides
 
 
@@ -49,8 +49,8 @@ def probe_all(
     """
 
     def probe_here(config: TrialConfig, prepared: PreparedData, threads: int) -> Probe:
-        placed = replace(config, device=usable_device(gpus))
-        return replace(probe(placed, prepared, threads), config=config)
+        check_device(config.device)
+        return probe(config, prepared, threads)
 
     # max_calls=1 gives each probe a new process. A killed probe would be killed again.
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(probe_here)
@@ -59,31 +59,10 @@ def probe_all(
 
     def run(config: TrialConfig) -> Probe:
         try:
-            found: Probe = _result(remote.remote(config, shared, threads))
+            found: Probe = ray.get(remote.remote(config, shared, threads))
         except (OutOfMemoryError, WorkerCrashedError) as error:
             device = "cuda" if gpus else "cpu"
             return Probe(config, threads, device=device, error=first_line(error))
         return found
 
     return [run(config) for config in configs]
-
-
-def check_usable(resources: TrialResources) -> None:
-    """Check in a task with a trial's resources that the GPU that Ray gives it can be used.
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    if resources.gpus:
-        task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus)(usable_device)
-        _result(task.remote(resources.gpus))
-
-
-def _result(task: Any) -> Any:
-    """Return the result of a task; an error that the user can correct is raised as it was there."""
-    try:
-        return ray.get(task)
-    except RayTaskError as error:
-        if isinstance(error.cause, BatchCamError):
-            raise error.cause from None
-        raise

@@ -1,14 +1,16 @@
-"""Connects a driver to a Ray cluster, or starts a local one."""
+"""Connects a driver to a Ray cluster, or starts a local one; passes on errors of its tasks."""
 
 import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayTaskError
 
-from batchcam.errors import ConfigError, first_line
+from batchcam.errors import BatchCamError, ConfigError, first_line
 
 # Ray resets a reused actor only after the thread of its last trial has ended. The thread may still
 # have to finish a W&B run.
@@ -56,6 +58,17 @@ def connect(address: str | None, cpus: int | None = None) -> None:
             "requires a token, set RAY_AUTH_MODE=token, and set RAY_AUTH_TOKEN to its token or "
             f"copy its head node's ~/.ray/auth_token. If there is no cluster, {_START}"
         ) from error
+
+
+@contextmanager
+def errors_of_tasks() -> Iterator[None]:
+    """Raise an error of the user from a Ray task as it was, without Ray's traceback in its text."""
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, BatchCamError):
+            raise error.cause from None
+        raise
 
 
 def _reason(error: Exception) -> str:

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-import torch
 
-from batchcam.devices import describe_cuda
 from batchcam.errors import ConfigError
 
 Node = dict[str, float]
@@ -170,30 +168,6 @@ def shared_gpus(
     together = max(1, min(bounds))
     # Rounded down to Ray's unit of 1/10,000, so that `together` trials fit.
     return math.floor(10_000 / together) / 10_000 if together > 1 else 1.0
-
-
-def usable_device(gpus: float) -> str:
-    """Return the device of a trial in this process, "cuda" or "cpu", by the GPUs that Ray gave it.
-
-    Ray does not hide the GPUs of a node from a trial without any, so its device is said.
-
-    Args:
-        gpus: GPUs that the trial requested.
-
-    Raises:
-        ConfigError: Ray gave it a GPU that PyTorch cannot use.
-    """
-    if not gpus:
-        return "cpu"
-    if torch.cuda.is_available():
-        return "cuda"
-    given = ", ".join(str(each) for each in ray.get_gpu_ids()) or "?"
-    node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    raise ConfigError(
-        f"Ray gave a trial GPU {given} of node {node}, which PyTorch "
-        f"cannot use: {describe_cuda()}. Install a driver that is new enough for this PyTorch, or "
-        "a PyTorch for this driver; or train on CPUs with --gpus-per-trial 0."
-    )
 
 
 def alive_nodes() -> list[Node]:

@@ -4,11 +4,21 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from batchcam.devices import autocast, is_out_of_memory, release_memory, resolve_device
+from batchcam import devices
+from batchcam.devices import (
+    autocast,
+    cuda_error,
+    describe_cuda,
+    is_out_of_memory,
+    nvidia_driver,
+    release_memory,
+    resolve_device,
+)
 from batchcam.errors import ConfigError
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -181,3 +191,63 @@ def test_the_cpus_allocator_is_out_of_memory() -> None:
 )
 def test_other_errors_are_not_out_of_memory(error: Exception) -> None:
     assert not is_out_of_memory(error)
+
+
+@no_cuda
+def test_cuda_that_cannot_be_used_has_a_reason() -> None:
+    reason = cuda_error()
+    assert reason is not None
+    assert "NVIDIA driver" in reason or "not compiled with CUDA" in reason
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA")
+def test_cuda_that_computes_has_no_error() -> None:
+    assert cuda_error() is None
+
+
+def test_full_device_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "ones", fail)
+    assert cuda_error() is None
+
+
+MODULES = (
+    "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27 21:21:55 UTC 2021\n",
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  470.82.01  Release Build\n",
+)
+
+
+@pytest.mark.parametrize("text", MODULES)
+@pytest.mark.parametrize("fails", [False, True], ids=["no nvidia-smi", "nvidia-smi fails"])
+def test_driver_is_known_without_nvidia_smi(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, fails: bool
+) -> None:
+    if fails:
+        _write_nvidia_smi(tmp_path, "echo NVIDIA-SMI 1.2.3 has failed; exit 9")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "version").write_text(text + "GCC version:  gcc version 9.3.0\n")
+    monkeypatch.setattr(devices, "_DRIVER_FILE", tmp_path / "version")
+    assert nvidia_driver() == "470.82.01"
+    expected = f"NVIDIA driver 470.82.01, PyTorch {torch.__version__} with torch.version.cuda="
+    assert describe_cuda() == f"{expected}{torch.version.cuda}"
+
+
+def test_driver_is_asked_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write_nvidia_smi(tmp_path, "echo 535.54; echo 535.54")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert nvidia_driver() == "535.54"
+
+
+def test_missing_driver_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(devices, "_DRIVER_FILE", tmp_path / "gone")
+    assert nvidia_driver() is None
+    assert describe_cuda().startswith("no NVIDIA driver found, PyTorch ")
+
+
+def _write_nvidia_smi(folder: Path, commands: str) -> None:
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{commands}\n")
+    program.chmod(0o755)

@@ -9,16 +9,18 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 import ray
+import torch
 
 import batchcam
 from batchcam.config import TrialConfig
 from batchcam.errors import BackboneError, BundleError, ConfigError, DataError
 from batchcam.export.bundle import FILES
-from studies.engine.ledger import LEDGER
+from studies.engine.ledger import LEDGER, Ledger
 from studies.engine.ledger_callback import ERRORS
 from studies.engine.optuna_storage import JOURNAL
 from studies.outcome.export import StudyError
@@ -169,6 +171,10 @@ def test_second_study_of_a_name_is_refused_and_the_first_left_alone(
 def test_resuming_a_finished_study_exports_again_without_training(
     study: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the driver evaluates, which may lack the GPU that this needs")
+
+    monkeypatch.setattr("batchcam.training.evaluate.Evaluator.evaluate", fail)
     # Works on a copy under the same name, because other tests read the original.
     folder = tmp_path / "results" / "small"
     shutil.copytree(study.folder, folder, symlinks=True)
@@ -240,6 +246,61 @@ def test_local_study_does_not_join_a_cluster_that_is_there(
         finally:
             head.terminate()
             head.wait(timeout=60)
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_gpus_that_cannot_be_used_stop_a_study_at_once_and_cpus_finish_it(
+    environment: dict[str, str],
+    free_port: Callable[[], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    port = free_port()
+    command = ["ray", "start", "--head", "--block", "--num-cpus", "2", "--num-gpus", "2"]
+    command += ["--include-dashboard=False", "--port", str(port)]
+    settings = StudySettings(
+        study="s",
+        out=tmp_path,
+        address=f"127.0.0.1:{port}",
+        num_trials=3,
+        max_epochs=1,
+        space=SearchSpace(resolutions=(14,)),
+    )
+    message = r"^Ray gave GPU [01] of node .*torch.version.cuda=.* wheel.* --gpus-per-trial 0\."
+    log = tmp_path / "ray.log"
+    with log.open("w") as file:
+        head = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+        try:
+            while "runtime started" not in log.read_text():
+                assert head.poll() is None, log.read_text()
+                time.sleep(0.2)
+            with pytest.raises(ConfigError, match=message):
+                run_study(settings)  # The probe finds it.
+            assert not settings.folder.exists()
+            with pytest.raises(ConfigError, match=message + " Then resume"):
+                run_study(replace(settings, gpus_per_trial=1.0))  # The first trial finds it.
+            trials = Ledger(settings.folder / LEDGER).trials
+            assert all(trial.state is None and not trial.reports for trial in trials)
+            run_study(replace(settings, gpus_per_trial=0.0, resume=True))
+        finally:
+            head.terminate()
+            head.wait(timeout=60)
+    assert [t.state for t in Ledger(settings.folder / LEDGER).trials] == ["completed"] * 3
+    bundle = batchcam.load(settings.folder / "best" / "knee")
+    assert (bundle.config.device, bundle.metrics["device"]) == ("auto", "cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.parametrize("gpus", [None, 0.0])
+def test_fp16_without_gpus_is_refused_before_any_trial(tmp_path: Path, gpus: float | None) -> None:
+    settings = StudySettings(
+        study="s", out=tmp_path, precision="fp16", cpus_per_trial=1, gpus_per_trial=gpus
+    )
+    with pytest.raises(ConfigError, match=r"precision='fp16' needs CUDA, not cpu"):
+        run_study(settings)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_folder_under_a_file_is_refused_before_anything_starts(tmp_path: Path) -> None:

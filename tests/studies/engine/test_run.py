@@ -9,10 +9,16 @@ import pytest
 import ray
 from optuna.trial import TrialState
 
+from batchcam.errors import ConfigError
 from studies.engine.journal import open_journal
 from studies.engine.ledger import LEDGER, Ledger
 from studies.engine.optuna_storage import JOURNAL
-from studies.engine.protocol import RESOURCE_MULTIPLIER, report, report_out_of_memory
+from studies.engine.protocol import (
+    RESOURCE_MULTIPLIER,
+    report,
+    report_out_of_memory,
+    report_unusable_node,
+)
 from studies.engine.run import Search, run_search, trial_id
 from studies.objectives import ACCURACY, SIMILARITY
 from studies.planning.resources import TrialResources
@@ -63,6 +69,26 @@ def test_trial_out_of_memory_starts_again_with_a_larger_share(tmp_path: Path) ->
         TrialState.COMPLETE,
         TrialState.FAIL,
     ]
+
+
+def unusable(params: dict[str, Any]) -> None:
+    report_unusable_node(0, f"trial {params['number']} found no device; plug it in.")
+
+
+def test_unusable_node_stops_the_search_at_the_first_trial_until_it_is_resumed(
+    tmp_path: Path,
+) -> None:
+    message = r"^trial [01] found no device; plug it in\. Then resume the search"
+    with pytest.raises(ConfigError, match=message):
+        run_search(search(1, 2), tmp_path, unusable, RESOURCES.request, lambda: 1)
+    trials = Ledger(tmp_path / LEDGER).trials
+    assert len(trials) <= 2  # One that ran, and one that was proposed ahead.
+    assert all(trial.state is None and not trial.reports for trial in trials)
+    # The actors of a search that stopped end with their driver's connection.
+    ray.shutdown()
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ledger = run_search(search(1, 2), tmp_path, hungry, RESOURCES.request, lambda: 2)
+    assert [trial.state for trial in ledger.trials] == ["completed"] * 2
 
 
 def test_keys_of_object_stores_come_back_to_the_driver(

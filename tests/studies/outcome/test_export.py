@@ -1,7 +1,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from studies.engine.ledger import Ledger, State
 from studies.engine.protocol import Objective
 from studies.objectives import ACCURACY, SIMILARITY, SPEED
 from studies.outcome import export
-from studies.outcome.export import StudyError, TrialRecord
+from studies.outcome.export import BundleFiles, MakeBundles, StudyError, TrialRecord
 from studies.trial import METRICS
 
 BOTH = (ACCURACY, SIMILARITY)
@@ -224,17 +224,29 @@ def trained(config: TrialConfig, reports: Reports, make_record: Make) -> list[Tr
     ]
 
 
+@pytest.fixture
+def make(prepared: PreparedData) -> MakeBundles:
+    """Return a function that makes bundles in this process."""
+
+    def here(records: Sequence[TrialRecord]) -> Iterator[tuple[TrialRecord, BundleFiles]]:
+        for record in records:
+            yield record, export.make_bundle(record, prepared, "the-study", "the command", "cpu")
+
+    return here
+
+
 def test_bundle_is_the_trial_as_it_ended(
-    trained: list[TrialRecord], prepared: PreparedData, tmp_path: Path
+    trained: list[TrialRecord], make: MakeBundles, tmp_path: Path
 ) -> None:
     whole, stopped = trained
     chosen = {"accuracy": whole, "ssim": stopped}
-    written = export.export_bundles(tmp_path / "best", chosen, prepared, "the-study")
+    written = export.export_bundles(tmp_path / "best", chosen, make)
     for name, record in chosen.items():
         loaded = batchcam.load(tmp_path / "best" / name)
         assert loaded.metrics == written[name]
         assert loaded.config == record.config
         assert loaded.metrics["study"] == "the-study"
+        assert loaded.metrics["command"] == "the command"
         assert loaded.metrics["trial_id"] == record.trial_id
         assert loaded.metrics["epochs"] == record.metrics["epoch"]
         assert loaded.metrics["val_accuracy"] == record.metrics["val_accuracy"]
@@ -244,7 +256,7 @@ def test_bundle_is_the_trial_as_it_ended(
 
 def test_test_split_is_read_once_for_each_trial(
     trained: list[TrialRecord],
-    prepared: PreparedData,
+    make: MakeBundles,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -258,31 +270,44 @@ def test_test_split_is_read_once_for_each_trial(
     monkeypatch.setattr(export, "save_bundle", counted)
     whole, stopped = trained
     chosen = {"accuracy": whole, "ssim": stopped, "knee": whole}
-    written = export.export_bundles(tmp_path / "best", chosen, prepared, "s")
+    written = export.export_bundles(tmp_path / "best", chosen, make)
     assert saved == ["whole", "stopped"]
     assert written["knee"] == written["accuracy"]
     for name in chosen:
         assert batchcam.load(tmp_path / "best" / name).metrics == written[name]
 
 
-def test_bundles_of_an_earlier_export_are_replaced(
-    trained: list[TrialRecord], prepared: PreparedData, tmp_path: Path
+def test_device_of_the_evaluation_is_not_in_the_bundle(
+    trained: list[TrialRecord], make: MakeBundles, tmp_path: Path
 ) -> None:
-    (tmp_path / "best" / "old").mkdir(parents=True)
-    export.export_bundles(tmp_path / "best", {"knee": trained[0]}, prepared, "s")
+    anywhere = replace(trained[0], config=replace(trained[0].config, device="auto"))
+    export.export_bundles(tmp_path / "best", {"knee": anywhere}, make)
+    assert "device: auto\n" in (tmp_path / "best" / "knee" / "config.yaml").read_text()
+
+
+def test_bundles_of_an_earlier_export_are_replaced(
+    trained: list[TrialRecord], make: MakeBundles, tmp_path: Path
+) -> None:
+    for left in ("best", ".best.partial"):  # A driver was killed during its export.
+        (tmp_path / left / "old").mkdir(parents=True)
+    export.export_bundles(tmp_path / "best", {"knee": trained[0]}, make)
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["knee"]
 
 
-def test_trial_whose_states_are_gone_is_named_with_the_remedy(
-    trained: list[TrialRecord], prepared: PreparedData, tmp_path: Path
+def test_trial_whose_states_are_gone_is_named_and_earlier_bundles_stay(
+    trained: list[TrialRecord], make: MakeBundles, tmp_path: Path
 ) -> None:
-    lost = replace(trained[0], checkpoints=str(tmp_path / "gone"))
-    with pytest.raises(StudyError, match=r"whole has no whole checkpoint left in .*gone; delete"):
-        export.export_bundles(tmp_path / "best", {"knee": lost}, prepared, "s")
+    (tmp_path / "best" / "old").mkdir(parents=True)
+    lost = replace(trained[1], checkpoints=str(tmp_path / "gone"))
+    with pytest.raises(StudyError, match=r"stopped has no whole checkpoint left in .*gone; delete"):
+        export.export_bundles(tmp_path / "best", {"accuracy": trained[0], "knee": lost}, make)
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["old"]
 
 
 def test_bundle_is_made_of_the_state_before_one_that_is_damaged(
-    trained: list[TrialRecord], reports: Reports, prepared: PreparedData, tmp_path: Path
+    trained: list[TrialRecord], reports: Reports, make: MakeBundles, tmp_path: Path
 ) -> None:
     kept = Checkpoints(str(tmp_path / "trial"))
     for report, folder in reports[-2:]:
@@ -292,7 +317,7 @@ def test_bundle_is_made_of_the_state_before_one_that_is_damaged(
     newest = max((tmp_path / "trial").iterdir())
     newest.write_bytes(newest.read_bytes()[:-1])
     damaged = replace(trained[0], checkpoints=kept.folder)
-    written = export.export_bundles(tmp_path / "best", {"knee": damaged}, prepared, "s")
+    written = export.export_bundles(tmp_path / "best", {"knee": damaged}, make)
     assert written["knee"]["epochs"] == reports[-2][0].epoch
 
 

@@ -4,11 +4,9 @@ from typing import Any
 
 import pytest
 import ray
-import torch
 from ray.cluster_utils import Cluster
 
 from batchcam.errors import ConfigError
-from studies.planning.probing import check_usable
 from studies.planning.resources import (
     Node,
     TrialResources,
@@ -17,7 +15,6 @@ from studies.planning.resources import (
     cluster_device,
     shared_gpus,
     slots,
-    usable_device,
 )
 
 NODE = {"CPU": 8.0, "memory": 1e9}
@@ -187,24 +184,6 @@ def _place(hold: Any) -> tuple[str, int]:
         time.sleep(0.2)
     (gpu,) = ray.get_gpu_ids()
     return ray.get_runtime_context().get_node_id(), int(gpu)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-@pytest.mark.xdist_group("ray")
-def test_a_gpu_that_cannot_be_used_is_named_before_any_trial() -> None:
-    ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
-    message = "Ray gave a trial GPU 0 of node .* which PyTorch cannot use: .*, PyTorch .* is built"
-    try:
-        with pytest.raises(ConfigError, match=message):
-            check_usable(TrialResources(1.0, 0.5, 2.0))
-        check_usable(TrialResources(1.0, 0.0, 2.0))
-    finally:
-        ray.shutdown()
-
-
-def test_trials_without_gpus_train_on_the_cpu() -> None:
-    """Ray does not hide GPUs from them."""
-    assert usable_device(0.0) == "cpu"
 
 
 def test_slots_are_counted_node_by_node(nodes: list[Node], gpus: int) -> None:
