@@ -96,7 +96,7 @@ class StudySettings:
     With GPUs, by default the node's CPUs in proportion to the trial's part of a GPU."""
     gpus_per_trial: float | None = None
     """GPUs of a trial; a fraction shares a GPU, 0 trains on CPUs.
-    By default one, or a part where its memory allows that and there are more trials than GPUs."""
+    By default one, or a part if its memory allows that and several trials are left for each GPU."""
     max_failures: int = 2
     """Restarts of a trial from its last checkpoint after errors, before it counts as failed."""
     wandb_project: str = "batchcam"

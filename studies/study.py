@@ -21,6 +21,7 @@ from batchcam.provenance import command_line
 from studies import paths
 from studies.engine.ledger import LEDGER, Ledger
 from studies.engine.ledger_callback import ERRORS
+from studies.engine.replica import Replica
 from studies.engine.retry import StorageLostError
 from studies.engine.run import Search, Trainable, run_search
 from studies.engine.storage import check_storage, copy_file, is_file
@@ -178,10 +179,12 @@ def _save(settings: StudySettings) -> None:
 
 
 def _trials_left(settings: StudySettings) -> int:
-    """Return how many trials of the study have not ended."""
+    """Return how many trials of the study are still to run, at least 1."""
     ledger = settings.folder / LEDGER
-    ended = [each for each in Ledger(ledger).trials if each.state] if ledger.exists() else []
-    return settings.num_trials - len(ended)
+    place = settings.replica_of(settings.folder / paths.MEMORY)
+    if settings.resumes and place is not None and not ledger.exists():
+        Replica(settings.folder, place)  # Restores it; the study began on another machine.
+    return max(1, settings.num_trials - Ledger(ledger).num_final)
 
 
 def _resources(settings: StudySettings, probes: Sequence[Probe], trials: int) -> TrialResources:

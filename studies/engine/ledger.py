@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from batchcam.errors import ConfigError, check_format
-from studies.engine.protocol import EPOCH, NUMBER, Metrics
+from studies.engine.protocol import EPOCH, NUMBER, Metrics, has_diverged
 from studies.engine.retry import retry
 
 LEDGER = "ledger.jsonl"
@@ -87,6 +87,17 @@ class Ledger:
     def trials(self) -> list[TrialHistory]:
         """All trials, in the order of their proposals."""
         return [self._trials[number] for number in sorted(self._trials)]
+
+    @property
+    def num_final(self) -> int:
+        """The number of trials that ended for good: completed, stopped early or diverged.
+
+        Any other trial that failed is tried once more when the study is resumed.
+        """
+        return sum(
+            trial.state in ("completed", "stopped") or has_diverged(trial.error)
+            for trial in self._trials.values()
+        )
 
     @property
     def reports(self) -> Iterator[tuple[int, Metrics]]:

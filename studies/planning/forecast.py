@@ -63,8 +63,9 @@ def forecast(
         probes: measurements; a configuration has the speed of the probe with its backbone,
             resolution and output stride.
         prepared: the data, whose sizes set the time of an epoch.
-        at_a_time: number of trials that run at once.
+        at_a_time: number of trials that the cluster can run at once.
     """
+    at_a_time = min(at_a_time, settings.num_trials)
     by_model = {_model(each.config): each for each in probes if each.error is None}
     measured = [by_model[_model(config)] for config in configs if _model(config) in by_model]
     epoch_seconds = [each.epoch_seconds(prepared) for each in measured]

@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,7 +42,9 @@ def connect(address: str | None, cpus: int | None = None) -> None:
         "logging_level": logging.WARNING,
     }
     if address == "local":
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+        # Ray counts the GPU of a Mac, on which trials do not train: "auto" is the CPU there.
+        gpus = 0 if sys.platform == "darwin" else None
+        ray.init(address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **options)
         return
     try:
         _check_reachable(address)

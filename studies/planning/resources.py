@@ -16,6 +16,8 @@ _RESERVE = 1.2
 """Factor from the peak memory of a probe to the memory that is reserved for a trial."""
 _MAX_PER_GPU = 8
 """Maximum number of trials that share a GPU."""
+_UNITS = 10_000
+"""Ray counts a GPU in units of 1/10,000, and rounds down to whole units."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,17 @@ class TrialResources:
         cpus: CPUs of a trial.
         gpus: GPUs of a trial.
         max_cpus: CPUs of the largest node, the most that a trial can get.
+
+    Raises:
+        ConfigError: no trial can have this number of GPUs; see :func:`check_gpus`.
     """
 
     cpus: float
     gpus: float
     max_cpus: float
+
+    def __post_init__(self) -> None:
+        check_gpus(self.gpus)
 
     @property
     def threads(self) -> int:
@@ -40,7 +48,8 @@ class TrialResources:
     def enlarged(self, multiplier: int) -> "TrialResources":
         """Return `multiplier` times these resources, at most a whole GPU and a whole node's CPUs.
 
-        CPUs stand for host memory: a trial with more of them shares its node with fewer others.
+        A trial that requests several GPUs keeps their number. CPUs stand for host memory: a
+        trial with more of them shares its node with fewer others.
         """
         gpus = max(self.gpus, min(1.0, self.gpus * multiplier)) if self.gpus else 0.0
         cpus = max(self.cpus, min(self.max_cpus, self.cpus * multiplier))
@@ -66,13 +75,19 @@ def choose_resources(
     that corresponds to its memory: small models finish sooner as many trials of one thread than as
     few trials of many threads.
 
+    All trials request the same, on all nodes. The memory fraction is measured on one device, and
+    Ray chooses the device. So the fraction is valid for the whole cluster only if no other device
+    has less memory than the measured one. On a smaller one, a trial may run out of memory; it then
+    starts again with twice the resources. On a cluster with GPUs of several sizes, request the part
+    of the smallest GPU that a trial needs.
+
     Args:
         nodes: the nodes of the cluster, at least one; see :func:`alive_nodes`.
         cpus: CPUs of a trial that the user requested, or None.
         gpus: GPUs of a trial that the user requested, or None.
-        memory_fraction: peak memory of a trial by the memory of its device, from 0 to 1. It was
-            measured on one device; the other GPUs of the cluster should not be smaller.
-        trials: how many trials are left to run, or None if that is not known.
+        memory_fraction: peak memory of a trial by the total memory of the device that it was
+            measured on, from 0 to 1; None if it was not measured.
+        trials: how many trials are left to run; None: more than the nodes can run at a time.
 
     Raises:
         ConfigError: no node has the requested resources, or no trial can have them.
@@ -83,10 +98,11 @@ def choose_resources(
     if cpus is None:
         cpus = 1.0
         if gpus:
-            shares = [n.get("CPU", 0.0) / n["GPU"] for n in nodes if n.get("GPU", 0.0)]
+            # A node with GPUs and no CPU, such as a head that runs no trials, has no part in this.
+            shares = [n["CPU"] / n["GPU"] for n in nodes if n.get("GPU") and n.get("CPU", 0.0) >= 1]
             cpus = max(1.0, float(int(min(shares, default=0.0) * gpus)))
         elif memory_fraction:
-            smallest = min(n["CPU"] for n in nodes if n.get("CPU", 0.0) >= 1)
+            smallest = min((n["CPU"] for n in nodes if n.get("CPU", 0.0) >= 1), default=1.0)
             cpus = float(min(smallest, max(1, math.ceil(smallest * memory_fraction * _RESERVE))))
     if not any(n.get("CPU", 0.0) >= cpus and n.get("GPU", 0.0) >= gpus for n in nodes):
         largest = max(nodes, key=lambda n: (n.get("GPU", 0.0), n.get("CPU", 0.0)))
@@ -105,8 +121,8 @@ def slots(nodes: Sequence[Node], resources: TrialResources) -> int:
     """
 
     def fit(node: Node) -> int:
-        by_cpu = int(node.get("CPU", 0.0) / resources.cpus + 1e-9)
-        return min(by_cpu, _fitting(node, resources.gpus)) if resources.gpus else by_cpu
+        by_cpu = _by_cpus(node, resources.cpus)
+        return min(by_cpu, _by_gpus(node, resources.gpus)) if resources.gpus else by_cpu
 
     return max(1, sum(fit(node) for node in nodes))
 
@@ -116,22 +132,33 @@ def cluster_device(nodes: Sequence[Node]) -> str:
     return "cuda" if any(node.get("GPU", 0.0) for node in nodes) else "cpu"
 
 
-def _fitting(node: Node, gpus: float) -> int:
+def _by_cpus(node: Node, cpus: float) -> int:
+    """Return how many trials of this many CPUs fit on a node."""
+    return int(node.get("CPU", 0.0) / cpus + 1e-9)
+
+
+def _by_gpus(node: Node, gpus: float) -> int:
     """Return how many trials of this many GPUs, or this part of one, fit on a node."""
-    whole = int(node.get("GPU", 0.0) + 1e-9)
+    whole = int(node.get("GPU", 0.0))
     if gpus >= 1:
         return whole // int(gpus)
-    return whole * int(1 / gpus + 1e-9)
+    return whole * (_UNITS // int(gpus * _UNITS))
 
 
 def check_gpus(gpus: float) -> None:
     """Refuse a number of GPUs that no trial can have.
 
     Raises:
-        ConfigError: it is negative, not finite, or above 1 and not whole.
+        ConfigError: it is negative, not finite, below Ray's unit of 1/10,000, or above 1 and not
+            whole.
     """
     if not (math.isfinite(gpus) and gpus >= 0):
         raise ConfigError(f"gpus_per_trial={gpus} must be a finite number >= 0.")
+    if gpus and int(gpus * _UNITS) == 0:
+        raise ConfigError(
+            f"gpus_per_trial={gpus} is less than Ray's smallest part of a GPU, {1 / _UNITS}; raise "
+            "it, or set it to 0 to train on CPUs."
+        )
     if gpus > 1 and gpus != int(gpus):
         raise ConfigError(
             f"gpus_per_trial={gpus} is more than one GPU and not a whole number; use a fraction "
@@ -144,10 +171,16 @@ def shared_gpus(
 ) -> float:
     """Return the part of a GPU for a trial; 0 on a cluster without GPUs.
 
-    No GPU is shared while another is idle. Ray fills a GPU before it uses the next, so a GPU is
-    shared by k trials only if there are k trials for every GPU, and k CPUs beside it. With 10
-    trials on 8 GPUs, 8 run alone and 2 follow. Nothing is lost by that: one trial whose steps are
-    recorded as CUDA graphs keeps a GPU busy (results/gpu).
+    No GPU is shared while another is idle. Ray fills a GPU before it uses the next on that node, so
+    k trials share a GPU only if there are k trials for every GPU, and CPUs for k trials beside it:
+    then all places are taken, in whichever order Ray fills them. With 10 trials on 8 GPUs, 8 run
+    alone and 2 follow; with two on each, Ray would leave 3 GPUs idle. Nothing is lost by that: one
+    trial whose steps are recorded as CUDA graphs keeps a GPU busy (results/gpu).
+
+    The part is 1/k, the largest with k trials on a GPU. A part in between, such as 0.4 or 0.8,
+    would leave the rest of each GPU to nobody. GPUs beside which there are no CPUs for a trial do
+    not count. At the end of a study, when fewer trials are left than places, GPUs do become idle:
+    trials do not move.
 
     Args:
         nodes: the nodes of the cluster.
@@ -155,19 +188,18 @@ def shared_gpus(
         memory_fraction: see :func:`choose_resources`; None: a trial gets a whole GPU.
         trials: see :func:`choose_resources`.
     """
-    with_gpus = [node for node in nodes if node.get("GPU", 0.0) >= 1]
-    if not with_gpus:
+    if cluster_device(nodes) == "cpu":
         return 0.0
-    if not memory_fraction:
+    by_cpus = [_by_cpus(node, cpus or 1.0) for node in nodes]
+    used = [min(by_cpu, _by_gpus(node, 1.0)) for by_cpu, node in zip(by_cpus, nodes, strict=True)]
+    if not memory_fraction or not any(used):
         return 1.0
-    total = sum(int(node["GPU"]) for node in with_gpus)
     bounds = [_MAX_PER_GPU, int(1 / (memory_fraction * _RESERVE))]
-    bounds += [int(node.get("CPU", 0.0) / (node["GPU"] * (cpus or 1.0))) for node in with_gpus]
+    bounds += [by_cpu // gpus for by_cpu, gpus in zip(by_cpus, used, strict=True) if gpus]
     if trials is not None:
-        bounds.append(trials // total)
-    together = max(1, min(bounds))
-    # Rounded down to Ray's unit of 1/10,000, so that `together` trials fit.
-    return math.floor(10_000 / together) / 10_000 if together > 1 else 1.0
+        bounds.append(trials // sum(used))
+    # Rounded down to Ray's unit, so that so many trials fit.
+    return _UNITS // max(1, min(bounds)) / _UNITS
 
 
 def alive_nodes() -> list[Node]:

@@ -20,13 +20,15 @@ import batchcam
 from batchcam.config import TrialConfig
 from batchcam.errors import BackboneError, BundleError, ConfigError, DataError
 from batchcam.export.bundle import FILES
+from studies import paths
 from studies.engine.ledger import LEDGER, Ledger
 from studies.engine.ledger_callback import ERRORS
 from studies.engine.optuna_storage import JOURNAL
+from studies.engine.replica import Replica
 from studies.outcome.export import StudyError
 from studies.settings import StudySettings
 from studies.space import SearchSpace
-from studies.study import main, run_study
+from studies.study import _trials_left, main, run_study
 from tests.studies.conftest import API_KEY, SMALL, STUDY, Finished, Recorded
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("ray")]
@@ -331,6 +333,29 @@ def test_backbone_without_pretrained_weights_is_refused_before_anything_starts(
     with pytest.raises(BackboneError, match="simple_cnn has no pretrained weights"):
         run_study(StudySettings(study="s", out=tmp_path, pretrained=True))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_trials_still_to_run_are_counted_on_another_machine_too(tmp_path: Path) -> None:
+    settings = StudySettings(
+        study="s", out=tmp_path / "here", num_trials=5, storage=str(tmp_path / "storage")
+    )
+    assert _trials_left(settings) == 5
+    settings.folder.mkdir(parents=True)
+    ledger = Ledger(settings.folder / LEDGER)
+    for number in range(2):
+        ledger.propose({"number": number})
+    ledger.end(0, "completed")
+    ledger.end(1, "failed", "RuntimeError: broken")
+    # A trial that failed is tried again.
+    assert _trials_left(settings) == 4
+
+    replica = settings.replica_of(settings.folder / paths.MEMORY)
+    assert replica
+    Replica(settings.folder, replica).flush()
+    elsewhere = replace(settings, out=tmp_path / "there", resume=True)
+    elsewhere.folder.mkdir(parents=True)
+    assert _trials_left(elsewhere) == 4
+    assert _trials_left(replace(elsewhere, num_trials=1)) == 1
 
 
 @pytest.fixture(scope="module")

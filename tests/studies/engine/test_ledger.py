@@ -253,3 +253,15 @@ def test_lines_can_be_read_by_anyone(path: Path) -> None:
     events = [json.loads(line) for line in path.read_text().splitlines()]
     assert [event["event"] for event in events[:3]] == ["proposed", "proposed", "report"]
     assert events[2] == {"event": "report", "number": 1, "metrics": metrics(1)}
+
+
+def test_trials_that_are_tried_again_are_not_final(path: Path) -> None:
+    ledger = Ledger(path)
+    for number in range(5):
+        ledger.propose(params(number))
+    assert ledger.num_final == 0
+    ledger.end(0, "completed")
+    ledger.end(1, "stopped")
+    ledger.end(2, "failed", "RuntimeError: CUDA error")
+    ledger.end(3, "failed", "DivergedError: the loss is nan")
+    assert ledger.num_final == Ledger(path).num_final == 3

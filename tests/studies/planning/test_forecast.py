@@ -65,6 +65,15 @@ def test_without_early_stopping_there_is_one_number(
     assert result.max_epochs == result.min_epochs == 80
 
 
+def test_no_more_trials_run_at_a_time_than_there_are(
+    settings: StudySettings, prepared: PreparedData
+) -> None:
+    configs = [each.config for each in probes(settings)]
+    result = forecast(settings, configs, probes(settings), prepared, at_a_time=64)
+    assert result.at_a_time == 10
+    assert result.max_hours == pytest.approx(80 * (2 + 2) / 10 / 3600)
+
+
 def test_sampled_configurations_are_of_the_space(settings: StudySettings) -> None:
     configs = sample_configs(settings, STRIDES, 30)
     assert {config.backbone for config in configs} == {"simple_cnn", "resnet18"}

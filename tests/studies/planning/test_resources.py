@@ -1,10 +1,9 @@
 import math
-import time
-from typing import Any
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from batchcam.errors import ConfigError
 from studies.planning.resources import (
@@ -112,8 +111,53 @@ def test_a_gpu_is_shared_by_no_more_trials_than_it_has_cpus() -> None:
     assert shared_gpus([*nodes, {"CPU": 4.0, "GPU": 4.0}], None, 0.01, None) == 1.0
 
 
+def test_nodes_without_cpus_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"requests 1 CPUs and 0 GPUs, but .* has 0 CPUs"):
+        choose_resources([{"CPU": 0.0}], None, None, 0.2)
+
+
+def test_gpus_that_no_trial_can_use_do_not_count() -> None:
+    """A head with GPUs and without CPUs runs no trials, so it sets neither GPUs nor CPUs of one."""
+    nodes = [{"GPU": 8.0}, {"CPU": 0.0, "GPU": 8.0}, {"CPU": 32.0, "GPU": 4.0}]
+    assert choose_resources(nodes, None, None, 0.01, 8) == TrialResources(4.0, 0.5, 32.0)
+    # Two of the four GPUs have CPUs for a trial.
+    assert shared_gpus([{"CPU": 32.0, "GPU": 4.0}], 16.0, 0.01, 8) == 1.0
+    with pytest.raises(ConfigError, match="the largest node has 0 CPUs and 8 GPUs"):
+        choose_resources([{"CPU": 0.0, "GPU": 8.0}, {"CPU": 8.0}], None, None, 0.01, 8)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 8)), min_size=1, max_size=4),
+    st.none() | st.sampled_from([0.5, 1.0, 1.5, 3.0, 8.0]),
+    st.floats(0.001, 1.0),
+    st.integers(1, 80),
+)
+def test_a_shared_gpu_leaves_no_gpu_idle_wherever_trials_are_placed(
+    cpus_and_gpus: list[tuple[int, int]], cpus: float | None, fraction: float, trials: int
+) -> None:
+    nodes = [{"CPU": float(cpus), "GPU": float(gpus)} for cpus, gpus in cpus_and_gpus]
+    try:
+        chosen = choose_resources(nodes, cpus, None, fraction, trials)
+    except ConfigError:
+        assume(False)
+    assume(0 < chosen.gpus < 1)
+    together = int(1 / chosen.gpus)
+    assert together * fraction <= 1
+    running = min(trials, slots(nodes, chosen))
+    # All trials fit without the last GPU that a trial can use on any node, if that may be idle.
+    for index, node in enumerate(nodes):
+        usable = min(node["GPU"], node["CPU"] // chosen.cpus)
+        if usable:
+            others = slots(
+                [*nodes[:index], node | {"GPU": usable - 1}, *nodes[index + 1 :]], chosen
+            )
+            assert running > others or others == slots(nodes, chosen) == 1
+
+
 @pytest.mark.parametrize(
-    ("gpus", "each"), [(0.4, 2), (0.5, 2), (0.6, 1), (0.3333, 3), (0.125, 8), (1.0, 1)]
+    ("gpus", "each"),
+    # Ray rounds 0.33336 down to 0.3333.
+    [(0.4, 2), (0.5, 2), (0.6, 1), (0.3333, 3), (0.33336, 3), (0.125, 8), (1.0, 1)],
 )
 def test_a_part_of_a_gpu_is_on_one_gpu(gpus: float, each: int) -> None:
     """Five trials of 0.4 would fit on two GPUs by their sum."""
@@ -132,58 +176,21 @@ def test_several_gpus_are_on_one_node() -> None:
         (1.5, "gpus_per_trial=1.5 is more than one GPU and not a whole number; use a fraction"),
         (-1.0, "gpus_per_trial=-1.0 must be a finite number >= 0"),
         (math.nan, "gpus_per_trial=nan must be a finite number >= 0"),
+        (0.00009, "gpus_per_trial=9e-05 is less than Ray's smallest part of a GPU, 0.0001; raise"),
     ],
 )
 def test_gpus_that_no_trial_can_have_are_refused(gpus: float, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose_resources([{"CPU": 8.0, "GPU": 4.0}], None, gpus)
+    with pytest.raises(ConfigError, match=message):
+        TrialResources(1.0, gpus, 8.0)
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize(("nodes", "gpus"), [(1, 4), (2, 2), (2, 4)])
-def test_trials_fill_all_gpus_of_a_cluster(nodes: int, gpus: int) -> None:
-    """Start as many small trials as there are GPUs, which Ray only counts; each has its own."""
-    count = nodes * gpus
-    cluster = Cluster()
-    try:
-        for _ in range(nodes):
-            cluster.add_node(num_cpus=2 * gpus, num_gpus=gpus, include_dashboard=False)
-        ray.init(cluster.address)
-        chosen = choose_resources(alive_nodes(), None, None, 0.01, count)
-        assert slots(alive_nodes(), chosen) == count
-        hold = _Hold.remote(count)  # type: ignore[attr-defined]
-        tasks = [
-            ray.remote(num_cpus=chosen.cpus, num_gpus=chosen.gpus)(_place).remote(hold)
-            for _ in range(count)
-        ]
-        places = ray.get(tasks, timeout=240)
-        assert len(set(places)) == count
-    finally:
-        ray.shutdown()
-        cluster.shutdown()  # type: ignore[no-untyped-call]
-
-
-@ray.remote(num_cpus=0)
-class _Hold:
-    """Lets tasks go when all have come, so that all run at a time."""
-
-    def __init__(self, count: int) -> None:
-        self.left = count
-
-    def come(self) -> None:
-        self.left -= 1
-
-    def is_open(self) -> bool:
-        return self.left <= 0
-
-
-def _place(hold: Any) -> tuple[str, int]:
-    """Return the node and the GPU of this task, once all tasks run."""
-    ray.get(hold.come.remote())
-    while not ray.get(hold.is_open.remote()):
-        time.sleep(0.2)
-    (gpu,) = ray.get_gpu_ids()
-    return ray.get_runtime_context().get_node_id(), int(gpu)
+@given(st.floats(0.0001, 1.0) | st.integers(0, 8).map(float), st.integers(0, 12))
+def test_enlarged_gpus_are_valid_and_at_most_one_if_they_were(gpus: float, doublings: int) -> None:
+    enlarged = TrialResources(1.0, gpus, 8.0).enlarged(2**doublings)  # Refuses what is not valid.
+    assert gpus <= enlarged.gpus <= max(1.0, gpus)
+    assert enlarged.gpus in (gpus, 1.0) or enlarged.gpus == gpus * 2**doublings
 
 
 def test_slots_are_counted_node_by_node(nodes: list[Node], gpus: int) -> None:
