@@ -2,9 +2,11 @@
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from importlib.metadata import requires
@@ -16,6 +18,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from batchcam.errors import ConfigError
+from studies.benchmarks.gpu import __main__ as entry
+from studies.benchmarks.gpu import measurements, suite
+from studies.benchmarks.gpu.card import describe
 from studies.benchmarks.gpu.checks import CHECKS
 from studies.benchmarks.gpu.measurements import MEASUREMENTS
 from studies.benchmarks.gpu.page import page
@@ -62,6 +67,106 @@ def test_parts_run_without_any_extra(tmp_path: Path) -> None:
         assert outcome.state == "finished", name
         assert outcome.passed, name
         assert outcome.rows, name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "against the CPU: simple_cnn",
+        "resume",
+        "bundle",
+        "memory",
+        "steps: simple_cnn eager",
+        "trainer: simple_cnn",
+        "time to target",
+        "batch sizes",
+    ],
+)
+def test_a_part_gives_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a part in this process, so that an error is shown as it is."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # A part sets it.
+    (part,) = (each for each in (*CHECKS, *MEASUREMENTS) if each.name == name)
+    rows = list(part.run(SETUP))
+    assert rows
+    assert all(row.get("passed", True) for row in rows), rows
+    json.dumps(rows)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_compiled_steps_are_those_of_an_eager_model() -> None:
+    """Run the part with a backend that needs no compiler of C++."""
+    (part,) = (each for each in CHECKS if each.name == "compiled: simple_cnn fp32")
+    before = torch.compiler.get_default_backend()
+    torch.compiler.set_default_backend("aot_eager")
+    torch.compiler.reset()
+    try:
+        rows = list(part.run(SETUP))
+    finally:
+        torch.compiler.set_default_backend(before)
+        torch.compiler.reset()
+    assert [row["passed"] for row in rows] == [True, True]
+
+
+def test_a_process_that_shares_a_device_reports_its_speed() -> None:
+    speeds: queue.Queue[float] = queue.Queue()
+    measurements._train_for(SETUP, "simple_cnn", False, 0.1, threading.Barrier(1), speeds)
+    assert speeds.get() > 0
+
+
+def test_the_machine_is_described() -> None:
+    (row,) = describe(SETUP)
+    assert row["torch"] == torch.__version__
+    assert row["card"]
+
+
+def test_the_file_is_written_and_the_machine_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(Gpu(out=tmp_path, device="cpu", quick=True, parts=("memory", "kernels"), commit="abc"))
+    printed = capsys.readouterr().out
+    assert "memory: finished" in printed
+    assert "kernels: skipped" in printed
+    (path,) = tmp_path.glob("*.json")
+    record = json.loads(path.read_text())
+    assert record["git_commit"] == "abc"
+    assert set(record["parts"]) == {"memory", "kernels"}
+
+
+def test_a_check_that_fails_is_the_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "CHECKS", (Part("wrong", _wrong, 30),))
+    with pytest.raises(SystemExit) as ended:
+        run(Gpu(out=tmp_path, device="cpu", quick=True, parts=("wrong",)))
+    assert ended.value.code == 1
+
+
+def test_missing_packages_are_named_before_they_are_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(entry, "core_packages", lambda: ["no-such-package"])
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert ended.value.code == 2
+    assert "1 packages are missing: no-such-package" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "no waiting",
+        "recorded: simple_cnn",
+        "memory of libraries",
+        "memory forecast",
+        "kernels",
+        "against the CPU: resnet18",
+        "steps: resnet18 recorded",
+        "trainer: resnet18",
+        "compiled: resnet18 fp32",
+    ],
+)
+def test_a_part_that_does_not_apply_says_why(name: str) -> None:
+    (part,) = (each for each in (*CHECKS, *MEASUREMENTS) if each.name == name)
+    with pytest.raises(Skipped):
+        list(part.run(SETUP))
 
 
 @pytest.mark.faults

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from batchcam.config import TrialConfig
-from batchcam.data.prepared import PreparedData
+from batchcam.data.prepared import PreparedData, prepare
 from batchcam.models import create_model
 from batchcam.models.depthwise import DepthwiseConv2d
 from studies.baselines import plain
@@ -50,6 +50,34 @@ def test_plain_script_learns(prepared: PreparedData) -> None:
     losses = [plain.train_epoch(model, batches, optimizer, schedule, loss) for _ in range(4)]
     assert losses[-1] < losses[0] / 2
     assert plain.accuracy(model, batches) > 0.8
+
+
+def test_the_workers_of_a_measurement_take_time(prepared: PreparedData) -> None:
+    threads = torch.get_num_threads()
+    config = TrialConfig(batch_size=16, resolution=8, device="cpu")
+    try:
+        functions = throughput.create_untuned(config, prepared, 2, 1, with_plain=True)
+        assert sorted(functions) == ["plain", "untuned"]
+        for run in functions.values():
+            seconds = run()
+            assert isinstance(seconds, float)
+            assert seconds > 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_plain_script_reports_what_the_trainer_reports() -> None:
+    settings = TimeToTarget(out=Path(), dataset="digits", epochs=1, threads=1, accuracy=0.1, ssim=0)
+    prepared = prepare(settings.config())
+    few = prepared.with_splits(train=prepared.dataset.train.take(np.arange(256)))
+    outcomes = [
+        time_to_target.by_plain_script(settings, few),
+        time_to_target.by_trainer(settings, few),
+    ]
+    for outcome in outcomes:
+        assert outcome["reached"]
+        (epoch,) = outcome["epochs"]
+        assert set(epoch) == {"val_accuracy", "cam_ssim", "seconds"}
 
 
 @pytest.mark.faults
