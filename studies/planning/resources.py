@@ -27,7 +27,7 @@ class TrialResources:
     Attributes:
         cpus: CPUs of a trial.
         gpus: GPUs of a trial.
-        max_cpus: CPUs of the largest node, the most that a trial can get.
+        max_cpus: CPUs of the largest node that has these GPUs, the most that a trial can get.
 
     Raises:
         ConfigError: no trial can have this number of GPUs; see :func:`check_gpus`.
@@ -100,7 +100,8 @@ def choose_resources(
         if gpus:
             # A node with GPUs and no CPU, such as a head that runs no trials, has no part in this.
             shares = [n["CPU"] / n["GPU"] for n in nodes if n.get("GPU") and n.get("CPU", 0.0) >= 1]
-            cpus = max(1.0, float(int(min(shares, default=0.0) * gpus)))
+            together = 1 / gpus if gpus >= 1 else _on_a_gpu(gpus)
+            cpus = max(1.0, float(int(min(shares, default=0.0) / together)))
         elif memory_fraction:
             smallest = min((n["CPU"] for n in nodes if n.get("CPU", 0.0) >= 1), default=1.0)
             cpus = float(min(smallest, max(1, math.ceil(smallest * memory_fraction * _RESERVE))))
@@ -111,7 +112,9 @@ def choose_resources(
             f"{largest.get('CPU', 0.0):g} CPUs and {largest.get('GPU', 0.0):g} GPUs; lower "
             "--cpus-per-trial or --gpus-per-trial."
         )
-    return TrialResources(cpus, gpus, max(node.get("CPU", 0.0) for node in nodes))
+    # The CPUs of a node without these GPUs cannot be given to the trial.
+    usable = [node.get("CPU", 0.0) for node in nodes if node.get("GPU", 0.0) >= gpus]
+    return TrialResources(cpus, gpus, max(usable))
 
 
 def slots(nodes: Sequence[Node], resources: TrialResources) -> int:
@@ -142,7 +145,12 @@ def _by_gpus(node: Node, gpus: float) -> int:
     whole = int(node.get("GPU", 0.0))
     if gpus >= 1:
         return whole // int(gpus)
-    return whole * (_UNITS // int(gpus * _UNITS))
+    return whole * _on_a_gpu(gpus)
+
+
+def _on_a_gpu(gpus: float) -> int:
+    """Return how many trials of this part of a GPU Ray places on one."""
+    return _UNITS // int(gpus * _UNITS)
 
 
 def check_gpus(gpus: float) -> None:

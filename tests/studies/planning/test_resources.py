@@ -126,6 +126,18 @@ def test_gpus_that_no_trial_can_use_do_not_count() -> None:
         choose_resources([{"CPU": 0.0, "GPU": 8.0}, {"CPU": 8.0}], None, None, 0.01, 8)
 
 
+def test_a_third_of_a_gpu_has_a_third_of_the_cpus() -> None:
+    """Ray's third is 0.3333, of which twelve CPUs would be less than four."""
+    nodes = [{"CPU": 12.0, "GPU": 1.0}]
+    assert choose_resources(nodes, None, None, 0.25) == TrialResources(4.0, 0.3333, 12.0)
+    assert choose_resources([{"CPU": 12.0, "GPU": 4.0}], None, 2.0).cpus == 6.0
+
+
+def test_an_enlarged_trial_fits_on_a_node_that_has_its_gpu() -> None:
+    nodes = [{"CPU": 64.0}, {"CPU": 8.0, "GPU": 1.0}]
+    assert choose_resources(nodes, None, None).request(8) == {"CPU": 8.0, "GPU": 1.0}
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 40), st.integers(0, 8)), min_size=1, max_size=4),
     st.none() | st.sampled_from([0.5, 1.0, 1.5, 3.0, 8.0]),
