@@ -25,7 +25,16 @@ FORMAT = 1
 _AFTER_SEARCH = ("confirm", "seeds")
 """Settings of what follows the search. They may be overridden on resume."""
 
-_PER_RUN = ("out", "resume", "extend", "dry_run", "address", "cpus_per_trial", "gpus_per_trial")
+_PER_RUN = (
+    "out",
+    "resume",
+    "extend",
+    "dry_run",
+    "address",
+    "cpus_per_trial",
+    "gpus_per_trial",
+    "cuda_graphs",
+)
 """Settings of how a study is run, not of what it is. study.json's values are ignored on resume."""
 
 if TYPE_CHECKING:
@@ -97,6 +106,9 @@ class StudySettings:
     gpus_per_trial: float | None = None
     """GPUs of a trial; a fraction shares a GPU, 0 trains on CPUs.
     By default one, or a part if its memory allows that and several trials are left for each GPU."""
+    cuda_graphs: bool = True
+    """Record the training steps on a GPU and replay them, which is faster, with the same results.
+    Off for a backbone that cannot be recorded."""
     max_failures: int = 2
     """Restarts of a trial from its last checkpoint after errors, before it counts as failed."""
     wandb_project: str = "batchcam"
@@ -169,6 +181,7 @@ class StudySettings:
             batch_size=self.batch_size,
             precision=self.precision,
             pretrained=self.pretrained,
+            cuda_graphs=self.cuda_graphs,
             seed=self.seed,
         )
 

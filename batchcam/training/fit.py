@@ -34,6 +34,9 @@ from batchcam.training.step import TrainingStep, records_steps
 
 Metrics = dict[str, float]
 
+_PLACES = ("device", "data_root", "cuda_graphs")
+"""Fields that a resumed run may change: where it runs and how, not what it computes."""
+
 STATE_FORMAT = 1
 """The newest format of a saved state that this version reads, and the one that it writes."""
 
@@ -371,9 +374,7 @@ class Trainer:
             EXTRA_TERMS: state.get(EXTRA_TERMS, {}),
         }
         differing = [
-            name
-            for name, value in mine.items()
-            if name not in ("device", "data_root") and saved[name] != value
+            name for name, value in mine.items() if name not in _PLACES and saved[name] != value
         ]
         if differing:
             name = differing[0]

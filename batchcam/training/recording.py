@@ -28,7 +28,7 @@ class _Recording:
 class RecordedGradients:
     """A function that leaves gradients in the parameters, recorded for each batch size.
 
-    The first calls of each batch size run as usual. All calls share the memory of the recordings.
+    The first calls of each batch size run as usual. The recordings share one pool of memory.
 
     Args:
         function: maps the indices of a batch, int64 `(N,)`, to its losses. It replaces the
@@ -87,7 +87,7 @@ class RecordedGradients:
                 raise
             raise ConfigError(
                 f"cuda_graphs=True: this training step cannot be recorded as a CUDA graph "
-                f"({first_line(error)}); set cuda_graphs to False."
+                f"({first_line(error)}); set cuda_graphs to False (--no-cuda-graphs)."
             ) from error
         gradients = tuple(parameter.grad for parameter in self._parameters)
         return _Recording(graph, chosen_N, losses_L, gradients)

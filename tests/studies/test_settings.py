@@ -158,6 +158,13 @@ def test_study_is_resumed_by_the_settings_it_was_started_with(
     assert resumed == replace(begun, resume=True, cpus_per_trial=2.0)
 
 
+def test_recording_may_be_turned_off_on_resuming(begun: StudySettings, tmp_path: Path) -> None:
+    """A backbone that cannot be recorded ends in an error with this remedy."""
+    assert begun.base_config().cuda_graphs
+    resumed = StudySettings(study="s", out=tmp_path, resume=True, cuda_graphs=False).resumed()
+    assert not resumed.base_config().cuda_graphs
+
+
 def test_settings_may_be_repeated_on_resuming(begun: StudySettings) -> None:
     again = replace(begun, resume=True)
     assert again.resumed() == again

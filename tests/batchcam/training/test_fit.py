@@ -403,6 +403,14 @@ def test_the_state_of_another_configuration_is_refused_by_field(
         fit(config, prepared=tiny_prepared, state=saved_state)
 
 
+def test_a_run_may_go_on_without_recording(
+    saved_state: Path, tiny_prepared: PreparedData, tiny_config: TrialConfig
+) -> None:
+    """A step that cannot be recorded ends in an error with this remedy."""
+    config = replace(tiny_config, cuda_graphs=False)
+    assert fit(config, prepared=tiny_prepared, state=saved_state).metrics["epoch"] == 3
+
+
 def test_a_state_from_before_a_field_was_there_had_its_default(
     tiny_prepared: PreparedData, tiny_config: TrialConfig, tmp_path: Path
 ) -> None:
