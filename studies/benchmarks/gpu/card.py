@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from batchcam.devices import resolve_device
+from batchcam.devices import nvidia_driver, resolve_device
 from batchcam.errors import ConfigError
 from studies.benchmarks.gpu.parts import Row, Setup, Skipped
 
@@ -33,7 +33,7 @@ def describe(setup: Setup) -> Iterator[Row]:
         "capability": f"{properties.major}.{properties.minor}",
         "memory_bytes": properties.total_memory,
         "multiprocessors": properties.multi_processor_count,
-        "driver": nvidia_smi("driver_version"),
+        "driver": nvidia_driver(),
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         **common,
     }

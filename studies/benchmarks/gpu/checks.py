@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchcam.config import METRICS, Precision, TrialConfig
+from batchcam.config import METRICS, Cam, Precision, TrialConfig
 from batchcam.data.dataset import load_data
 from batchcam.data.decoys import paint_decoys
 from batchcam.data.prepared import PreparedData, with_prototypes
@@ -358,27 +358,26 @@ def no_waiting(setup: Setup) -> Iterator[Row]:
     if not setup.cuda:
         raise Skipped("the debug mode that finds a waiting host needs CUDA")
     all_terms = {f"lambda_{name}": 0.1 for name in TERMS}
-    cases: list[tuple[str, dict[str, Any]]] = [
-        (f"{backbone}, {precision}, {resolution} px, {cam}", fields)
-        for backbone, precision, resolution, cam in (
-            ("simple_cnn", "fp32", 28, "grad_cam"),
-            ("simple_cnn", "bf16", 28, "grad_cam"),
-            ("simple_cnn", "fp16", 28, "grad_cam"),
-            ("simple_cnn", "fp32", 32, "hires_cam"),
-            ("resnet18", "bf16", 28, "grad_cam"),
-            ("convnextv2_atto", "bf16", 28, "grad_cam"),
-            ("convnextv2_atto", "fp32", 32, "hires_cam"),
-        )
-        for fields in (
-            {"backbone": backbone, "precision": precision, "resolution": resolution, "cam": cam},
-        )
-    ]
+    cases: tuple[tuple[str, Precision, int, Cam], ...] = (
+        ("simple_cnn", "fp32", 28, "grad_cam"),
+        ("simple_cnn", "bf16", 28, "grad_cam"),
+        ("simple_cnn", "fp16", 28, "grad_cam"),
+        ("simple_cnn", "fp32", 32, "hires_cam"),
+        ("resnet18", "bf16", 28, "grad_cam"),
+        ("convnextv2_atto", "bf16", 28, "grad_cam"),
+        ("convnextv2_atto", "fp32", 32, "hires_cam"),
+    )
     prepared = digits(100)
     for kind in ("eager", "recorded", "compiled"):
-        for name, fields in cases[:1] if kind == "compiled" else cases:
+        for backbone, precision, resolution, cam in cases[:1] if kind == "compiled" else cases:
             terms = dict(all_terms, lambda_mask_gradient=0.0) if kind == "compiled" else all_terms
             config = TrialConfig(
-                **{**fields, **terms, "metric": "ssim"},
+                **terms,  # type: ignore[arg-type]
+                backbone=backbone,
+                precision=precision,
+                resolution=resolution,
+                cam=cam,
+                metric="ssim",
                 compile=kind == "compiled",
                 cuda_graphs=kind == "recorded",
                 batch_size=64,
@@ -391,7 +390,7 @@ def no_waiting(setup: Setup) -> Iterator[Row]:
             except RuntimeError as error:
                 found = f"{_project_line(error)}: {first_line(error)}"
             yield {
-                "check": f"{name}, {kind}",
+                "check": f"{backbone}, {precision}, {resolution} px, {cam}, {kind}",
                 "passed": not found,
                 "found": found or "no waiting",
             }
