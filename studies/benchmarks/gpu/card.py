@@ -39,11 +39,13 @@ def describe(setup: Setup) -> Iterator[Row]:
     }
 
 
-def nvidia_smi(field: str) -> str | None:
-    """Return a field of the first GPU as nvidia-smi prints it; None where it does not run."""
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "--id=0"]
+def used_memory() -> int | None:
+    """Return the bytes of the first GPU that are in use, or None where nvidia-smi does not run."""
+    query = ["--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+        done = subprocess.run(
+            ["nvidia-smi", *query], capture_output=True, text=True, check=True, timeout=30
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return int(done.stdout) * 2**20

@@ -27,7 +27,7 @@ from studies.benchmarks.batches import (
     peak_bytes,
     random_data,
 )
-from studies.benchmarks.gpu.card import nvidia_smi
+from studies.benchmarks.gpu.card import used_memory
 from studies.benchmarks.gpu.checks import FULL_CARD
 from studies.benchmarks.gpu.parts import Part, Row, Setup, Skipped
 from studies.benchmarks.pairs import median_ratio, synchronize, time_interleaved
@@ -174,18 +174,18 @@ def _forecast(settled: TrialConfig, prepared: PreparedData, results: Any) -> Non
 
 
 def _train_once(settled: TrialConfig, prepared: PreparedData, results: Any) -> None:
-    before = nvidia_smi("memory.used")
+    before = used_memory()
 
     def on_epoch(report: EpochReport) -> None:
         del report
-        results.put((before, nvidia_smi("memory.used"), torch.cuda.max_memory_reserved()))
+        results.put((before, used_memory(), torch.cuda.max_memory_reserved()))
 
     fit(replace(settled, epochs=1), on_epoch, prepared=prepared)
 
 
 def forecast(setup: Setup) -> Iterator[Row]:
     """Compare the memory that a trial takes of the card with the forecast of the study's probe."""
-    if not setup.cuda or nvidia_smi("memory.used") is None:
+    if not setup.cuda or used_memory() is None:
         raise Skipped("the memory of a process on a card is read by nvidia-smi")
     context = multiprocessing.get_context("fork")
     prepared = random_data(1280 if setup.quick else 12_800, num_classes=10, side=28)
@@ -216,7 +216,7 @@ def forecast(setup: Setup) -> Iterator[Row]:
             found.append(results.get(timeout=60))
             process.join()
         forecast_bytes, (before, after, reserved) = found
-        used = (int(after) - int(before)) * 2**20
+        used = after - before
         yield {
             "backbone": backbone,
             "batch_size": batch,
